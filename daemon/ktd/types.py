@@ -1,0 +1,188 @@
+"""Values that travel between the layers. Imports nothing of ktd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Priority(Enum):
+    """LOW requests (titles and other background work) are admitted only when no NORMAL one waits."""
+
+    NORMAL = 0
+    LOW = 1
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Ranges are checked where requests enter (`ktd.chat.request`).
+
+    Defaults are DeepSeek's recommendation for R1. temperature 0 is greedy. top_k 0, min_p 0 and
+    repetition_penalty 1 switch the rule off.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool that the model asked for; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool the client offers; `parameters` is a JSON schema as text."""
+
+    name: str
+    description: str
+    parameters: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation. `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+    reasoning_content: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A checked chat request. `max_tokens` counts thought and answer; None means what the context leaves."""
+
+    request_id: str
+    messages: Sequence[Message]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    thinking: bool | None = None
+    continue_final_message: bool = False
+    priority: Priority = Priority.NORMAL
+    tools: Sequence[Tool] = ()
+
+
+# What the engine tells about one request, in this order: Queued*, Prefilled*, Tokens*, then exactly one of
+# Ended and Failed. Sent from the engine thread.
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """`position` requests are in front; 0 = next."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """`done` of `total` prompt tokens are in the cache, `cached` of them found there."""
+
+    done: int
+    total: int
+    cached: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids drawn in one step, the end-of-turn token not among them."""
+
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Wall-clock seconds a request spent waiting, reading its prompt, and writing."""
+
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last word of a request that went well."""
+
+    reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last word of a request that did not: `error` is a ktd.errors.KtdError."""
+
+    error: Exception
+
+
+EngineEvent = Queued | Prefilled | Tokens | Ended | Failed
+
+
+# What a client is told about one chat (the daemon's side of ktd.v1.ChatEvent). Queued is shared with the engine.
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prompt progress; the last one precedes the first text with done == total."""
+
+    done: int
+    total: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A piece of the thought, without tags."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts in tokens; comes once, before Finished."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The terminal event of a chat that went well."""
+
+    reason: FinishReason
+
+
+ChatEvent = Queued | Prefill | Reasoning | Answer | ToolCall | Usage | Finished
