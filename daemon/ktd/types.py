@@ -86,6 +86,35 @@ class ChatRequest:
     tools: Sequence[Tool] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What the engine is asked for: token ids in, token ids out.
+
+    `max_tokens` is at least 1 and prompt + max_tokens fits in the context. Drawing one of `stop_ids` ends the
+    request with FinishReason.STOP; the stop token itself is not published.
+    """
+
+    request_id: str
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: SamplingParams
+    stop_ids: frozenset[int]
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot of the step loop. Counters run from the start of the daemon."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    prompt_tokens_total: int
+    completion_tokens_total: int
+    steps_total: int
+
+
 # What the engine tells about one request, in this order: Queued*, Prefilled*, Tokens*, then exactly one of
 # Ended and Failed. Sent from the engine thread.
 
