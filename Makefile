@@ -1,0 +1,143 @@
+# make up      a supervised daemon on the embedded model (GGUF=/path: on your own file), one question asked
+# make webui   Open WebUI on loopback with the Pipe in it
+# make test    everything that CI runs
+# make down    stops what `up` and `webui` started
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Slow set-ups that outlive a checkout: Open WebUI (3 GB), the built llama.cpp.
+export KTD_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ktd
+WEBUI_VERSION := 0.12.4
+WEBUI_ENV := $(KTD_CACHE)/webui-$(WEBUI_VERSION)
+PEERS_VERSION := 0.3.36
+# llama.cpp is built for the processor at hand, so an environment made on another one is not reused.
+PEERS_ENV := $(KTD_CACHE)/peers-$(PEERS_VERSION)-$(shell grep -m1 '^flags' /proc/cpuinfo | cksum | cut -d' ' -f1)
+export KTD_PEERS_PYTHON := $(PEERS_ENV)/bin/python
+export KTD_WEBUI_ENV := $(WEBUI_ENV)
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
+SOURCES := $(shell find kernels/csrc -type f) CMakeLists.txt pyproject.toml
+
+# Seconds a stage of `make test` may take on two cores before it counts as hung (warm; set-up is extra).
+BUDGET_LINT := 300
+BUDGET_TESTS := 1200
+BUDGET_QEMU := 600
+BUDGET_PEERS := 600
+BUDGET_WEBUI := 900
+BUDGET_SETUP := 2400
+
+.PHONY: help up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+$(VENV)/.created:
+	PYTHON=$(PYTHON) deploy/require.sh g++ python3-venv python3-dev
+	@$(PYTHON) -c 'import sys; sys.exit("ktd needs Python 3.11 or newer: set PYTHON=python3.12, say") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# An already installed torch (a CUDA build from your own index) is left alone.
+$(VENV)/.run: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing the Python packages of ktd into $(VENV)"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt 'scikit-build-core>=1.0' 'nanobind>=2.4' ninja cmake
+	$(BIN)/python deploy/requirements.py | $(PIP) -c constraints.txt -r /dev/stdin
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "Installing what the tests need into $(VENV)"
+	$(BIN)/python deploy/requirements.py dev | $(PIP) -c constraints.txt -r /dev/stdin
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.run $(SOURCES)
+	@echo "Building the kernels (a minute or two)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+up: $(VENV)/.built
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/up.sh $(GGUF)
+
+down:
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/down.sh
+
+webui: $(VENV)/.built webui-env
+	@$(BIN)/python deploy/webui.py start
+
+$(WEBUI_ENV)/.ready:
+	@echo "Installing Open WebUI $(WEBUI_VERSION) into $(WEBUI_ENV): about 3 GB, a few minutes"
+	rm -rf $(WEBUI_ENV); mkdir -p $(KTD_CACHE)
+	$(PYTHON) -m venv $(WEBUI_ENV)
+	$(WEBUI_ENV)/bin/pip install --quiet -c constraints.txt torch
+	$(WEBUI_ENV)/bin/pip install --quiet -c constraints.txt open-webui==$(WEBUI_VERSION)
+	@touch $@
+
+webui-env: $(WEBUI_ENV)/.ready
+
+$(PEERS_ENV)/.ready:
+	@echo "Building llama-cpp-python $(PEERS_VERSION) into $(PEERS_ENV): about 7 minutes"
+	rm -rf $(PEERS_ENV); mkdir -p $(KTD_CACHE)
+	$(PYTHON) -m venv $(PEERS_ENV)
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF' \
+	  $(PEERS_ENV)/bin/pip install --quiet llama-cpp-python==$(PEERS_VERSION) numpy
+	@touch $@
+
+peers: $(PEERS_ENV)/.ready
+
+test:
+	@for stage in setup lint tests qemu peers webui; do
+	  start=$$SECONDS; echo "== $$stage"
+	  case $$stage in
+	    setup) limit=$(BUDGET_SETUP); goal="test-setup" ;;
+	    lint) limit=$(BUDGET_LINT); goal="lint" ;;
+	    tests) limit=$(BUDGET_TESTS); goal="tests" ;;
+	    qemu) limit=$(BUDGET_QEMU); goal="tests-qemu" ;;
+	    peers) limit=$(BUDGET_PEERS); goal="tests-peers" ;;
+	    webui) limit=$(BUDGET_WEBUI); goal="tests-webui" ;;
+	  esac
+	  timeout --foreground $$limit $(MAKE) --no-print-directory $$goal
+	  echo "== $$stage took $$((SECONDS - start)) s of $$limit s"
+	done
+
+.PHONY: test-setup
+test-setup:
+	@deploy/require.sh chromium chromium-driver fonts-noto-cjk qemu-user-static binutils
+	$(MAKE) --no-print-directory $(VENV)/.dev $(VENV)/.built peers webui-env
+
+lint: $(VENV)/.dev $(VENV)/.built
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find kernels/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	find kernels/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+tests: $(VENV)/.dev $(VENV)/.built
+	@$(BIN)/python -m pytest -q -m 'not peers and not webui' --cov --cov-report=term:skip-covered
+
+# The scalar and AVX2 kernels on processors that have nothing newer: a wrong instruction traps.
+tests-qemu: $(VENV)/.dev $(VENV)/.built
+	@qemu-x86_64-static -cpu Nehalem $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
+	qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
+
+tests-peers: $(VENV)/.dev $(VENV)/.built peers
+	@$(BIN)/python -m pytest -q -m peers
+
+tests-webui: $(VENV)/.dev $(VENV)/.built webui-env
+	@$(BIN)/python -m pytest -q -m webui
+
+bench: $(VENV)/.built
+	@$(BIN)/ktd bench kernels
+
+wheel: $(VENV)/.run
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	ls dist/*.whl
+
+clean: down
+	@rm -rf build dist $(VENV) run
