@@ -30,7 +30,7 @@ BUDGET_PEERS := 600
 BUDGET_WEBUI := 900
 BUDGET_SETUP := 2400
 
-.PHONY: help up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
+.PHONY: help proto up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -134,6 +134,11 @@ tests-webui: $(VENV)/.dev $(VENV)/.built webui-env
 
 bench: $(VENV)/.built
 	@$(BIN)/ktd bench kernels
+
+# Regenerates the committed gRPC code from the proto file.
+proto: $(VENV)/.dev
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --mypy_out=proto \
+	  --grpc_python_out=proto --mypy_grpc_out=proto ktd_proto/v1/engine.proto
 
 wheel: $(VENV)/.run
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .

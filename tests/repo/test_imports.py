@@ -1,0 +1,45 @@
+"""The layers import downwards only: a newcomer can read one without the ones above it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+DAEMON = Path(__file__).parents[2] / "daemon" / "ktd"
+
+# A package may import those named here, itself, and nothing else of ktd.
+ALLOWED = {
+    "types": set(),
+    "errors": set(),
+    "gguf": {"errors"},
+    "text": {"errors", "types", "gguf"},
+    "cache": {"errors", "types"},
+    "sched": {"errors", "types", "cache"},
+    "model": {"errors", "types", "gguf", "cache"},
+    "engine": {"errors", "types", "cache", "sched", "model"},
+    "chat": {"errors", "types", "engine", "text"},
+}
+
+
+def imported_packages(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            if node.module == "ktd":
+                names |= {f"ktd.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("ktd.")}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_layer_imports_only_what_is_below_it(package: str) -> None:
+    place = DAEMON / package
+    files = list(place.rglob("*.py")) if place.is_dir() else [DAEMON / f"{package}.py"]
+    assert files
+    for path in files:
+        above = imported_packages(path) - ALLOWED[package] - {package}
+        assert not above, f"{path.relative_to(DAEMON)} imports {sorted(above)}"
