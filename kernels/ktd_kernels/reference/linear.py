@@ -1,4 +1,4 @@
-"""Products with dequantised weights: linear, per-head linear, gated MLP, mixture of experts, embedding rows."""
+"""Products with dequantised weights: linear, per-head, gated MLP, mixture of experts, embedding."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def mlp(gate: F32, up: F32, down: F32, x: F32) -> F64:
 def moe(gate: F32, up: F32, down: F32, x: F32, ids: NDArray[np.int32], weights: F32) -> F64:
     """Weighted sum of the chosen experts' MLPs.
 
-    gate and up [E, f, d], down [E, d, f], x [n, d], ids and weights [n, k] → [n, d]. The experts of a token are
-    added in the order of its row of `ids`.
+    gate and up [E, f, d], down [E, d, f], x [n, d], ids and weights [n, k] → [n, d]. The experts of a token
+    are added in the order of its row of `ids`.
     """
     out = np.zeros((x.shape[0], down.shape[1]), np.float64)
     for row in range(x.shape[0]):

@@ -1,4 +1,4 @@
-"""Rotary embedding on interleaved pairs, and the YaRN table (Peng et al. 2023, arXiv 2309.00071; HF DeepSeek code)."""
+"""Rotary embedding on interleaved pairs, and the YaRN table (Peng et al. 2023, arXiv 2309.00071)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def yarn_frequencies(
 ) -> NDArray[np.float64]:
     """Angle per position of each of the dim/2 pairs.
 
-    YaRN blends f and f / factor with a linear ramp between the correction dimensions of beta_fast and beta_slow;
-    factor 1 leaves plain rotary frequencies.
+    YaRN blends f and f / factor with a linear ramp between the correction dimensions of beta_fast and
+    beta_slow, as HF's DeepSeek code does; factor 1 leaves plain rotary frequencies.
     """
     frequency = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     if factor == 1.0:
