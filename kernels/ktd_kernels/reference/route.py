@@ -22,8 +22,8 @@ def route(
     """Choose `used` experts a row of logits [n, E] → ids int32 [n, used], weights [n, used].
 
     Scores are sigmoid or softmax of the logits; choice = score + bias. The experts form `groups` equal runs;
-    a group scores the maximum ("max") or the sum of its two largest choices ("top2"); only experts of the best
-    `groups_used` groups may be chosen. Weights are the scores without bias, divided by (sum + 1e-20) if
+    a group scores the maximum ("max") or the sum of its two largest choices ("top2"); only experts of the
+    best `groups_used` groups may be chosen. Weights are the scores without bias, divided by (sum + 1e-20) if
     `normalise`, times `scale`. Ties go to the lowest index; ids come in descending order of choice.
     """
     wide = logits.astype(np.float64)
