@@ -1,0 +1,151 @@
+"""What a model needs of this machine's memory, decided before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from ktd.errors import SettingsError
+from ktd.gguf import GgufFile
+from ktd.model.config import ModelConfig
+
+GIB = 1 << 30
+# Left to the system and to the Python process (torch, tokenizer, servers) when no budget is given.
+_RESERVE = GIB
+# A default context is never planned below this where the model itself allows it (design: "at least 16,384").
+_LEAST_CONTEXT = 16_384
+_ROUTED = re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_exps\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the bytes go. Sizes in bytes, `context` and `cache_tokens` in tokens.
+
+    `routed` are the routed experts, `dense` all other weights; `routed_per_token` and `dense_per_token`
+    what one generated token reads of them. `from_disk` of the weights do not fit beside the rest: the
+    system reads them again from the file whenever a token needs them.
+    """
+
+    ram: int
+    routed: int
+    dense: int
+    routed_per_token: int
+    dense_per_token: int
+    context: int
+    cache_tokens: int
+    cache_per_token: int
+    buffers: int
+    from_disk: int
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the latent cache."""
+        return self.cache_tokens * self.cache_per_token
+
+    def tokens_per_second(self, bandwidth: float) -> float:
+        """The decode wall at `bandwidth` bytes a second: a token takes as long as reading its weights."""
+        return bandwidth / (self.routed_per_token + self.dense_per_token)
+
+
+def make_plan(
+    gguf: GgufFile,
+    config: ModelConfig,
+    *,
+    ram: int | None,
+    context: int | None,
+    sequences: int,
+    page_size: int,
+    chunk_tokens: int,
+    cache_value_bytes: int = 2,
+) -> Plan:
+    """Fits weights, latent cache and buffers into `ram` bytes (None: what is available now, less a reserve).
+
+    `context` None takes as much as fits, up to the model's own. `sequences` share a cache that holds at
+    least one whole context and, where half of the free memory allows, one for each of them.
+    Raises SettingsError when the asked context, or the least useful one, does not fit.
+    """
+    budget = ram if ram is not None else max(available_memory() - _RESERVE, 0)
+    routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
+    dense = gguf.nbytes - routed
+    per_token = config.layers * config.latent * cache_value_bytes
+    buffers = _buffers(config, sequences, chunk_tokens)
+    # Routed experts may stay on disk; everything that every token reads may not.
+    room = budget - dense - buffers
+    asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
+    if asked > config.context:
+        raise SettingsError(
+            f"A context of {asked} tokens was asked for, but {gguf.name} was made for {config.context}:"
+            " ask for less."
+        )
+    if room < _paged(asked, page_size) * per_token:
+        fits = max(room // per_token // page_size * page_size, 0)
+        need = dense + buffers + _paged(asked, page_size) * per_token
+        raise SettingsError(
+            f"A context of {asked} tokens needs {need / GIB:.1f} GiB beside the routed experts, but the"
+            f" memory budget is {budget / GIB:.1f} GiB: "
+            + (f"set --context to at most {fits}, or " if fits else "")
+            + "free memory or raise --ram."
+        )
+    # The rest of the budget after all weights; when they do not fit, the cache stays as small as was asked.
+    spare = max(room - routed, 0)
+    if context is None:
+        growing = max(spare // per_token // page_size * page_size, asked)
+        asked = min(config.context, growing)
+    shared = min(sequences * asked, max(asked, spare // 2 // per_token))
+    cache_tokens = _paged(shared, page_size)
+    return Plan(
+        ram=budget,
+        routed=routed,
+        dense=dense,
+        routed_per_token=_routed_per_token(routed, config),
+        dense_per_token=dense - _embedding(gguf),
+        context=asked,
+        cache_tokens=cache_tokens,
+        cache_per_token=per_token,
+        buffers=buffers,
+        from_disk=max(routed + dense + buffers + cache_tokens * per_token - budget, 0),
+    )
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the smaller of what the system and its cgroup have left."""
+    available = psutil.virtual_memory().available
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    used = _number(Path("/sys/fs/cgroup/memory.current"))
+    if limit is not None and used is not None:
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such cgroup file, or "max"
+        return None
+
+
+def _paged(tokens: int, page_size: int) -> int:
+    return math.ceil(tokens / page_size) * page_size
+
+
+def _routed_per_token(routed: int, config: ModelConfig) -> int:
+    return routed * config.moe.used // config.moe.experts if config.moe else 0
+
+
+def _embedding(gguf: GgufFile) -> int:
+    """Bytes of the token embedding, of which a token reads one row; 0 when it is the output matrix too."""
+    embedding = gguf.tensors.get("token_embd.weight")
+    return embedding.nbytes if embedding and "output.weight" in gguf.tensors else 0
+
+
+def _buffers(config: ModelConfig, sequences: int, chunk_tokens: int) -> int:
+    """Activations of the largest step in float32: the values a row passes through, and the logits."""
+    rows = chunk_tokens + sequences
+    attention = config.heads * (config.nope + config.rope + 2 * config.kv_lora + config.value)
+    widest = max(config.dense_width, config.moe.used * config.moe.width if config.moe else 0)
+    experts = (config.moe.used + 1) * config.hidden if config.moe else 0
+    return 4 * (rows * (4 * config.hidden + attention + 3 * widest + experts) + sequences * config.vocab_size)
