@@ -1,0 +1,209 @@
+// The Python module ktd_kernels._C: instruction sets, Cpu, Weight, and the products.
+#include "bindings.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdlib.h>
+
+#include <memory>
+#include <optional>
+
+#include "dispatch.h"
+#include "matmul.h"
+#include "moe.h"
+#include "topology.h"
+
+namespace ktd {
+namespace {
+
+using Floats = Array<float>;
+using ConstFloats = Array<const float>;
+
+std::unique_ptr<Cpu> make_cpu(std::optional<int> threads, std::optional<std::string> isa) {
+  Topology topology = read_topology();
+  const int count = threads.value_or(topology.threads);
+  if (count < 1 || count > 1024)
+    reject("threads is " + std::to_string(count) + ", but must be from 1 to 1024.");
+  const char* environment = getenv("KTD_ISA");
+  const std::string name = isa ? *isa : (environment ? environment : "");
+  const KernelTable* table;
+  try {
+    table = &kernel_table(name);
+  } catch (const std::invalid_argument& error) {
+    reject(error.what());
+  }
+  // Pinning helps only while every thread has a core of its own.
+  const bool pin = !topology.limited && count <= static_cast<int>(topology.cores.size());
+  return std::make_unique<Cpu>(count, pin ? topology.cores : std::vector<int>{}, *table);
+}
+
+void init_weight(PyWeight* self, Array<const uint8_t> data, int ggml_type, std::vector<int64_t> shape) {
+  Format format;
+  const FormatInfo* info = find_format(ggml_type, &format);
+  if (info == nullptr) reject("GGUF tensor type " + std::to_string(ggml_type) + " has no CPU kernel.");
+  if (shape.size() != 2 && shape.size() != 3)
+    reject("A weight's shape is [rows, cols] or [count, rows, cols], not " +
+           shape_text(shape.data(), shape.size()) + ".");
+  for (int64_t size : shape)
+    if (size < 0)
+      reject("A weight's shape cannot be negative: " + shape_text(shape.data(), shape.size()) + ".");
+  PyWeight w;
+  w.dims = static_cast<int>(shape.size());
+  w.count = w.dims == 3 ? shape[0] : 1;
+  w.rows = shape[shape.size() - 2];
+  w.cols = shape[shape.size() - 1];
+  w.format = format;
+  if (w.cols % info->block != 0)
+    reject("Rows of " + std::to_string(w.cols) + " values are not a whole number of " + info->name +
+           " blocks (" + std::to_string(info->block) + " values each).");
+  w.row_bytes = w.cols / info->block * info->bytes;
+  check_array(data, "data", {w.count * w.rows * w.row_bytes});
+  w.data = data.data();
+  w.owner = nb::cast(data, nb::rv_policy::reference);
+  new (self) PyWeight(std::move(w));
+}
+
+std::vector<int64_t> weight_shape(const PyWeight& w) {
+  if (w.dims == 2) return {w.rows, w.cols};
+  return {w.count, w.rows, w.cols};
+}
+
+nb::object dequantize(const PyWeight& w) {
+  const int64_t rows = w.count * w.rows;
+  std::unique_ptr<float[]> values(new float[static_cast<size_t>(rows * w.cols)]);
+  {
+    nb::gil_scoped_release released;
+    for (int64_t r = 0; r < rows; ++r)
+      dequantize_row(w.format, w.row(0, r), w.cols, values.get() + r * w.cols);
+  }
+  std::vector<size_t> shape;
+  for (int64_t size : weight_shape(w)) shape.push_back(static_cast<size_t>(size));
+  float* data = values.release();
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.data(), owner));
+}
+
+void check_matrix(const PyWeight& w, const char* name, int dims) {
+  if (w.dims != dims)
+    reject(std::string(name) + " must be " +
+           (dims == 2 ? "one matrix [rows, cols]" : "a stack [count, rows, cols]") + ", not " +
+           shape_text(weight_shape(w).data(), static_cast<size_t>(w.dims)) + ".");
+}
+
+void py_linear(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out, bool accumulate) {
+  check_matrix(w, "w", 2);
+  check_array(x, "x", {-1, w.cols}, true);
+  const int64_t n = static_cast<int64_t>(x.shape(0));
+  check_array(out, "out", {n, w.rows}, true);
+  nb::gil_scoped_release released;
+  linear(cpu, w, {x.data(), x.stride(0)}, n, {out.data(), out.stride(0)}, accumulate);
+}
+
+void py_linear_heads(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out) {
+  check_matrix(w, "w", 3);
+  check_array(x, "x", {-1, w.count, w.cols}, true);
+  const int64_t n = static_cast<int64_t>(x.shape(0));
+  check_array(out, "out", {n, w.count, w.rows}, true);
+  nb::gil_scoped_release released;
+  linear(cpu, w, {x.data(), x.stride(0), x.stride(1)}, n, {out.data(), out.stride(0), out.stride(1)}, false);
+}
+
+void check_gated(const PyWeight& gate, const PyWeight& up, const PyWeight& down, int dims) {
+  check_matrix(gate, "gate", dims);
+  check_matrix(up, "up", dims);
+  check_matrix(down, "down", dims);
+  if (gate.count != up.count || gate.count != down.count || gate.rows != up.rows || gate.cols != up.cols ||
+      down.rows != gate.cols || down.cols != gate.rows)
+    reject("gate, up and down do not belong together: " +
+           shape_text(weight_shape(gate).data(), static_cast<size_t>(dims)) + ", " +
+           shape_text(weight_shape(up).data(), static_cast<size_t>(dims)) + ", " +
+           shape_text(weight_shape(down).data(), static_cast<size_t>(dims)) + ".");
+}
+
+void py_mlp(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, ConstFloats x,
+            Floats out, bool accumulate) {
+  check_gated(gate, up, down, 2);
+  check_array(x, "x", {-1, gate.cols}, true);
+  const int64_t n = static_cast<int64_t>(x.shape(0));
+  check_array(out, "out", {n, down.rows}, true);
+  nb::gil_scoped_release released;
+  moe(cpu, {&gate,
+            &up,
+            &down,
+            {x.data(), x.stride(0)},
+            n,
+            1,
+            nullptr,
+            nullptr,
+            {out.data(), out.stride(0)},
+            accumulate});
+}
+
+void py_moe(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, ConstFloats x,
+            Array<const int32_t> ids, ConstFloats weights, Floats out, bool accumulate) {
+  check_gated(gate, up, down, 3);
+  check_array(x, "x", {-1, gate.cols}, true);
+  const int64_t n = static_cast<int64_t>(x.shape(0));
+  check_array(ids, "ids", {n, -1});
+  const int64_t k = static_cast<int64_t>(ids.shape(1));
+  check_array(weights, "weights", {n, k});
+  check_array(out, "out", {n, down.rows}, true);
+  for (int64_t i = 0; i < n * k; ++i)
+    if (ids.data()[i] < 0 || ids.data()[i] >= gate.count)
+      reject("ids holds expert " + std::to_string(ids.data()[i]) + ", but there are " +
+             std::to_string(gate.count) + " experts.");
+  nb::gil_scoped_release released;
+  moe(cpu, {&gate,
+            &up,
+            &down,
+            {x.data(), x.stride(0)},
+            n,
+            k,
+            ids.data(),
+            weights.data(),
+            {out.data(), out.stride(0)},
+            accumulate});
+}
+
+}  // namespace
+}  // namespace ktd
+
+NB_MODULE(_C, m) {
+  using namespace ktd;
+  using namespace nb::literals;
+
+  m.def("isa_list", &isa_list, "Names of the instruction sets this CPU and system support, best first.");
+  m.def("cpu_features", &cpu_features, "CPU features, finer than isa_list, that the system has enabled.");
+
+  nb::class_<PyWeight>(m, "Weight",
+                       "A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.")
+      .def("__init__", &init_weight, "data"_a, "ggml_type"_a, "shape"_a,
+           "data: uint8 [bytes]; ggml_type: GGUF tensor type; shape: (rows, cols) or (count, rows, cols).")
+      .def_prop_ro("shape", [](const PyWeight& w) { return nb::tuple(nb::cast(weight_shape(w))); })
+      .def_prop_ro("ggml_type", [](const PyWeight& w) { return format_info(w.format).ggml_type; })
+      .def_prop_ro("nbytes", [](const PyWeight& w) { return w.count * w.rows * w.row_bytes; })
+      .def("dequantize", &dequantize, "float32 array of `shape`, bit-equal to gguf.quants.dequantize.");
+
+  nb::class_<Cpu> cpu(m, "Cpu", "A pinned thread pool and the kernels of one instruction set.");
+  cpu.def(nb::new_(&make_cpu), "threads"_a = nb::none(), "isa"_a = nb::none(),
+          "threads: default one per physical core within the cgroup's quota; isa: default KTD_ISA or the "
+          "best.")
+      .def_prop_ro("isa", [](const Cpu& self) { return self.table.name; })
+      .def_prop_ro("threads", [](const Cpu& self) { return self.pool.threads(); })
+      .def("linear", &py_linear, "w"_a, "x"_a, "out"_a, "accumulate"_a = false,
+           "out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.")
+      .def("linear_heads", &py_linear_heads, "w"_a, "x"_a, "out"_a,
+           "out[n, h, :] = w[h] @ x[n, h, :] for a stack w[H, rows, cols]; float32, outer dimensions may be "
+           "strided.")
+      .def("mlp", &py_mlp, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a, "accumulate"_a = false,
+           "out[n, d] (+)= down(silu(gate x) * (up x)) for gate, up [f, d] and down [d, f].")
+      .def("moe", &py_moe, "gate"_a, "up"_a, "down"_a, "x"_a, "ids"_a, "weights"_a, "out"_a,
+           "accumulate"_a = false,
+           "Sum over j of weights[n, j] * expert ids[n, j] of x[n], added in the order of j; gate, up [E, f, "
+           "d], down "
+           "[E, d, f], ids int32 [n, k], weights float32 [n, k].");
+  bind_ops(cpu);
+}

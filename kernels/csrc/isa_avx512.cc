@@ -1,0 +1,16 @@
+#include "kernel_table.h"
+
+namespace ktd::avx512 {
+namespace {
+
+#include "ops-inl.h"
+
+}  // namespace
+
+const KernelTable& table() {
+  static constinit KernelTable table{};
+  table.ops = make_ops_table();
+  return table;
+}
+
+}  // namespace ktd::avx512

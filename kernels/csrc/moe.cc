@@ -1,0 +1,7 @@
+#include "moe.h"
+
+namespace ktd {
+
+void moe(Cpu&, const MoeArgs&) {}
+
+}  // namespace ktd
