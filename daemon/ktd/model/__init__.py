@@ -1,0 +1,10 @@
+"""The model: a `deepseek2` GGUF as one graph over the kernels."""
+
+from ktd.model.batch import Batch, Piece
+from ktd.model.config import ModelConfig, MoeConfig, YarnConfig
+from ktd.model.deepseek import DeepseekModel
+from ktd.model.loader import load_model
+
+Model = DeepseekModel
+
+__all__ = ["Batch", "DeepseekModel", "Model", "ModelConfig", "MoeConfig", "Piece", "YarnConfig", "load_model"]

@@ -1,0 +1,286 @@
+"""The step loop: schedule → run → sample → publish, on one thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from enum import Enum, auto
+
+import numpy as np
+import numpy.typing as npt
+
+from ktd.cache import BlockPool, LatentCache
+from ktd.engine.config import EngineConfig
+from ktd.engine.live import Listener, LiveRequest
+from ktd.engine.runner import Runner
+from ktd.errors import Busy, ContextExceeded, EngineFailure, KtdError, RequestError, Unavailable
+from ktd.model import Model
+from ktd.sched import Scheduler, Sequence, Work
+from ktd.types import Ended, EngineStatus, Failed, FinishReason, GenerationRequest, Tokens
+
+log = logging.getLogger(__name__)
+
+F32 = npt.NDArray[np.float32]
+_PREFILL_EVERY = 0.9  # seconds; clients are promised progress at least once a second
+_FAULT = "The engine failed while it worked on this request; the daemon's log has the trace."
+
+
+class _State(Enum):
+    NEW = auto()
+    OPEN = auto()
+    DRAINING = auto()
+    STOPPED = auto()
+
+
+class _Abandoned(Exception):
+    """Nobody wants the running step any more."""
+
+
+class Engine:
+    """Serves many requests at once from one model.
+
+    `submit`, `abort`, `status`, `drain`, `stop` and `check_integrity` may be called from any thread.
+    Listeners are called from the engine thread, one event at a time, and hold it up while they run.
+
+    Two locks: `_inbox` guards what other threads leave for the loop, `_books` the scheduler. Neither is held
+    while the model runs or a listener is called.
+    """
+
+    def __init__(self, model: Model, config: EngineConfig) -> None:
+        self._config = config
+        self._vocab_size = model.config.vocab_size
+        cache = LatentCache(
+            model.config.layers, config.total_pages, config.page_size, model.config.latent, config.cache_type
+        )
+        self._pool = BlockPool(config.total_pages)
+        self._scheduler = Scheduler(
+            self._pool,
+            page_size=config.page_size,
+            max_sequences=config.max_sequences,
+            step_tokens=config.chunk_tokens,
+        )
+        model.reserve(config.chunk_tokens, config.max_sequences)
+        self._runner = Runner(model, cache)
+        self._inbox = threading.Condition()
+        self._books = threading.Lock()
+        self._state = _State.NEW
+        self._live: dict[str, LiveRequest] = {}
+        self._unfinished = 0  # submitted and not yet told their last word
+        self._arrived: list[LiveRequest] = []
+        self._aborted: set[str] = set()
+        self._prompt_tokens = self._completion_tokens = self._steps = 0
+        self._thread = threading.Thread(target=self._loop, name="ktd-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the loop. An engine is started once."""
+        with self._inbox:
+            self._state = _State.OPEN
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> None:
+        """Queues a request. `listener` then gets its events, exactly one of them terminal (Ended or Failed).
+
+        Raises ContextExceeded, RequestError (empty prompt, foreign token id, id in use), Busy when the queue
+        is full, Unavailable before start and once draining began.
+        """
+        self._check(request)
+        live = LiveRequest(request, listener)
+        with self._inbox:
+            if self._state is not _State.OPEN:
+                raise Unavailable("The engine takes no requests now: it is not started yet, or is stopping.")
+            if request.request_id in self._live:
+                raise RequestError(f"A request with the id {request.request_id} is being worked on.")
+            if len(self._live) >= self._config.max_sequences + self._config.queue_limit:
+                raise Busy(f"{self._config.queue_limit} requests are waiting already; try again later.")
+            self._live[request.request_id] = live
+            self._unfinished += 1
+            self._arrived.append(live)
+            self._inbox.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with Failed(Unavailable) before the next step; does nothing for one that has
+        ended."""
+        with self._inbox:
+            if request_id in self._live:
+                self._aborted.add(request_id)
+                self._inbox.notify_all()
+
+    def status(self) -> EngineStatus:
+        with self._inbox, self._books:
+            running = len(self._scheduler.running)
+            return EngineStatus(
+                running=running,
+                waiting=max(len(self._live) - running, 0),
+                pages_total=self._pool.total,
+                pages_free=self._pool.free,
+                prompt_tokens_total=self._prompt_tokens,
+                completion_tokens_total=self._completion_tokens,
+                steps_total=self._steps,
+            )
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where pages leaked or are held twice."""
+        with self._books:
+            self._scheduler.check_integrity()
+
+    def drain(self, seconds: float) -> bool:
+        """Refuses new requests and waits for those it has; False when some are left after `seconds`."""
+        with self._inbox:
+            if self._state is _State.OPEN:
+                self._state = _State.DRAINING
+            return self._inbox.wait_for(lambda: not self._unfinished, timeout=seconds)
+
+    def stop(self) -> None:
+        """Ends every request with Failed(Unavailable), then the thread. Safe to repeat."""
+        with self._inbox:
+            started = self._state is not _State.NEW
+            self._state = _State.STOPPED
+            self._inbox.notify_all()
+        if started and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # The loop. All below runs on the engine thread.
+
+    def _loop(self) -> None:
+        while self._collect():
+            try:
+                self._step()
+            except _Abandoned:
+                continue
+            except Exception:
+                log.exception("the step loop failed")
+                self._fail(self._known(), EngineFailure(_FAULT))
+        self._fail(self._known(), Unavailable("The engine is stopping."))
+
+    def _collect(self) -> bool:
+        """Takes in what other threads left, waiting while there is nothing to do; False once stopped."""
+        with self._inbox:
+            self._inbox.wait_for(
+                lambda: (
+                    self._arrived
+                    or self._aborted
+                    or self._state is _State.STOPPED
+                    or not self._scheduler.idle
+                )
+            )
+            arrived, self._arrived = self._arrived, []
+            aborted = [self._live[name] for name in self._aborted if name in self._live]
+            self._aborted.clear()
+        with self._books:
+            for live in arrived:
+                self._scheduler.add(live.sequence)
+        self._fail(aborted, Unavailable("cancelled"))
+        return self._state is not _State.STOPPED
+
+    def _step(self) -> None:
+        with self._books:
+            work = self._scheduler.schedule()
+            waiting = self._scheduler.waiting
+            running = list(self._scheduler.running)
+        for position, sequence in enumerate(waiting):
+            self._of(sequence).queued(position)
+        for sequence in running:
+            self._of(sequence).started()
+        if work:
+            self._run(work)
+        elif waiting or running:
+            raise RuntimeError("the scheduler found nothing to do for the requests it has")
+        self._drop_deaf()
+
+    def _run(self, work: list[Work]) -> None:
+        requests = [self._of(item.sequence) for item in work]
+        try:
+            logits = self._runner.run(work, lambda fraction: self._tick(work, fraction))
+        except _Abandoned:
+            raise
+        except Exception:
+            log.exception("a step failed; its %d requests end", len(work))
+            self._fail(requests, EngineFailure(_FAULT))
+            return
+        with self._books:
+            self._scheduler.commit(work)
+            self._steps += 1
+        rows = iter(logits)
+        for item, live in zip(work, requests, strict=True):
+            if item.draws:
+                live.prefilled(live.sequence.prompt_tokens)
+                self._draw(live, next(rows))
+            else:
+                live.prefilled(live.sequence.computed, every=_PREFILL_EVERY)
+
+    def _draw(self, live: LiveRequest, logits: F32) -> None:
+        """Draws, publishes and perhaps ends; a fault here is this request's alone."""
+        try:
+            token = live.sampler.draw(logits)
+        except Exception as error:
+            log.exception("sampling failed for request %s", live.request.request_id)
+            self._fail([live], error if isinstance(error, KtdError) else EngineFailure(_FAULT))
+            return
+        if live.sequence.drawn == 0:
+            self._prompt_tokens += live.sequence.prompt_tokens
+        live.drew(token)
+        if token in live.request.stop_ids:
+            self._end(live, Ended(FinishReason.STOP, live.timings()))
+            return
+        self._completion_tokens += 1
+        live.tell(Tokens((token,)))
+        if live.sequence.drawn == live.request.max_tokens:
+            self._end(live, Ended(FinishReason.LENGTH, live.timings()))
+
+    def _tick(self, work: list[Work], fraction: float) -> None:
+        """Called between layers: tells progress within a long step, and gives up one that nobody wants."""
+        with self._inbox:
+            unwanted = all(item.sequence.request.request_id in self._aborted for item in work)
+            if unwanted or self._state is _State.STOPPED:
+                raise _Abandoned
+        done = {item.sequence: item.start + int(item.count * fraction) for item in work}
+        for sequence in self._scheduler.running:
+            live = self._of(sequence)
+            almost = min(done.get(sequence, 0), sequence.prompt_tokens - 1)
+            live.prefilled(almost, every=_PREFILL_EVERY)
+
+    def _fail(self, requests: Iterable[LiveRequest], error: KtdError) -> None:
+        for live in requests:
+            self._end(live, Failed(error))
+
+    def _end(self, live: LiveRequest, event: Ended | Failed) -> None:
+        """Frees what the request holds, then says the last word; `drain` waits for both."""
+        with self._books:
+            self._scheduler.remove(live.sequence)
+        with self._inbox:
+            del self._live[live.request.request_id]
+        live.tell(event)
+        with self._inbox:
+            self._unfinished -= 1
+            self._inbox.notify_all()
+
+    def _drop_deaf(self) -> None:
+        """A request whose listener raised goes on for nobody."""
+        for live in self._known():
+            if live.listener_failed:
+                self._end(live, Failed(Unavailable("The listener of this request failed.")))
+
+    def _known(self) -> list[LiveRequest]:
+        """Requests that the scheduler has, oldest first."""
+        return [self._of(sequence) for sequence in [*self._scheduler.running, *self._scheduler.waiting]]
+
+    def _of(self, sequence: Sequence) -> LiveRequest:
+        return self._live[sequence.request.request_id]
+
+    def _check(self, request: GenerationRequest) -> None:
+        length = len(request.prompt) + request.max_tokens
+        if length > self._config.context:
+            raise ContextExceeded(
+                f"The prompt's {len(request.prompt)} tokens and an answer of up to {request.max_tokens}"
+                f" exceed the context of {self._config.context} tokens; shorten the conversation or lower"
+                " max_tokens."
+            )
+        if not request.prompt or request.max_tokens < 1:
+            raise RequestError("A request needs at least one prompt token and room for one more.")
+        foreign = [token for token in (*request.prompt, *request.sampling.logit_bias) if not self._has(token)]
+        if foreign:
+            raise RequestError(f"Token id {foreign[0]} is outside the vocabulary of {self._vocab_size}.")
+
+    def _has(self, token: int) -> bool:
+        return 0 <= token < self._vocab_size

@@ -1,0 +1,107 @@
+"""Draws the next token of one request from its row of logits.
+
+Each row is treated alone, with operations over the whole vocabulary: what a request draws depends on its
+logits and its seed, never on what shares its step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ktd.errors import EngineFailure
+from ktd.types import GenerationRequest
+
+F32 = npt.NDArray[np.float32]
+
+
+class Sampler:
+    """The random state and token counts of one request."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        p = self._params = request.sampling
+        seed = None if p.seed is None else p.seed % 2**64
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._bias_ids = np.fromiter(p.logit_bias.keys(), np.int64, len(p.logit_bias))
+        self._bias = np.fromiter(p.logit_bias.values(), np.float32, len(p.logit_bias))
+        self._penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
+        self._drawn: dict[int, int] = {}
+        self._seen = set(request.prompt) if p.repetition_penalty != 1.0 else set()
+
+    def draw(self, logits: F32) -> int:
+        """The next token id. `logits` [vocab] is overwritten. Raises EngineFailure where it holds no numbers.
+
+        Order of the rules: bias, penalties, temperature, top-k, top-p of what top-k left, min-p. Of equal
+        logits the lowest id counts as the larger.
+        """
+        logits[self._bias_ids] += self._bias
+        if self._penalised:
+            self._penalise(logits)
+        top = logits.max()
+        if not np.isfinite(top):
+            raise EngineFailure("The model gave no usable probabilities for this request.")
+        token = int(logits.argmax()) if self._params.temperature == 0 else self._sample(logits, top)
+        if self._penalised:
+            self._drawn[token] = self._drawn.get(token, 0) + 1
+            if self._params.repetition_penalty != 1.0:
+                self._seen.add(token)
+        return token
+
+    def _penalise(self, logits: F32) -> None:
+        """Repetition counts the prompt too (as Hugging Face), presence and frequency only the answer (as
+        OpenAI)."""
+        p = self._params
+        if self._seen:
+            seen = np.fromiter(self._seen, np.int64, len(self._seen))
+            values = logits[seen]
+            factor = np.float32(p.repetition_penalty)
+            logits[seen] = np.where(values > 0, values / factor, values * factor)
+        if self._drawn:
+            drawn = np.fromiter(self._drawn.keys(), np.int64, len(self._drawn))
+            counts = np.fromiter(self._drawn.values(), np.float32, len(self._drawn))
+            logits[drawn] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
+
+    def _sample(self, logits: F32, top: np.float32) -> int:
+        p = self._params
+        weights = logits
+        weights -= top
+        with np.errstate(over="ignore"):  # a temperature near 0 sends all but the best to -inf, as it should
+            weights /= np.float32(max(p.temperature, 1e-6))
+        np.exp(weights, out=weights)  # the best is exactly 1
+        ids = _candidates(weights, p.top_k, p.top_p, p.min_p)
+        cumulated = np.cumsum(weights if ids is None else weights[ids], dtype=np.float64)
+        place = int(np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right"))
+        place = min(place, len(cumulated) - 1)
+        return place if ids is None else int(ids[place])
+
+
+def _candidates(weights: F32, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.int64] | None:
+    """Ids that may be drawn, likeliest first; None when all may. `weights` are relative to the best, which
+    is 1.
+
+    A threshold cuts the vocabulary down before anything is sorted. For top-p it is (1 - top_p) · sum / vocab:
+    all tokens below it together weigh less than 1 - top_p of the sum, so the nucleus lies above it.
+    """
+    vocab = len(weights)
+    if not 0 < top_k < vocab:
+        top_k = vocab
+        if top_p >= 1 and min_p <= 0:
+            return None
+    threshold = min_p
+    total = None
+    if top_k < vocab:
+        threshold = max(threshold, float(np.partition(weights, vocab - top_k)[vocab - top_k]))
+    elif top_p < 1:
+        total = float(weights.sum(dtype=np.float64))
+        threshold = max(threshold, (1.0 - top_p) * total / vocab)
+    ids = np.flatnonzero(weights >= np.float32(threshold) * np.float32(1 - 1e-6))
+    ids = ids[np.argsort(-weights[ids], kind="stable")][:top_k]
+    kept = weights[ids]
+    count = len(ids)
+    if top_p < 1:
+        cumulated = np.cumsum(kept, dtype=np.float64)
+        mass = cumulated[-1] if total is None else total
+        count = min(count, int(np.searchsorted(cumulated, top_p * mass)) + 1)
+    if min_p > 0:
+        count = min(count, int(np.count_nonzero(kept >= np.float32(min_p))))
+    return ids[: max(count, 1)]

@@ -1,0 +1,66 @@
+"""The rows of one step: what the model is fed, whatever number of sequences they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of one sequence.
+
+    `start` is the position of the first, `pages` the sequence's pages from position 0 on, enough for all of
+    them. Logits are wanted for the last `logits` of the tokens.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """n rows (tokens) of several sequences, as the kernels take them.
+
+    Row i is `tokens[i]` at `positions[i]`; its latent goes to cache slot `slots[i]` = page · page_size +
+    offset, and it attends to the first `context[i]` tokens of the sequence whose pages are
+    `page_table[seq_of_row[i]]` (slots of the table behind those are never read). `logit_rows` are the rows
+    whose logits are wanted, ascending.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int64]
+    seq_of_row: npt.NDArray[np.int32]
+    context: npt.NDArray[np.int32]
+    page_table: npt.NDArray[np.int32]
+    logit_rows: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], page_size: int) -> Batch:
+        """Lays the pieces one after the other, in the order given."""
+        lengths = np.array([len(piece.tokens) for piece in pieces])
+        ends = np.cumsum(lengths)
+        positions = np.concatenate(
+            [np.arange(p.start, p.start + len(p.tokens), dtype=np.int32) for p in pieces]
+        )
+        seq_of_row = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+        page_table = np.zeros((len(pieces), max(len(piece.pages) for piece in pieces)), np.int32)
+        for row, piece in zip(page_table, pieces, strict=True):
+            row[: len(piece.pages)] = piece.pages
+        page = page_table[seq_of_row, positions // page_size].astype(np.int64)
+        wanted = [np.arange(end - p.logits, end) for p, end in zip(pieces, ends, strict=True)]
+        return cls(
+            tokens=np.concatenate([np.asarray(piece.tokens, np.int32) for piece in pieces]),
+            positions=positions,
+            slots=page * page_size + positions % page_size,
+            seq_of_row=seq_of_row,
+            context=positions + np.int32(1),
+            page_table=page_table,
+            logit_rows=np.concatenate(wanted).astype(np.int64),
+        )

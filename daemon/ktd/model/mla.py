@@ -1,0 +1,78 @@
+"""Multi-head latent attention in its absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+The cache holds one latent and one rotated key a token. k_b is multiplied into the query and v_b into the
+output, so keys and values of the heads are never formed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ktd.model.batch import Batch
+from ktd.model.config import ModelConfig
+from ktd.model.source import WeightSource
+from ktd.model.workspace import Views
+from ktd_kernels import Cpu
+
+# DeepSeek's own code leaves the norms of the two latents at this default, whatever the model's epsilon is.
+_LATENT_NORM_EPS = 1e-6
+
+
+class Mla:
+    """Weights of one layer's attention. Norms float32, all else in the file's types."""
+
+    def __init__(self, source: WeightSource, config: ModelConfig, layer: int) -> None:
+        c, name = config, f"blk.{layer}.attn_{{}}.weight".format
+        self._scale = c.attention_scale
+        query = c.heads * (c.nope + c.rope)
+        if c.q_lora is None:
+            self._q_a = None
+            self._q = source.matrix(name("q"), query, c.hidden)
+        else:
+            self._q_a = source.matrix(name("q_a"), c.q_lora, c.hidden)
+            self._q_a_norm = source.vector(name("q_a_norm"), c.q_lora)
+            self._q = source.matrix(name("q_b"), query, c.q_lora)
+        self._kv_a = source.matrix(name("kv_a_mqa"), c.latent, c.hidden)
+        self._kv_a_norm = source.vector(name("kv_a_norm"), c.kv_lora)
+        if source.has(name("kv_b")):
+            self._k_b, self._v_b = source.split_kv_b(name("kv_b"), c.heads, c.nope, c.value, c.kv_lora)
+        else:
+            self._k_b = source.stack(name("k_b"), c.heads, c.kv_lora, c.nope)
+            self._v_b = source.stack(name("v_b"), c.heads, c.value, c.kv_lora)
+        self._output = source.matrix(name("output"), c.hidden, c.heads * c.value)
+
+    def forward(
+        self,
+        cpu: Cpu,
+        batch: Batch,
+        cache: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+        table: npt.NDArray[np.float32],
+        v: Views,
+    ) -> None:
+        """Adds the attention over v.h to v.x. `cache` is this layer's [pages, page_size, latent]; rows of the
+        batch are stored before any is attended to, so a prefill chunk sees itself."""
+        if self._q_a is None:
+            cpu.linear(self._q, v.h, v.q)
+        else:
+            cpu.linear(self._q_a, v.h, v.q_a)
+            cpu.rms_norm(v.q_a, self._q_a_norm, _LATENT_NORM_EPS, v.q_a)
+            cpu.linear(self._q, v.q_a, v.q)
+        cpu.rope(v.q_rope, batch.positions, table)
+        cpu.linear(self._kv_a, v.h, v.kv)
+        cpu.rms_norm(v.kv_latent, self._kv_a_norm, _LATENT_NORM_EPS, v.kv_latent)
+        cpu.rope(v.k_rope, batch.positions, table)
+        cpu.store_latent(v.kv, batch.slots, cache)
+        cpu.linear_heads(self._k_b, v.q_nope, v.q_latent)
+        cpu.mla_attention(
+            v.q_latent,
+            v.q_rope,
+            cache,
+            batch.page_table,
+            batch.seq_of_row,
+            batch.context,
+            self._scale,
+            v.o_latent,
+        )
+        cpu.linear_heads(self._v_b, v.o_latent, v.o_heads)
+        cpu.linear(self._output, v.o, v.x, accumulate=True)
