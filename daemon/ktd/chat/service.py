@@ -1,0 +1,116 @@
+"""One chat from request to events: render, submit, detokenise, split, stop, count."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator
+
+from ktd.chat.interfaces import Generator, Prompt, Text
+from ktd.chat.mailbox import Mailbox
+from ktd.chat.served import ServedModel
+from ktd.chat.turn import Turn
+from ktd.errors import ContextExceeded, RequestError
+from ktd.types import (
+    ChatEvent,
+    ChatRequest,
+    Ended,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Prefilled,
+    Queued,
+    Tokens,
+)
+
+# Prompt progress is told at least this often, even while one chunk takes longer.
+PROGRESS_SECONDS = 1.0
+
+
+class ChatService:
+    """Chats with one model. Used from one event loop; the engine runs in its own thread."""
+
+    def __init__(self, engine: Generator, text: Text, served: ServedModel) -> None:
+        self.served = served
+        self._engine = engine
+        self._text = text
+        self._numbers = itertools.count(1)
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        """Events of one answer: Queued*, Prefill*, Reasoning*, (Answer | ToolCall)*, Usage, Finished.
+
+        Closing the generator, or cancelling the task that waits in it, frees the sequence before the next
+        decode step ends. Stop strings are looked for in the answer, not in the thought: they are about what
+        the reader sees. `max_tokens` beyond what the context leaves ends at the context, with
+        FinishReason.LENGTH.
+
+        Raises: ContextExceeded when the prompt leaves no room for an answer; RequestError for what only the
+        tokenizer can find wrong; Busy, Unavailable and EngineFailure as the engine tells them.
+        """
+        prompt = await asyncio.to_thread(self._render, request)
+        room = self.served.context - len(prompt.ids)
+        if room < 1:
+            raise ContextExceeded(
+                f"The prompt has {len(prompt.ids)} tokens and the context holds {self.served.context}: "
+                "shorten the conversation, or start the daemon with a larger --context."
+            )
+        # The client's id need not be unique (it may retry before the first try is gone); the engine's must
+        # be.
+        generation = GenerationRequest(
+            request_id=f"{request.request_id}#{next(self._numbers)}",
+            prompt=prompt.ids,
+            max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
+            sampling=request.sampling,
+            stop_ids=self._text.stop_ids,
+            priority=request.priority,
+        )
+        mailbox = Mailbox(asyncio.get_running_loop())
+        turn = Turn(
+            self._text.detokenizer(),
+            prompt_tokens=len(prompt.ids),
+            opens_thought=prompt.opens_thought,
+            stop=request.stop,
+            parse_tools=bool(request.tools),
+        )
+        self._engine.submit(generation, mailbox.put)
+        running = True
+        try:
+            while True:
+                event = await mailbox.get(PROGRESS_SECONDS if turn.reading else None)
+                if isinstance(event, Tokens):
+                    for told in turn.write(event.ids):
+                        yield told
+                    if turn.stopped:
+                        break
+                elif event is None or isinstance(event, Queued | Prefilled):
+                    if progress := turn.progress(event):
+                        yield progress
+                elif isinstance(event, Ended):
+                    running = False
+                    for told in turn.end():
+                        yield told
+                    yield turn.usage(event.timings)
+                    yield Finished(turn.finish_reason(event.reason))
+                    return
+                elif isinstance(event, Failed):
+                    running = False
+                    raise event.error
+        finally:
+            if running:
+                self._engine.abort(generation.request_id)
+        yield turn.usage()
+        yield Finished(turn.finish_reason(FinishReason.STOP))
+
+    def _render(self, request: ChatRequest) -> Prompt:
+        wild = [token for token in request.sampling.logit_bias if token >= self._text.vocab_size]
+        if wild:
+            raise RequestError(
+                f"logit_bias names token {wild[0]}, but the vocabulary ends at {self._text.vocab_size - 1}."
+            )
+        return self._text.render(
+            request.messages,
+            thinking=request.thinking,
+            continue_final_message=request.continue_final_message,
+            tools=request.tools,
+        )

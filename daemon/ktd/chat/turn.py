@@ -1,0 +1,143 @@
+"""One answer while it is written: token ids in, events and counts out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from ktd.chat.interfaces import Detokenizer
+from ktd.chat.splitter import ReasoningSplitter
+from ktd.chat.stops import StopStrings
+from ktd.chat.tool_calls import ToolCallParser
+from ktd.types import (
+    Answer,
+    ChatEvent,
+    FinishReason,
+    Prefill,
+    Prefilled,
+    Queued,
+    Reasoning,
+    Timings,
+    ToolCall,
+    Usage,
+)
+
+
+class Turn:
+    """Detokenises, splits thought from answer, looks for stop strings and tool calls, and counts."""
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        *,
+        prompt_tokens: int,
+        opens_thought: bool,
+        stop: Sequence[str],
+        parse_tools: bool,
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._splitter = ReasoningSplitter(opens_thought)
+        self._stops = StopStrings(stop)
+        self._tools = ToolCallParser() if parse_tools else None
+        self._prompt_tokens = prompt_tokens
+        self._cached_tokens = 0
+        self._completion_tokens = 0
+        self._reasoning_tokens = 0
+        self._prefill: Prefill | None = None
+        self._called_tools = False
+        self._submitted = time.monotonic()
+        self._admitted: float | None = None
+        self._first_token: float | None = None
+        self.stopped = False
+
+    @property
+    def reading(self) -> bool:
+        """Whether the prompt is being read: admitted, and no token written."""
+        return self._prefill is not None and self._first_token is None
+
+    def progress(self, event: Queued | Prefilled | None) -> Queued | Prefill | None:
+        """What to tell the client of `event`; None, for a second without one, repeats the last progress."""
+        if isinstance(event, Queued):
+            return event
+        if event is not None:
+            self._admitted = self._admitted or time.monotonic()
+            self._cached_tokens = event.cached
+            self._prefill = Prefill(event.done, event.total, event.tokens_per_second)
+        return self._prefill
+
+    def write(self, ids: Sequence[int]) -> Iterator[ChatEvent]:
+        """Events of the tokens `ids`; sets `stopped` at a stop string, which ends the answer."""
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+            last = self._prefill
+            if last is None or last.done < last.total:
+                rate = last.tokens_per_second if last else 0.0
+                yield Prefill(self._prompt_tokens, self._prompt_tokens, rate)
+        self._completion_tokens += len(ids)
+        at = 0
+        while at < len(ids) and not self.stopped:
+            # Up to the answer tokens go one by one, as the end of the thought may be anywhere in `ids`.
+            was_thinking = self._splitter.thinking
+            piece = ids[at:] if self._splitter.answering else ids[at : at + 1]
+            at += len(piece)
+            yield from self._split(self._splitter.push(self._detokenizer.push(piece)))
+            if was_thinking or self._splitter.thinking:
+                self._reasoning_tokens += len(piece)
+
+    def end(self) -> Iterator[ChatEvent]:
+        """Events of everything that was held back."""
+        rest = self._splitter.push(self._detokenizer.flush()) + self._splitter.flush()
+        yield from self._split(rest)
+        if self.stopped:
+            return
+        if self._tools:
+            yield from self._cut(self._tools.flush())
+        if not self.stopped and (text := self._stops.flush()):
+            yield Answer(text)
+
+    def _split(self, pieces: Sequence[Reasoning | Answer]) -> Iterator[ChatEvent]:
+        for piece in pieces:
+            if isinstance(piece, Reasoning):
+                yield piece
+            elif self._tools:
+                yield from self._cut(self._tools.push(piece.text))
+            else:
+                yield from self._cut([piece])
+
+    def _cut(self, pieces: Sequence[Answer | ToolCall]) -> Iterator[ChatEvent]:
+        for piece in pieces:
+            if isinstance(piece, ToolCall):
+                if text := self._stops.flush():
+                    yield Answer(text)
+                self._called_tools = True
+                yield piece
+                continue
+            text, self.stopped = self._stops.push(piece.text)
+            if text:
+                yield Answer(text)
+            if self.stopped:
+                return
+
+    def usage(self, timings: Timings | None = None) -> Usage:
+        """Counts so far; the engine's `timings`, or those seen from here when the engine was stopped
+        early.
+        """
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=self._completion_tokens,
+            reasoning_tokens=self._reasoning_tokens,
+            timings=timings or self._own_timings(),
+        )
+
+    def _own_timings(self) -> Timings:
+        now = time.monotonic()
+        first_token = self._first_token or now
+        admitted = self._admitted or first_token
+        return Timings(admitted - self._submitted, first_token - admitted, now - first_token)
+
+    def finish_reason(self, engine_said: FinishReason) -> FinishReason:
+        """As the engine said, unless a stop string or a tool call ended the answer."""
+        if self.stopped:
+            return FinishReason.STOP
+        return FinishReason.TOOL_CALLS if self._called_tools else engine_said

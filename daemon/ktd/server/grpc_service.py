@@ -1,0 +1,247 @@
+"""The gRPC door: ktd.v1.Engine, health and reflection."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import ktd
+from ktd.chat.request import from_proto
+from ktd.errors import RequestError, SettingsError
+from ktd.server.host import Host, State
+from ktd.server.status import sentence_of, status_of
+from ktd.types import (
+    Answer,
+    ChatEvent,
+    Finished,
+    FinishReason,
+    Prefill,
+    Queued,
+    Reasoning,
+    ToolCall,
+    Usage,
+)
+from ktd_proto.v1 import engine_pb2 as pb
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
+# A request of a long conversation with documents in it; gRPC's own default is 4 MiB.
+MOST_BYTES = 64 * 2**20
+
+_STATES = {
+    State.LOADING: pb.GetStatusResponse.STATE_LOADING,
+    State.READY: pb.GetStatusResponse.STATE_READY,
+    State.DRAINING: pb.GetStatusResponse.STATE_DRAINING,
+    State.FAILED: pb.GetStatusResponse.STATE_FAILED,
+}
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
+}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class EngineServicer:
+    """The methods of ktd.v1.Engine over one Host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def chat(self, request: pb.ChatRequest | DecodeError, context: Context) -> None:
+        """Streams one answer. Leaving this method, by cancellation or deadline too, frees the sequence."""
+        try:
+            if isinstance(request, DecodeError):
+                raise RequestError("The request is not a ktd.v1.ChatRequest, or a text in it is not UTF-8.")
+            self._host.served.check_name(request.model)
+            checked = from_proto(request, self._host.defaults)
+            async with aclosing(self._host.chat(checked)) as events:
+                sequence = 0
+                async for event in events:
+                    sequence += 1
+                    await context.write(to_proto(event, checked.request_id, sequence))
+        except Exception as error:  # every failure becomes one status with a readable message
+            await context.abort(status_of(error).grpc, sentence_of(error))
+
+    async def list_models(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        served = self._host.served
+        model = pb.Model(
+            id=served.name,
+            file_name=served.file_name,
+            architecture=served.architecture,
+            parameters=served.parameters,
+            context_length=served.context,
+            quantisation=served.quantisation,
+            created=served.created,
+        )
+        return pb.ListModelsResponse(models=[model])
+
+    async def get_status(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
+        host, engine = self._host, self._host.engine_status()
+        return pb.GetStatusResponse(
+            state=_STATES[host.state],
+            version=ktd.__version__,
+            isa=host.loaded.isa if host.loaded else "",
+            threads=host.loaded.threads if host.loaded else 0,
+            running=engine.running,
+            waiting=engine.waiting,
+            pages_total=engine.pages_total,
+            pages_free=engine.pages_free,
+            uptime_seconds=time.monotonic() - host.started,
+            load_progress=host.load_progress,
+            message=host.message,
+        )
+
+
+def to_proto(event: ChatEvent, request_id: str, sequence: int) -> pb.ChatEvent:
+    """One event as it goes over the wire."""
+    out = pb.ChatEvent(request_id=request_id, sequence=sequence)
+    match event:
+        case Reasoning(text):
+            out.reasoning.text = text
+        case Answer(text):
+            out.answer.text = text
+        case Queued(position):
+            out.queued.SetInParent()
+            out.queued.position = position
+        case Prefill(done, total, rate):
+            out.prefill.done, out.prefill.total, out.prefill.tokens_per_second = done, total, rate
+        case ToolCall(id, name, arguments, index):
+            out.tool_call.CopyFrom(pb.ToolCall(id=id, name=name, arguments_json=arguments, index=index))
+        case Usage():
+            out.usage.CopyFrom(
+                pb.Usage(
+                    prompt_tokens=event.prompt_tokens,
+                    cached_tokens=event.cached_tokens,
+                    completion_tokens=event.completion_tokens,
+                    reasoning_tokens=event.reasoning_tokens,
+                    queue_seconds=event.timings.queue_seconds,
+                    prefill_seconds=event.timings.prefill_seconds,
+                    decode_seconds=event.timings.decode_seconds,
+                )
+            )
+        case Finished(reason):
+            out.finished.reason = _REASONS[reason]
+    return out
+
+
+class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic at run time
+    """Lets calls through that carry the key. Health needs none: supervisors and `ktd wait` ask it."""
+
+    def __init__(self, api_key: str) -> None:
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        if details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return await continuation(details)
+        given = [value for key, value in details.invocation_metadata if key == "authorization"]
+        if len(given) == 1 and hmac.compare_digest(_bytes(given[0]), self._expected):
+            return await continuation(details)
+        return grpc.unary_unary_rpc_method_handler(_refuse_key)
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+async def _refuse_key(request: object, context: Context) -> None:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED,
+        'The API key is missing or wrong: send it as "authorization: Bearer <key>".',
+    )
+
+
+def _parse_chat(data: bytes) -> pb.ChatRequest | DecodeError:
+    # gRPC would answer INTERNAL to an exception from here; it is the client's mistake.
+    try:
+        return pb.ChatRequest.FromString(data)
+    except DecodeError as error:
+        return error
+
+
+class GrpcServer:
+    """The listening server. Health says NOT_SERVING until `set_serving(True)`."""
+
+    def __init__(self, host: Host, address: str, *, certificate: tuple[Path, Path] | None = None) -> None:
+        """Binds `address` ("host:port", port 0 for any). `certificate` is (certificate chain, key) in PEM.
+
+        Raises SettingsError when the address cannot be bound or the certificate cannot be used.
+        """
+        self._server = grpc.aio.server(
+            interceptors=[BearerAuth(host.api_key)] if host.api_key else [],
+            options=[
+                # Two daemons on one port would share the calls: let the second one fail.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", MOST_BYTES),
+                # Clients may ping a connection that waits for a long prefill.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        servicer = EngineServicer(host)
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Chat": grpc.unary_stream_rpc_method_handler(
+                servicer.chat, _parse_chat, pb.ChatEvent.SerializeToString
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                servicer.list_models,
+                pb.ListModelsRequest.FromString,
+                pb.ListModelsResponse.SerializeToString,
+            ),
+            "GetStatus": grpc.unary_unary_rpc_method_handler(
+                servicer.get_status,
+                pb.GetStatusRequest.FromString,
+                pb.GetStatusResponse.SerializeToString,
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        self.port = self._bind(address, certificate)
+
+    def _bind(self, address: str, certificate: tuple[Path, Path] | None) -> int:
+        try:
+            if certificate is None:
+                return self._server.add_insecure_port(address)
+            chain, key = (path.read_bytes() for path in certificate)
+            credentials = grpc.ssl_server_credentials([(key, chain)])
+            return self._server.add_secure_port(address, credentials)
+        except OSError as error:
+            raise SettingsError(f"The certificate cannot be read: {error}.") from error
+        except RuntimeError as error:
+            raise SettingsError(
+                f"gRPC cannot listen on {address}: the port is taken or the address is not this machine's. "
+                "Choose another with --grpc-port or --grpc-host."
+            ) from error
+
+    async def start(self) -> None:
+        """Accepts calls; health says NOT_SERVING."""
+        await self._server.start()
+        await self.set_serving(False)
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health says, for the whole server and for the service by name."""
+        states = health_pb2.HealthCheckResponse
+        status = states.SERVING if serving else states.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new calls, lets the running ones end for `grace` seconds, then cancels them."""
+        await self._server.stop(grace)

@@ -1,0 +1,56 @@
+"""Errors as the two protocols say them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import grpc
+
+from ktd.errors import (
+    Busy,
+    ContextExceeded,
+    EngineFailure,
+    KtdError,
+    RequestError,
+    Unavailable,
+    UnknownModel,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """gRPC code, HTTP code, and OpenAI's `type` and `code` of an error."""
+
+    grpc: grpc.StatusCode
+    http: int
+    type: str
+    code: str | None
+
+
+# The first class that fits counts.
+_STATUSES: tuple[tuple[type[Exception], Status], ...] = (
+    (
+        ContextExceeded,
+        Status(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error", "context_length_exceeded"),
+    ),
+    (UnknownModel, Status(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error", "model_not_found")),
+    (RequestError, Status(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error", None)),
+    (Busy, Status(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "queue_full")),
+    (Unavailable, Status(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable_error", "unavailable")),
+    (Exception, Status(grpc.StatusCode.INTERNAL, 500, "server_error", "internal_error")),
+)
+
+
+def status_of(error: Exception) -> Status:
+    """How to say `error`."""
+    return next(status for kind, status in _STATUSES if isinstance(error, kind))
+
+
+def sentence_of(error: Exception) -> str:
+    """What to tell the client; a fault of ours goes to the log with its trace, and not to the client."""
+    if isinstance(error, EngineFailure) or not isinstance(error, KtdError):
+        log.error("A request failed", exc_info=error)
+    return str(error) if isinstance(error, KtdError) else "The daemon failed: its log has the trace."

@@ -1,0 +1,302 @@
+"""The gRPC door over a scripted engine, spoken to by a real client."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fake_daemon import FakeDaemon, fake_daemon
+from fakes import SERVED
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from ktd.errors import SettingsError
+from ktd.server.grpc_service import SERVICE, GrpcServer
+from ktd.server.host import Host, State
+from ktd_proto.v1 import engine_pb2 as pb
+from ktd_proto.v1 import engine_pb2_grpc
+
+
+@pytest.fixture
+async def daemon() -> AsyncIterator[FakeDaemon]:
+    async with fake_daemon(step_seconds=0.002) as running:
+        yield running
+
+
+def ask(text: str, **fields: Any) -> pb.ChatRequest:
+    return pb.ChatRequest(messages=[pb.Message(role="user", content=text)], **fields)
+
+
+async def events_of(address: str, request: pb.ChatRequest, **call: Any) -> list[pb.ChatEvent]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        return [event async for event in engine_pb2_grpc.EngineStub(channel).Chat(request, **call)]
+
+
+async def refusal(address: str, request: pb.ChatRequest, **call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await events_of(address, request, **call)
+    return caught.value.code(), str(caught.value.details())
+
+
+async def test_a_whole_answer(daemon: FakeDaemon) -> None:
+    events = await events_of(daemon.address, ask("2+2", request_id="mine"))
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert {event.request_id for event in events} == {"mine"}
+    kinds = [event.WhichOneof("event") for event in events]
+    order = ["queued", "prefill", "reasoning", "answer", "usage", "finished"]
+    assert kinds == sorted(kinds, key=order.index)
+    assert set(kinds) == set(order)
+    assert "".join(event.reasoning.text for event in events) == "The user said: 2+2"
+    assert "".join(event.answer.text for event in events) == "You said [citation:1]: 2+2"
+    assert events[-1].finished.reason == pb.FINISH_REASON_STOP
+    assert events[-2].usage.completion_tokens == 63
+
+
+async def test_the_daemon_makes_a_request_id(daemon: FakeDaemon) -> None:
+    first, second = [(await events_of(daemon.address, ask("x")))[0].request_id for _ in range(2)]
+    assert first
+    assert first != second
+
+
+@pytest.mark.parametrize("model", ["", "ktd-fake", "fake-Q8_0.gguf", "fake-Q8_0", "ktransformers"])
+async def test_names_of_the_model(daemon: FakeDaemon, model: str) -> None:
+    assert await events_of(daemon.address, ask("x", model=model))
+
+
+WRONG = [
+    (pb.ChatRequest(), "no messages"),
+    (pb.ChatRequest(messages=[pb.Message(role="owl", content="x")]), 'messages[0] has the role "owl"'),
+    (pb.ChatRequest(messages=[pb.Message(role="assistant", content="x")]), "last message is the assistant's"),
+    (ask(""), "last message is empty"),
+    (ask(" \n"), "last message is empty"),
+    (ask("x", continue_final_message=True), "continue_final_message is set"),
+    (ask("x", request_id="a\nb"), "printable"),
+    (ask("x", request_id="a" * 129), "at most 128"),
+    (ask("x" * 9000), "9000 tokens and the context holds 8192"),
+    (ask("x", tools=[pb.Tool(name="t", parameters_json="[1]")]), "not a JSON schema object"),
+    (ask("x", tools=[pb.Tool(description="t")]), "no name"),
+    (
+        ask("x", sampling=pb.Sampling(temperature=-0.1)),
+        "temperature is -0.1, but must be a number from 0 to 5",
+    ),
+    (ask("x", sampling=pb.Sampling(temperature=float("nan"))), "temperature is nan"),
+    (ask("x", sampling=pb.Sampling(temperature=float("inf"))), "temperature is inf"),
+    (ask("x", sampling=pb.Sampling(top_p=0)), "top_p is 0, but must be a number above 0 to 1"),
+    (ask("x", sampling=pb.Sampling(min_p=1.5)), "min_p is 1.5"),
+    (ask("x", sampling=pb.Sampling(repetition_penalty=0)), "repetition_penalty is 0"),
+    (ask("x", sampling=pb.Sampling(presence_penalty=3)), "presence_penalty is 3"),
+    (ask("x", sampling=pb.Sampling(frequency_penalty=-3)), "frequency_penalty is -3"),
+    (ask("x", sampling=pb.Sampling(max_tokens=-1)), "max_tokens is -1, but must be at least 1"),
+    (ask("x", sampling=pb.Sampling(max_tokens=0)), "max_tokens is 0"),
+    (ask("x", sampling=pb.Sampling(stop=["a"] * 17)), "17 stop strings"),
+    (ask("x", sampling=pb.Sampling(stop=[""])), "stop string is empty"),
+    (ask("x", sampling=pb.Sampling(logit_bias={1: 200})), "logit_bias of token 1 is 200"),
+    (ask("x", sampling=pb.Sampling(logit_bias={2**31: 1})), "logit_bias names token 2147483648"),
+]
+
+
+@pytest.mark.parametrize(("request_", "said"), WRONG, ids=[said for _, said in WRONG])
+async def test_a_wrong_request_is_told_so(daemon: FakeDaemon, request_: pb.ChatRequest, said: str) -> None:
+    code, details = await refusal(daemon.address, request_)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert said in details
+    assert details.endswith((".", "!"))
+    assert not daemon.engine.requests
+
+
+@pytest.mark.parametrize("data", [b"\x12\x06\x12\x04\xff\xfe\xfd\xfc", b"\xff\xff\xff", b"\x0a\x7f"])
+async def test_bytes_that_are_no_request(daemon: FakeDaemon, data: bytes) -> None:
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        call = channel.unary_stream(f"/{SERVICE}/Chat", response_deserializer=pb.ChatEvent.FromString)
+        with pytest.raises(grpc.aio.AioRpcError, match="is not a ktd") as caught:
+            [event async for event in call(data)]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_an_unknown_model(daemon: FakeDaemon) -> None:
+    code, details = await refusal(daemon.address, ask("x", model="gpt-4"))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert 'ask for "ktd-fake"' in details
+
+
+async def test_an_engine_failure_ends_the_stream_with_internal(daemon: FakeDaemon) -> None:
+    code, details = await refusal(daemon.address, ask("/fail"))
+    assert (code, details) == (grpc.StatusCode.INTERNAL, "The engine failed: its log has the trace.")
+
+
+async def test_an_unforeseen_exception_is_not_told_to_the_client(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fakes.FakeText.render", lambda *args, **kwargs: 1 / 0)
+    code, details = await refusal(daemon.address, ask("x"))
+    assert (code, details) == (grpc.StatusCode.INTERNAL, "The daemon failed: its log has the trace.")
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_full_queue() -> None:
+    async with fake_daemon(queue_limit=0) as daemon:
+        code, _ = await refusal(daemon.address, ask("x"))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_the_deadline_frees_the_sequence(daemon: FakeDaemon) -> None:
+    code, _ = await refusal(daemon.address, ask("/long"), timeout=0.1)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await idle(daemon)
+
+
+async def test_cancelling_frees_the_sequence(daemon: FakeDaemon) -> None:
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        call = engine_pb2_grpc.EngineStub(channel).Chat(ask("/long"))
+        async for event in call:
+            if event.HasField("answer"):
+                break
+        assert daemon.engine.status().running == 1
+        call.cancel()
+        await idle(daemon)
+
+
+async def idle(daemon: FakeDaemon) -> None:
+    """Waits until no sequence is left; half a second is far more than a step."""
+    for _ in range(50):
+        status = daemon.engine.status()
+        if not status.running and not status.waiting:
+            assert status.pages_free == status.pages_total
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"sequences are left: {status}")
+
+
+async def test_a_hundred_clients_with_random_cancels_leave_nothing_running(daemon: FakeDaemon) -> None:
+    chance = random.Random(7)
+
+    async def client(number: int) -> str:
+        async with grpc.aio.insecure_channel(daemon.address) as channel:
+            text = "/long" if number % 2 else f"question {number}"
+            call = engine_pb2_grpc.EngineStub(channel).Chat(ask(text))
+            patience = chance.uniform(0.0, 0.4) if number % 2 else 60
+            answer = ""
+            try:
+                async with asyncio.timeout(patience):
+                    async for event in call:
+                        answer += event.answer.text
+            except TimeoutError:
+                call.cancel()
+            return answer
+
+    answers = await asyncio.gather(*map(client, range(100)))
+    for number in range(0, 100, 2):
+        assert answers[number] == f"You said [citation:1]: question {number}", "nobody sees another's answer"
+    await idle(daemon)
+
+
+async def test_a_slow_reader_loses_nothing(daemon: FakeDaemon) -> None:
+    text = "/say " + "0123456789" * 300
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        answer = ""
+        async for event in engine_pb2_grpc.EngineStub(channel).Chat(ask(text)):
+            answer += event.answer.text
+            await asyncio.sleep(0.001)
+    assert answer == "0123456789" * 300
+
+
+async def test_models_and_status(daemon: FakeDaemon) -> None:
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
+        status = await stub.GetStatus(pb.GetStatusRequest())
+    assert (model.id, model.file_name, model.context_length) == (SERVED.name, SERVED.file_name, 8192)
+    assert (status.state, status.isa, status.pages_total) == (pb.GetStatusResponse.STATE_READY, "scalar", 64)
+
+
+async def health_of(address: str, service: str = "") -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        return int((await check(health_pb2.HealthCheckRequest(service=service))).status)
+
+
+async def test_health_follows_the_model() -> None:
+    async with fake_daemon(loading=True) as daemon:
+        daemon.host.load_progress = 0.43
+        for service in ("", SERVICE):
+            assert await health_of(daemon.address, service) == health_pb2.HealthCheckResponse.NOT_SERVING
+        code, details = await refusal(daemon.address, ask("x"))
+        assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "The model is being loaded. (43%)")
+        await daemon.grpc.set_serving(True)
+        assert await health_of(daemon.address) == health_pb2.HealthCheckResponse.SERVING
+        daemon.host.turn_away(State.DRAINING, "The daemon is shutting down.")
+        code, details = await refusal(daemon.address, ask("x"))
+        assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "The daemon is shutting down.")
+
+
+async def test_the_key() -> None:
+    async with fake_daemon(api_key="sécret") as daemon:
+        for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "s")]):
+            code, details = await refusal(daemon.address, ask("x"), metadata=metadata)
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+            assert "Bearer <key>" in details
+        async with grpc.aio.insecure_channel(daemon.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="Bearer <key>"):
+                await engine_pb2_grpc.EngineStub(channel).ListModels(pb.ListModelsRequest())
+        assert await health_of(daemon.address) == health_pb2.HealthCheckResponse.SERVING
+        assert not daemon.engine.requests
+    async with fake_daemon(api_key="secret") as daemon:
+        assert await events_of(daemon.address, ask("x"), metadata=[("authorization", "Bearer secret")])
+
+
+async def test_reflection_names_the_service(daemon: FakeDaemon) -> None:
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = [answer async for answer in stub.ServerReflectionInfo(iter([request]))]
+    names = [service.name for service in answers[0].list_services_response.service]
+    assert SERVICE in names
+    assert "grpc.health.v1.Health" in names
+
+
+async def test_a_taken_port(daemon: FakeDaemon) -> None:
+    with pytest.raises(SettingsError, match="--grpc-port"):
+        GrpcServer(Host(SERVED), daemon.address)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    chain, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(chain)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return chain, key
+
+
+async def test_tls(certificate: tuple[Path, Path]) -> None:
+    chain, key = certificate
+    server = GrpcServer(Host(SERVED), "127.0.0.1:0", certificate=(chain, key))
+    await server.start()
+    credentials = grpc.ssl_channel_credentials(chain.read_bytes())
+    async with grpc.aio.secure_channel(f"localhost:{server.port}", credentials) as channel:
+        models = await engine_pb2_grpc.EngineStub(channel).ListModels(pb.ListModelsRequest())
+    await server.stop(0)
+    assert models.models[0].id == SERVED.name
+    with pytest.raises(SettingsError, match="certificate cannot be read"):
+        GrpcServer(Host(SERVED), "127.0.0.1:0", certificate=(chain, key.with_name("missing")))
+
+
+def test_the_script_prints_an_address_that_answers() -> None:
+    script = Path(__file__).parents[1] / "fake_daemon.py"
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip().removeprefix("grpc://")
+        with grpc.insecure_channel(address) as channel:
+            stub = engine_pb2_grpc.EngineStub(channel)
+            answer = "".join(event.answer.text for event in stub.Chat(ask("hello")))
+        process.terminate()
+    assert answer == "You said [citation:1]: hello"
