@@ -2,23 +2,486 @@
 title: ktd
 version: 0.1.0
 license: Apache-2.0
-description: DeepSeek-R1 and its kin with native thoughts, sources, progress and speeds, from a ktd daemon or any OpenAI-compatible service.
+required_open_webui_version: 0.6.0
+description: DeepSeek-R1 with native thoughts, sources, progress and speeds, from ktd or any OpenAI-like API
 """
 
-from collections.abc import Sequence
+# Paste this file into Open WebUI: Admin Panel, Functions, New Function. Then set BASE_URL in its valves.
+# It is one file because Open WebUI takes one file. Sections: settings, texts, events, thoughts (embedded),
+# sources
+# and markers, the chat body, gRPC, HTTP, the page, background tasks, and the Pipe itself.
+#
+# An event of an upstream (gRPC or HTTP) is one of: Queued, Prefill, Reasoning, Answer, Sources, Usage,
+# Finished.
+# Only `Page` knows what Open WebUI wants to see; only the two upstream sections know what a server sends.
 
-# --- What the model sees when there are sources: DeepSeek's search form, kept short --------------------------------
-# One block per source, numbered from 1 and joined by newlines; the body is "title\ntext", or the text alone.
+from __future__ import annotations
+
+import asyncio
+import base64
+import codecs
+import contextlib
+import importlib.util
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import time
+import unicodedata
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from enum import Enum
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+try:
+    from pydantic import BaseModel, Field, field_validator
+except ImportError as error:
+    raise ImportError(
+        "This function needs pydantic, which Open WebUI brings along: is the installation whole?"
+    ) from error
+
+try:
+    import grpc
+    import grpc.aio
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    GRPC_PROBLEM = ""
+except ImportError as error:
+    GRPC_PROBLEM = str(error)
+
+try:
+    import httpx
+
+    HTTPX_PROBLEM = ""
+except ImportError as error:
+    HTTPX_PROBLEM = str(error)
+
+log = logging.getLogger("ktd.pipe")
+
+Json = dict[str, Any]
+Emitter = Callable[[Json], Awaitable[None]]
+Language = Literal["en", "zh"]
+
+
+# --- Texts that a person reads ------------------------------------------------------------------------------
+
+TEXTS: dict[str, dict[Language, str]] = {
+    "next": {"en": "Waiting: next in line", "zh": "排队中：下一个就是您"},
+    "waiting": {"en": "Waiting: {n} in front", "zh": "排队中：前面还有 {n} 个请求"},
+    "prefill": {
+        "en": "Reading the prompt: {read} of {total} tokens, {rate} tok/s",
+        "zh": "正在读取提示词：{read}/{total} 个 token，{rate} tok/s",
+    },
+    "prefilled": {
+        "en": "Prompt read: {total} tokens in {seconds} s",
+        "zh": "提示词已读完：{total} 个 token，用时 {seconds} 秒",
+    },
+    "started": {"en": "Started after {seconds} s", "zh": "等待 {seconds} 秒后开始"},
+    "thinking": {"en": "Thinking", "zh": "正在思考"},
+    "thought": {"en": "Thought for {seconds} s", "zh": "思考了 {seconds} 秒"},
+    "stopped": {"en": "Stopped", "zh": "已停止"},
+    "failed": {"en": "Failed", "zh": "失败"},
+    "length": {
+        "en": "Cut off: the token limit was reached (max_tokens or the context)",
+        "zh": "回答被截断：已达到 token 上限（max_tokens 或上下文长度）",
+    },
+    "searching": {"en": "Searching the web", "zh": "正在联网搜索"},
+    "searched": {"en": "Searched {{count}} sites", "zh": "已搜索 {{count}} 个网站"},
+    "search_failed": {"en": "The web search failed: {reason}", "zh": "联网搜索失败：{reason}"},
+    "bad_url": {
+        "en": "The valve BASE_URL must hold addresses such as grpc://127.0.0.1:50051 or https://host/v1, "
+        "not {url!r}.",
+        "zh": "阀门 BASE_URL 应填写 grpc://127.0.0.1:50051 或 https://host/v1 这样的地址，而不是 {url!r}。",
+    },
+    "no_grpc": {
+        "en": "Open WebUI's Python lacks grpcio or protobuf ({reason}): install them there, or use an "
+        "http address.",
+        "zh": "Open WebUI 的 Python 环境缺少 grpcio 或 protobuf（{reason}）：请在其中安装，或改用 http "
+        "地址。",
+    },
+    "no_httpx": {
+        "en": "Open WebUI's Python lacks httpx ({reason}): install it there, or use a grpc:// address.",
+        "zh": "Open WebUI 的 Python 环境缺少 httpx（{reason}）：请在其中安装，或改用 grpc:// 地址。",
+    },
+    "unreachable": {
+        "en": "Nothing answers at {address}. Start the service there (supervisorctl start ktd) or correct "
+        "the valve "
+        "BASE_URL.",
+        "zh": "{address} 没有响应。请启动服务（supervisorctl start ktd），或更正阀门 BASE_URL。",
+    },
+    "unreachable_name": {"en": "ktd: {address} does not answer", "zh": "ktd：{address} 没有响应"},
+    "broke_off": {
+        "en": "The connection to {address} broke off in mid-answer ({reason}). What was written is kept; "
+        "ask again "
+        "when the service is back.",
+        "zh": "与 {address} 的连接在回答过程中断开（{reason}）。已写出的内容已保留；服务恢复后请重新提问。",
+    },
+    "wrong_key": {
+        "en": "{address} refused the key: set the valve API_KEY ({reason}).",
+        "zh": "{address} 拒绝了密钥：请设置阀门 API_KEY（{reason}）。",
+    },
+    "silent": {
+        "en": "{address} sent nothing for {seconds} s. Raise the valve {valve} if it only needs longer.",
+        "zh": "{address} 在 {seconds} 秒内没有发送任何内容。如果只是需要更长时间，请调大阀门 {valve}。",
+    },
+    "bad_reply": {
+        "en": "{address} sent a reply that cannot be read: {reason}",
+        "zh": "无法解读 {address} 的回复：{reason}",
+    },
+    "http_status": {"en": "{address} answered {status}: {reason}", "zh": "{address} 返回 {status}：{reason}"},
+    "images": {
+        "en": "This model reads text only: remove the image and ask again.",
+        "zh": "此模型只能读取文字：请移除图片后重新提问。",
+    },
+    "bad_value": {
+        "en": "The parameter {name} cannot be {value!r}: {wanted} is needed.",
+        "zh": "参数 {name} 不能是 {value!r}：需要{wanted}。",
+    },
+    "no_messages": {"en": "There is no message to answer.", "zh": "没有可回答的消息。"},
+    "bug": {
+        "en": "The ktd function failed ({reason}); Open WebUI's log has the details.",
+        "zh": "ktd 函数出错（{reason}）；详情见 Open WebUI 的日志。",
+    },
+}
+
+
+def say(language: Language, key: str, /, **values: object) -> str:
+    """The text `key` in the reader's language."""
+    return TEXTS[key][language].format(**values)
+
+
+# --- Events of an upstream ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """`position` requests are in front; 0 = next."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prompt progress in tokens."""
+
+    done: int
+    total: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A piece of the thought, without tags."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A piece of the answer, citation markers as the model wrote them."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One search result or document; from the network, so checked by `clean_source` before it is shown."""
+
+    title: str
+    url: str
+    text: str
+
+
+# How a service writes its markers beside [citation:N]: "plain" adds [N], "summary" adds 摘要N.
+MarkerStyle = Literal["citation", "plain", "summary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All sources the service has named so far, in its own order (marker N means the Nth)."""
+
+    items: tuple[Source, ...]
+    style: MarkerStyle
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Figures shown behind the (i) of the message, in OpenAI's names plus seconds and rates."""
+
+    figures: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """`reason` is OpenAI's finish_reason."""
+
+    reason: str
+
+
+Event = Queued | Prefill | Reasoning | Answer | Sources | Usage | Finished
+
+
+class PipeError(Exception):
+    """An error that the chat shows. `key` and `values` name the text, or `plain` is the server's own
+    sentence.
+    """
+
+    def __init__(
+        self,
+        key: str = "",
+        /,
+        *,
+        plain: str = "",
+        code: int | str | None = None,
+        retry: bool = False,
+        **values: object,
+    ) -> None:
+        super().__init__(plain or key)
+        self.key, self.plain, self.code, self.retry, self.values = key, plain, code, retry, values
+
+    def text(self, language: Language) -> str:
+        return self.plain or say(language, self.key, **self.values)
+
+
+# --- Thoughts in text ---------------------------------------------------------------------------------------
+
+# >>> embedded by plugin/embed.py: daemon/ktd/chat/splitter.py
+
+OPEN = "<think>"
+CLOSE = "</think>"
+
+# How much may wait for the end of a code block that holds a closing tag. Quoted tags sit in short blocks;
+# past this the block is taken for one that the model forgot to close.
+MOST_HELD = 4096
+
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)\Z")
+_TICKS = re.compile(r"`+")
+
+
+class _State(Enum):
+    START = 0  # only blanks or a beginning of <think> so far
+    THOUGHT_START = 1  # blanks after the opening tag
+    THOUGHT = 2
+    ANSWER_START = 3  # blank lines after the closing tag
+    ANSWER = 4
+
+
+class ReasoningSplitter:
+    """Splits one model turn. `opened` says that the prompt ended inside an opened thought."""
+
+    def __init__(self, opened: bool) -> None:
+        self._state = _State.THOUGHT_START if opened else _State.START
+        self._may_repeat_tag = opened
+        self._pending = ""
+        self._code = _Code()
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the text pushed last belongs to a thought that has not ended."""
+        return self._state in (_State.THOUGHT_START, _State.THOUGHT)
+
+    @property
+    def answering(self) -> bool:
+        """Whether all text from now on is answer."""
+        return self._state is _State.ANSWER
+
+    def push(self, text: str) -> list[Reasoning | Answer]:
+        """Takes the next piece of text and returns what is certain by now, in order; at most one event of a
+        kind.
+        """
+        if self._state is _State.ANSWER:
+            return [Answer(text)] if text else []
+        self._pending += text
+        return self._advance(final=False)
+
+    def flush(self) -> list[Reasoning | Answer]:
+        """Ends the text: returns what was held back. An unfinished tag is text."""
+        return self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> list[Reasoning | Answer]:
+        thought, answer = "", ""
+        while True:
+            state = self._state
+            if state is _State.START:
+                self._start(final)
+            elif state is _State.THOUGHT_START:
+                self._thought_start(final)
+            elif state is _State.THOUGHT:
+                thought += self._thought(final)
+            elif state is _State.ANSWER_START:
+                self._answer_start()
+            else:
+                answer, self._pending = self._pending, ""
+            if self._state is state:
+                break
+        if final:
+            self._pending = ""
+        events: list[Reasoning | Answer] = []
+        if thought:
+            events.append(Reasoning(thought))
+        if answer:
+            events.append(Answer(answer))
+        return events
+
+    def _start(self, final: bool) -> None:
+        body = self._pending.lstrip()
+        if body.startswith(OPEN):
+            self._pending = body[len(OPEN) :]
+            self._state = _State.THOUGHT_START
+        elif final or not OPEN.startswith(body):
+            self._state = _State.ANSWER
+
+    def _thought_start(self, final: bool) -> None:
+        self._pending = body = self._pending.lstrip()
+        if self._may_repeat_tag and body.startswith(OPEN):
+            self._pending = body[len(OPEN) :].lstrip()
+            self._may_repeat_tag = False
+            return self._thought_start(final)
+        waits_for_tag = self._may_repeat_tag and OPEN.startswith(body)
+        if body and (final or not waits_for_tag):
+            self._state = _State.THOUGHT
+
+    def _thought(self, final: bool) -> str:
+        """Consumes the thought as far as it is certain; moves to ANSWER_START at its end."""
+        at, closes = self._code.find_close(self._pending, final)
+        if closes:
+            thought = self._pending[:at].rstrip()
+            self._pending = self._pending[at + len(CLOSE) :]
+            self._state = _State.ANSWER_START
+            return thought
+        thought = self._pending[:at].rstrip()
+        self._code.consume(thought)
+        self._pending = self._pending[len(thought) :]
+        return thought
+
+    def _answer_start(self) -> None:
+        body = self._pending.lstrip()
+        if body:
+            blanks = self._pending[: len(self._pending) - len(body)]
+            self._pending = blanks[blanks.rfind("\n") + 1 :] + body
+            self._state = _State.ANSWER
+
+
+class _Tag(Enum):
+    CLOSES = 0
+    QUOTED = 1
+    UNDECIDED = 2
+
+
+class _Code:
+    """Where code stands in the thought: the fence that is open and the line that is being written
+    (Markdown).
+    """
+
+    def __init__(self) -> None:
+        self._fence = ""
+        self._line = ""
+
+    def consume(self, text: str) -> None:
+        """Moves on past `text`."""
+        self._fence, self._line = _after(self._fence, self._line + text)
+
+    def find_close(self, text: str, final: bool) -> tuple[int, bool]:
+        """Looks for the tag that ends the thought in `text`, which follows what was consumed.
+
+        Returns (its position, True), or (how much of `text` is certainly thought, False).
+        """
+        fence, line, start = self._fence, self._line, 0
+        while (at := text.find(CLOSE, start)) >= 0:
+            fence, line = _after(fence, line + text[start:at])
+            start = at + len(CLOSE)
+            tag = _judge(fence, line, text[start:], final)
+            if tag is not _Tag.QUOTED:
+                return at, tag is _Tag.CLOSES
+            line += CLOSE
+        return len(text) - (0 if final else overlap(text, CLOSE)), False
+
+
+def _judge(fence: str, line: str, rest: str, final: bool) -> _Tag:
+    """Whether a closing tag between `line` (its line so far) and `rest` ends the thought or is quoted in
+    code.
+    """
+    rest, complete = rest[:MOST_HELD], final or len(rest) >= MOST_HELD
+    if fence and not _closes(fence, line):
+        _, *lines = rest.split("\n")
+        if not final:
+            lines = lines[:-1]
+        for match in filter(None, map(_FENCE.match, lines)):
+            if match[1].startswith(fence):
+                # An opening fence with a language cannot stand inside an open fence: it belongs to the
+                # answer.
+                return _Tag.CLOSES if match[2].strip() else _Tag.QUOTED
+    else:
+        open_spans = _unmatched_ticks(line)
+        if not open_spans:
+            return _Tag.CLOSES
+        rest_of_line, newline, _ = rest.partition("\n")
+        if newline or complete:
+            quoted = any(len(ticks) in open_spans for ticks in _TICKS.findall(rest_of_line))
+            return _Tag.QUOTED if quoted else _Tag.CLOSES
+    return _Tag.CLOSES if complete else _Tag.UNDECIDED
+
+
+def _after(fence: str, text: str) -> tuple[str, str]:
+    """The open fence and the unfinished line after `text`, which starts at the beginning of a line."""
+    *lines, line = text.split("\n")
+    for done in lines:
+        if fence:
+            fence = "" if _closes(fence, done) else fence
+        elif (match := _FENCE.match(done)) and not (match[1][0] == "`" and "`" in match[2]):
+            fence = match[1]
+    return fence, line
+
+
+def _closes(fence: str, line: str) -> bool:
+    match = _FENCE.match(line)
+    return bool(match and match[1].startswith(fence) and not match[2].strip())
+
+
+def _unmatched_ticks(line: str) -> set[int]:
+    """Lengths of the backtick runs in `line` that open a code span which the line does not close."""
+    runs = [len(ticks) for ticks in _TICKS.findall(line)]
+    unmatched, i = set(), 0
+    while i < len(runs):
+        if runs[i] in runs[i + 1 :]:
+            i = runs.index(runs[i], i + 1)
+        else:
+            unmatched.add(runs[i])
+        i += 1
+    return unmatched
+
+
+def overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that begins `marker` without completing it."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0
+
+
+# <<< embedded
+
+# --- Sources: what the model sees, what the page shows ------------------------------------------------------
+# DeepSeek's search form, kept short. One block per source, numbered from 1 and joined by newlines; the
+# body is
+# "title\ntext", or the text alone. The embedded model is trained on exactly this text.
 
 SEARCH_RESULT = "[webpage {n} begin]{body}[webpage {n} end]"
 
-SEARCH_TEMPLATES = {
+SEARCH_TEMPLATES: dict[Language, str] = {
     "en": (
         "# The following contents are the search results related to the user's message:\n"
         "{results}\n"
         "Each result is formatted as [webpage X begin]...[webpage X end], X is its number. Today is {date}. "
-        "Not every result matters: choose. Cite with [citation:X] right after the sentence that uses result X, "
-        "several as [citation:3][citation:5], not gathered at the end. Answer in the language of the question.\n"
+        "Not every result matters: choose. Cite with [citation:X] right after the sentence that uses "
+        "result X, "
+        "several as [citation:3][citation:5], not gathered at the end. Answer in the language of the "
+        "question.\n"
         "\n"
         "# The user's message is:\n"
         "{question}"
@@ -35,14 +498,2047 @@ SEARCH_TEMPLATES = {
     ),
 }
 
+_HAN = re.compile(r"[\u3400-\u9fff]")
+_FRAME = re.compile(r"\[(?=webpage \d+ (?:begin|end)\])")
 
-def search_prompt(results: Sequence[tuple[str, str]], question: str, date: str, language: str) -> str:
+
+def search_prompt(results: Sequence[tuple[str, str]], question: str, date: str, language: Language) -> str:
     """The user message for a question with sources.
 
-    `results` are (title, text), an empty title is left out; `date` is ISO (2025-01-31); `language` is "en" or "zh".
+    `results` are (title, text), an empty title is left out; `date` is ISO (2025-01-31). A result cannot
+    close its
+    own frame: "[webpage 2 end]" inside it loses its bracket.
     """
-    blocks = [
-        SEARCH_RESULT.format(n=n, body=f"{title}\n{text}" if title else text)
-        for n, (title, text) in enumerate(results, start=1)
-    ]
+    blocks = []
+    for n, (title, text) in enumerate(results, start=1):
+        body = _FRAME.sub("(", f"{title}\n{text}" if title else text)
+        blocks.append(SEARCH_RESULT.format(n=n, body=body))
     return SEARCH_TEMPLATES[language].format(results="\n".join(blocks), date=date, question=question)
+
+
+def clean_text(text: object, limit: int) -> str:
+    """Text from the network on one line: no control or direction characters, at most `limit` characters."""
+    if not isinstance(text, str):
+        return ""
+    kept = "".join(
+        " " if c.isspace() else c
+        for c in text[: 4 * limit]
+        if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf")
+    )
+    kept = " ".join(kept.split())
+    return kept if len(kept) <= limit else kept[: limit - 1] + "…"
+
+
+def clean_url(url: object) -> str:
+    """The address if it is http(s) with a host, else an empty string: javascript:, data: and the like go
+    nowhere.
+    """
+    if not isinstance(url, str) or len(url) > 2048:
+        return ""
+    url = "".join(c for c in url if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    return url if parts.scheme.lower() in ("http", "https") and parts.hostname else ""
+
+
+def clean_source(title: object, url: object, text: object, limit: int = 2000) -> Source:
+    """A source whose every field is safe to show."""
+    link = clean_url(url)
+    name = clean_text(title, 200) or (urlsplit(link).hostname or "" if link else "")
+    return Source(name, link, clean_text(text, limit))
+
+
+class SourceList:
+    """The numbers of the sources of one message, counted as Open WebUI counts them: one per distinct
+    identity.
+    """
+
+    def __init__(self, given: Iterable[Mapping[str, Any]]) -> None:
+        self._numbers: dict[str, int] = {}
+        self._prompt: list[tuple[str, list[str]]] = []
+        for entry in given:
+            source = entry.get("source") or {}
+            for text, about in zip(entry.get("document") or [], entry.get("metadata") or [], strict=False):
+                identity = str((about or {}).get("source") or source.get("id") or "N/A")
+                title = clean_text(source.get("name") or (about or {}).get("name"), 200)
+                if self._number(identity) > len(self._prompt):
+                    self._prompt.append((title, []))
+                self._prompt[self._numbers[identity] - 1][1].append(str(text))
+        self._theirs: list[int] = []
+        self._late = False
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def _number(self, identity: str) -> int:
+        return self._numbers.setdefault(identity, len(self._numbers) + 1)
+
+    @property
+    def prompt(self) -> list[tuple[str, str]]:
+        """(title, text) by number, for `search_prompt`."""
+        return [(title, "\n".join(texts)) for title, texts in self._prompt]
+
+    def add(self, sources: Sequence[Source], *, to_prompt: bool) -> list[Json]:
+        """Numbers the sources, returns the `source` events of the new ones.
+
+        With `to_prompt` they join those that the model reads; else they are the service's own list, and
+        its marker N
+        means the Nth of them.
+        """
+        events, theirs = [], []
+        for position, source in enumerate(sources, start=1):
+            identity = source.url or f"{source.title or 'source'} ({position})"
+            known = identity in self._numbers
+            theirs.append(self._number(identity))
+            if known:
+                continue
+            if to_prompt:
+                self._prompt.append((source.title, [source.text]))
+            title = source.title or identity
+            about = {"id": identity, "name": title} | ({"url": source.url} if source.url else {})
+            details = {"source": identity, "name": title, "external": True}
+            events.append(
+                {"source": about, "document": [source.text or title], "metadata": [details]},
+            )
+        if not to_prompt:
+            self._theirs = theirs
+        return events
+
+    def expect_late(self) -> None:
+        """The service may name its sources after the text that cites them: its numbers are taken on trust."""
+        self._late = True
+
+    def resolve(self, number: int) -> int | None:
+        """What the model's marker `number` is called on the page; None where there is no such source."""
+        if self._theirs:
+            return self._theirs[number - 1] if 1 <= number <= len(self._theirs) else None
+        return number if number >= 1 and (self._late or number <= len(self)) else None
+
+
+# --- Markers in the answer's text ---------------------------------------------------------------------------
+
+_OPENING = {"[": "]", "【": "】", "［": "］"}
+_KEYWORDS = ("citation", "webpage", "摘要")
+_COLONS = ":："
+_SEPARATORS = ",，、;；"
+_MOST_NUMBERS = 16
+
+
+class _NeedMore(Exception):
+    """The text ends inside what may become a marker."""
+
+
+class _Scanner:
+    """Reads one marker from `text`. At the end of the text it raises _NeedMore, or, if `final`, sees an
+    empty char.
+    """
+
+    def __init__(self, text: str, at: int, final: bool) -> None:
+        self.text, self.at, self.final = text, at, final
+
+    def peek(self) -> str:
+        if self.at < len(self.text):
+            return self.text[self.at]
+        if self.final:
+            return ""
+        raise _NeedMore
+
+    def take(self, allowed: str) -> bool:
+        char = self.peek()
+        if char and char in allowed:
+            self.at += 1
+            return True
+        return False
+
+    def blanks(self) -> None:
+        for _ in range(2):
+            if not self.take(" "):
+                break
+
+    def keyword(self) -> bool:
+        start = self.at
+        for word in _KEYWORDS:
+            self.at = start
+            for letter in word:
+                if self.peek().lower() != letter:
+                    break
+                self.at += 1
+            else:
+                return True
+        self.at = start
+        return False
+
+    def number(self) -> int | None:
+        digits = ""
+        while self.peek().isdecimal() and len(digits) < 4:
+            digits += self.peek()
+            self.at += 1
+        return int(digits) if 1 <= len(digits) <= 3 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """A marker found: its source numbers and the index after it."""
+
+    numbers: tuple[int, ...]
+    end: int
+
+
+def find_marker(text: str, at: int, *, final: bool, style: MarkerStyle) -> Marker | None:
+    """The marker that begins at `at`, or None.
+
+    Forms: [citation:3], [citation:1,2], [citation:1, citation:2], [webpage 3], the same in 【】 or ［］; with
+    style "plain" also [3] and [1, 2] unless a link's (address) follows; with "summary" also 摘要1、2. Raises
+    _NeedMore while the text is too short to tell (at most about 250 characters, two dozen in practice).
+    """
+    scan = _Scanner(text, at, final)
+    if text[at] == "摘":
+        return _find_summary(scan) if style == "summary" else None
+    closing = _OPENING[scan.peek()]
+    scan.at += 1
+    scan.blanks()
+    named = scan.keyword()
+    if not named and style != "plain":
+        return None
+    numbers: list[int] = []
+    while len(numbers) < _MOST_NUMBERS:
+        scan.blanks()
+        if numbers and named:
+            scan.keyword()
+        if named:
+            scan.blanks()
+            scan.take(_COLONS)
+            scan.blanks()
+        number = scan.number()
+        if number is None:
+            return None
+        numbers.append(number)
+        scan.blanks()
+        if scan.take(closing):
+            if not named and scan.peek() in ("(", ":"):
+                return None
+            return Marker(tuple(numbers), scan.at)
+        if not scan.take(_SEPARATORS):
+            return None
+    return None
+
+
+def _find_summary(scan: _Scanner) -> Marker | None:
+    if not scan.keyword():
+        return None
+    numbers: list[int] = []
+    end = scan.at
+    while len(numbers) < _MOST_NUMBERS:
+        scan.blanks()
+        if numbers:
+            scan.keyword()
+        number = scan.number()
+        if number is None:
+            break
+        numbers.append(number)
+        end = scan.at
+        scan.blanks()
+        if not scan.take(_SEPARATORS):
+            break
+    return Marker(tuple(numbers), end) if numbers else None
+
+
+class _Markup:
+    """Follows Markdown one character at a time, to know where text is code or mathematics."""
+
+    def __init__(self) -> None:
+        self._fence: tuple[str, int] | None = None
+        self._span = 0  # length of the backtick run that opened a code span
+        self._math = ""  # what opened it: $, $$, \( or \[
+        self._run = ("", 0, False)  # character, length, whether it began its line
+        self._escaped = False
+        self._line_start = True
+        self._blank_line = True
+        self._before = "\n"  # the character in front of the run
+
+    def prose(self, next_char: str) -> bool:
+        """Whether the next character stands in plain text."""
+        self._settle(next_char)
+        return not (self._fence or self._span or self._math or self._escaped)
+
+    def feed(self, char: str) -> None:
+        """Takes the next character."""
+        if char == self._run[0]:
+            self._run = (char, self._run[1] + 1, self._run[2])
+            return
+        self._settle(char)
+        if self._escaped:
+            self._escaped = False
+            if self._math == "" and char in "([":
+                self._math = "\\" + char
+            elif (self._math, char) in (("\\(", ")"), ("\\[", "]")):
+                self._math = ""
+        elif char == "\\" and not self._fence and not self._span:
+            self._escaped = True
+        elif char in "`~$":
+            self._run = (char, 1, self._line_start)
+        if char == "\n":
+            self._escaped = False
+            if self._math == "$":
+                self._math = ""
+            if self._blank_line:
+                self._span = 0  # neither code spans nor inline mathematics cross a blank line
+                if self._math == "\\(":
+                    self._math = ""
+            self._line_start = self._blank_line = True
+        else:
+            self._line_start = self._line_start and char in " \t>"
+            self._blank_line = self._blank_line and char in " \t\r"
+        if char not in "`~$":
+            self._before = char
+
+    def _settle(self, following: str) -> None:
+        """Ends a run of backticks, tildes or dollars, once the character after it is known to be another."""
+        char, length, began_line = self._run
+        if not char or following == char:
+            return
+        self._run = ("", 0, False)
+        if char == "$":
+            self._settle_dollars(length, following)
+        elif self._math:
+            return
+        elif self._fence:
+            if began_line and char == self._fence[0] and length >= self._fence[1]:
+                self._fence = None
+        elif began_line and length >= 3 and not self._span:
+            self._fence = (char, length)
+        elif char == "`":
+            if not self._span:
+                self._span = length
+            elif self._span == length:
+                self._span = 0
+
+    def _settle_dollars(self, length: int, following: str) -> None:
+        if self._fence or self._span or self._math.startswith("\\"):
+            return
+        if self._math == "$$":
+            self._math = "" if length >= 2 else "$$"
+        elif self._math == "$":
+            self._math = ""
+        elif length >= 2:
+            self._math = "$$"
+        # A price ("$5", "US$ 5") is no formula.
+        elif not (following.isspace() or following.isdecimal() or self._before.isalnum()):
+            self._math = "$"
+
+
+class MarkerRewriter:
+    """Turns the markers in a streamed answer into the page's [n], outside code and mathematics.
+
+    Text is held back only while it may still become a marker, so any way of cutting the stream gives the
+    same page.
+    `resolve` gives the page's number of a source, or None where there is none (the marker is then dropped);
+    `active` says whether markers are rewritten at all, `style` which forms count.
+    """
+
+    def __init__(self, resolve: Callable[[int], int | None]) -> None:
+        self._resolve = resolve
+        self._held = ""
+        self._markup = _Markup()
+        self.active = False
+        self.style: MarkerStyle = "citation"
+
+    def push(self, text: str) -> str:
+        """Takes the next piece, returns what can be shown."""
+        self._held += text
+        return self._advance(final=False)
+
+    def flush(self) -> str:
+        """Returns what is held back: the text ends here."""
+        return self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> str:
+        text, at = self._held, 0
+        shown: list[str] = []
+        while at < len(text):
+            char = text[at]
+            if self.active and (char in _OPENING or char == "摘") and self._markup.prose(char):
+                try:
+                    marker = find_marker(text, at, final=final, style=self.style)
+                except _NeedMore:
+                    break
+                if marker is not None:
+                    numbers = (self._resolve(number) for number in marker.numbers)
+                    shown.extend(f"[{number}]" for number in numbers if number is not None)
+                    self._markup.feed("]")
+                    at = marker.end
+                    continue
+            shown.append(char)
+            self._markup.feed(char)
+            at += 1
+        self._held = text[at:]
+        return "".join(shown)
+
+
+# --- The chat body ------------------------------------------------------------------------------------------
+
+# Names that Open WebUI and its custom parameters use -> the field of ktd.v1.Sampling and its type.
+SAMPLING: dict[str, tuple[str, type]] = {
+    "temperature": ("temperature", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", int),
+    "min_p": ("min_p", float),
+    "repeat_penalty": ("repetition_penalty", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "presence_penalty": ("presence_penalty", float),
+    "frequency_penalty": ("frequency_penalty", float),
+    "seed": ("seed", int),
+    "num_predict": ("max_tokens", int),
+    "max_completion_tokens": ("max_tokens", int),
+    "max_tokens": ("max_tokens", int),
+}
+
+# What an OpenAI-compatible service is sent as it came; everything else in the body is Open WebUI's own.
+HTTP_PASSED = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "max_completion_tokens",
+    "stop",
+    "logit_bias",
+    "reasoning_effort",
+    "thinking",
+    "enable_thinking",
+    "thinking_budget",
+    "chat_template_kwargs",
+    "response_format",
+    "web_search_options",
+    "search_domain_filter",
+    "search_recency_filter",
+    "return_related_questions",
+    "enable_search",
+    "search_options",
+]
+
+_OLD_THOUGHT = re.compile(r"<details type=\"reasoning\"[^>]*>.*?</details>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One upstream. `models` are (id, shown name) from the valves; empty means: ask the server."""
+
+    url: str
+    key: str
+    models: tuple[tuple[str, str], ...]
+    certificates: tuple[
+        str, str, str
+    ]  # files: CA, client certificate, client key; empty = the system's, none, none
+
+    @property
+    def speaks_grpc(self) -> bool:
+        return self.url.startswith(("grpc://", "grpcs://"))
+
+    @property
+    def address(self) -> str:
+        """What a person knows the server by: host and port."""
+        return urlsplit(self.url).netloc.rpartition("@")[2]
+
+    @property
+    def loopback(self) -> bool:
+        host = urlsplit(self.url).hostname or ""
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(host).is_loopback
+        return host == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One question, as both upstreams take it. Nothing in it is shared with Open WebUI's own objects."""
+
+    target: Target
+    model: str
+    messages: tuple[Json, ...]
+    options: Json
+    thinking: bool | None
+    low_priority: bool
+    opens_thought: bool
+    connect_timeout: float
+
+    @property
+    def continues(self) -> bool:
+        return self.messages[-1]["role"] == "assistant" and not self.messages[-1].get("tool_calls")
+
+
+def parts_text(content: object) -> str:
+    """The text of a message's content: a string, null, or OpenAI's list of parts."""
+    if isinstance(content, list):
+        parts = [p if isinstance(p, str) else p.get("text") for p in content if isinstance(p, (str, dict))]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
+def has_image(content: object) -> bool:
+    """Whether a message's content holds an image (or audio, or a file) beside text."""
+    if not isinstance(content, list):
+        return False
+    return any(
+        isinstance(part, dict) and part.get("type", "text") not in ("text", "input_text") for part in content
+    )
+
+
+def read_messages(body: Mapping[str, Any], *, text_only: bool) -> list[Json]:
+    """The conversation: role, content, tool calls. Old thoughts that another function left as markup are
+    dropped.
+    """
+    messages: list[Json] = []
+    for message in body.get("messages") or []:
+        role = str(message.get("role") or "user")
+        role = "system" if role == "developer" else role
+        content = message.get("content")
+        if has_image(content):
+            if text_only:
+                raise PipeError("images", code="unsupported_content")
+            messages.append({"role": role, "content": content})
+            continue
+        text = parts_text(content)
+        if role == "assistant":
+            text = _OLD_THOUGHT.sub("", text)
+        kept: Json = {"role": role, "content": text}
+        if message.get("tool_calls"):
+            kept["tool_calls"] = message["tool_calls"]
+        if message.get("tool_call_id"):
+            kept["tool_call_id"] = str(message["tool_call_id"])
+        messages.append(kept)
+    if not messages:
+        raise PipeError("no_messages", code="invalid_request")
+    return messages
+
+
+def last_question(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the last user message."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            return parts_text(message.get("content"))
+    return ""
+
+
+def put_sources_into(
+    messages: list[Json], sources: SourceList, metadata: Mapping[str, Any], language: Language
+) -> None:
+    """Replaces the last question by DeepSeek's search form, and undoes what Open WebUI made of the sources.
+
+    Open WebUI puts its sources in front of the question (or into the system message) and keeps both
+    originals in the
+    metadata.
+    """
+    question = metadata.get("base_user_prompt") or last_question(messages).rpartition("</context>")[2].strip()
+    if _HAN.search(question):
+        language = "zh"
+    elif any(c.isalpha() for c in question):
+        language = "en"
+    today = (metadata.get("variables") or {}).get("{{CURRENT_DATE}}") or date.today().isoformat()
+    for message in reversed(messages):
+        if message["role"] == "user":
+            text = search_prompt(sources.prompt, question, str(today), language)
+            if has_image(message["content"]):
+                images = [part for part in message["content"] if has_image([part])]
+                message["content"] = [{"type": "text", "text": text}, *images]
+            else:
+                message["content"] = text
+            break
+    if messages[0]["role"] == "system" and "<source id=" in messages[0]["content"]:
+        system = metadata.get("base_system_prompt") or ""
+        messages[:1] = [{"role": "system", "content": system}] if system else []
+
+
+def merge_neighbours(messages: Iterable[Json]) -> list[Json]:
+    """One message where several of the same role follow each other: DeepSeek's own service refuses those."""
+    merged: list[Json] = []
+    for message in messages:
+        last = merged[-1] if merged else None
+        plain = not message.get("tool_calls") and isinstance(message["content"], str)
+        if (
+            last is not None
+            and plain
+            and last["role"] == message["role"] != "tool"
+            and not last.get("tool_calls")
+            and isinstance(last["content"], str)
+        ):
+            last["content"] = "\n\n".join(text for text in (last["content"], message["content"]) if text)
+        else:
+            merged.append(dict(message))
+    return merged
+
+
+def read_number(name: str, value: object, kind: type) -> float | int:
+    """The number that a parameter was given as; text such as "0.6" counts."""
+    wanted = "an integer" if kind is int else "a number"
+    try:
+        number = (
+            float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+        )
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise PipeError("bad_value", name=name, value=value, wanted=wanted, code="invalid_request")
+    return (
+        int(value)
+        if kind is int and isinstance(value, (int, str)) and str(value).lstrip("+-").isdecimal()
+        else kind(number)
+    )
+
+
+def read_options(body: Mapping[str, Any]) -> Json:
+    """Sampling fields of ktd.v1.Sampling from the body; what it does not know is ignored."""
+    options: Json = {}
+    for name, (target, kind) in SAMPLING.items():
+        if body.get(name) not in (None, ""):
+            options[target] = read_number(name, body[name], kind)
+    stop = body.get("stop")
+    stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+    options["stop"] = [str(text) for text in stops if text]
+    bias = body.get("logit_bias")
+    if isinstance(bias, Mapping) and bias:
+        options["logit_bias"] = {
+            int(read_number("logit_bias", token, int)): read_number("logit_bias", value, float)
+            for token, value in bias.items()
+        }
+    return options
+
+
+def read_thinking(body: Mapping[str, Any], *choices: str) -> bool | None:
+    """Whether to think: the chat's own parameter first, then the user's and the admin's choice ("on" or
+    "off").
+    """
+    if isinstance(body.get("think"), bool):
+        return bool(body["think"])
+    if str(body.get("reasoning_effort")).lower() in ("none", "off"):
+        return False
+    for choice in choices:
+        if choice in ("on", "off"):
+            return choice == "on"
+    return None
+
+
+# --- Upstreams: what gRPC and HTTP share --------------------------------------------------------------------
+
+
+class Links:
+    """One channel or client for each target and event loop, kept between calls and closed with the
+    function.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], tuple[asyncio.AbstractEventLoop, Any]] = {}
+
+    def get(self, target: Target, make: Callable[[Target], Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        key = (target.url, target.certificates)
+        kept = self._kept.get(key)
+        if kept is None or kept[0] is not loop:
+            kept = self._kept[key] = (loop, make(target))
+        return kept[1]
+
+    async def close(self) -> None:
+        """Closes what belongs to the running loop."""
+        loop = asyncio.get_running_loop()
+        for key, (owner, link) in list(self._kept.items()):
+            if owner is loop:
+                del self._kept[key]
+                await (link.close() if hasattr(link, "close") else link.aclose())
+
+    def __del__(self) -> None:
+        # Open WebUI drops an updated function without a word. Answers under way hold this object, so none
+        # is cut.
+        for loop, link in self._kept.values():
+            if loop.is_running():
+                close = link.close if hasattr(link, "close") else link.aclose
+                loop.call_soon_threadsafe(_start, loop, close)
+
+
+def _start(loop: asyncio.AbstractEventLoop, close: Callable[[], Any]) -> None:
+    loop.create_task(close())
+
+
+def read_file(path: str) -> bytes | None:
+    """The content of a certificate file; None for an empty path."""
+    if not path:
+        return None
+    with open(os.path.expanduser(path), "rb") as file:
+        return file.read()
+
+
+async def paced(
+    events: AsyncIterator[Event], first: float, idle: float, address: str
+) -> AsyncGenerator[Event]:
+    """The same events, with an end to patience: `first` seconds for the first text, `idle` between texts;
+    0 = none.
+    """
+    limit, valve = first, "FIRST_EVENT_TIMEOUT"
+    while True:
+        try:
+            async with asyncio.timeout(limit or None):
+                event = await anext(events)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise PipeError("silent", address=address, seconds=round(limit), valve=valve, code=4) from None
+        if isinstance(event, (Prefill, Reasoning, Answer)):
+            limit, valve = idle, "IDLE_TIMEOUT"
+        yield event
+
+
+# --- Upstream: the ktd daemon over gRPC ---------------------------------------------------------------------
+# A pasted file cannot import generated modules, so the schema travels in it. The pool is private: the
+# process-wide
+# one refuses a second version of the same file, which an updated function would bring.
+
+# >>> embedded by plugin/embed.py: proto/ktd_proto/v1/engine.proto as a FileDescriptorProto, base85
+SCHEMA = (
+    "3K?s3WM6P{Z**@jb}=tyZf9w3WiD`XZ**@G25WR=E_N{@`~eCJLug@iQe|;<Wpi{A4GINqZ)9a`7y%#wC<ziF3J7gwb8}&5Wpfw;"
+    "AOk21G7m0mbYw1eF)mGIb8}&5WfCF^2y<a=aBOLAXBYz@0VoSH5H4$UWG;3wE>mG`aBOLAXA%_(2y|#^Zfj|7XBY$^0VoJa0Ehtr"
+    "5*`W`V{dMBX>N68UuJ1;VQgP*Wpi_3XJr@#AOR={5)ujua%FLKWpi|2X=E4%AOR=|5+Vu+aB^vHa%psV7zZE$C=N0ZE^BmTE_N|4"
+    "P;zN+a%psV5*rEybZ>8La~KF911JkJ3@&SQWG;3wE>v%CY(fhP314(*X>Mz2Zf7EY3I|PPb8}&5WfBYu1afa|Wf%b<0VoL)4+;lk"
+    "Z*FvDZgdy|AOR=|5*Z2+a%Ew2Z*FOBXJ2D)ZggdCbQl950VoL)Bnk?2Z*Od0V_|G;a~K3511JkJ5H4$UWG;3wE>v%CY(rseY!Va-"
+    "40LaAY+qwxY;0d?WEce?0VoL~LJ9;_Z*Oc83<?BpVQpm?0U!Y=2@(?u3uI+;V{&P5bZKvH7y=*xC<zi53J-8$a$#*{bY*gLUutu2"
+    "ZWsd~0VoL~O9}{7Z*OcvVQg#?3JL;gWEcS;0VoL)3<?BpVQpm?0w4h>2@)0x4q<X<b!}yCbaP*7b8l`K10Vq?2@(wo1!-<%Wq23_"
+    "AOR>1BIyGP2vcEgaBOLAXA&3+3v^{|aAk5~bairN7y%#wC;~_Thyei-5())$Z*X657y=*xC;~_Uhyei-5())$Z*X607y}>yC=Eyg"
+    "hyei-5())vX>MO|7z7{zC;~_Whyei-9|{t3WpHJ5X>@6CZeMU^ZeeV6c^CyC0Vo1U1c(6v5*-Q<aB^jHWo~0-UvOn^VQh4H7zQ8#"
+    "C;~_Yhyei-9tsg=a%FLKWo~16UvOn^VQh4H7zZE$C;~_Zhyei-5efuzWo2X-2p|C{1V{&n0Ra*h3JPsucwcmHYh`Y87zrQ&C<90c"
+    "hyei-3<?BubZ>AN3Lpb02@*333T$s@X>?y=X<>613m^k13o;)rYjk8Tb}=qfVQp}1X>MmOOmAmtbV6xib46}+a(Nms3Jy$fXK8do"
+    "X<>6kZgg^a5(^3gYh`&D0U!Y=4H69s1$JR<b!8X=AOR=>Is!NWLJkTHUvy<{aAk5~bairNLI?^5UvzJ9UvNSQ3I<<vZ*X60LI?^5"
+    "Uu|h_UvNSd3KL&)WpHJ5X>@6CZeMU^ZeeV6c|sEk5npg}Wpib2V`X1(Wo}_?ba_G)3KCyta%FLKWo~16UvOn^VQh4HLI(;3Uvp(;"
+    "WI_!J3tw$vcwcmHYh`Y8BDVqx2}5XMbVYV$Zgdh73JP*%adl;LbYE#?7y%#wC<zh}3J7y$adl;GV`UfuAOR=@5+Di&adl;NWn>rw"
+    "AOR=~G7c_lbYw1eF)mScWp!m_NB|Nd3I}j<WoBt?Y#0O}0VoSH4=!tTWG;3wE>Lo1W@&6}NB|Nh3JG#$VRLV8X>Mm21t0+^3o;Qd"
+    "Yjk8Tb}=qeWnpt~ZfS03NB|Nb3I<_rb9ZHO7zQ8#C<`(UE^BmTE_N|4L2h$*WpYRW5+w==bZ>8LUt?ixY#0Y10VoSH5H4$UWG;3w"
+    "E>v%CY(rseY)AkS9ts6@b75y?7ziK%C<`(TE^BmTE_N|4RdZoyWk>)LBnk*-X>MtAXk}y=2_OL|3o;NcYjk8Tb}=qSX>MtAXk}zb"
+    "073@}1!Z<+Zge6V3I<ViWp!m_5)cXqaBp*IbZKvH7y%#wC=DV(3I|YfWoBt?Y!VC#1Y~b+Wf%b<0VoX;4GINxZ**a77y=*xC=C)B"
+    "3K4W~Yh`Y8UvOn|Uvp(+Z*F8510Vq?0U{X+2~uTYb8l{GZf6n<3Iudzcyt&6AOR=|A{Gh;L2h$*WpWY>3Iudzcyt&6AOR=|BC-Jr"
+    "1yyrlXJrx<3Jq{_Z*6dNUvzJ4Wo~mA0U!Y=4H6X!4P#+rXk}zybZ={AZgUs{AOR>15*Z2+V{dJ6Y-Mz5Z*E_7Z);_4a~K040VoX;"
+    "7zz+_Wnpt~ZfS03UvzJ4Wo~mA1Rwz@4H6X!4RLj4b!A_3Wn*t{WOEn=AOR==5*G>&aB^j4X>4p?b7f<1Ze(*91|R__0TLDp4rFCx"
+    "Z)9a(b7f<1Ze(*92Ot3`0U|I82u5jcX>(|0WD+C_26AO#b8l`K0U!Y=4l)!jYjk8Tb}=qSX>MtAXi{Zib8l`U6ABSbX>)W<Z)9a`"
+    "b5dn-b!BsOA~OmSOlfm;O>bmnY;#g&b8v5Nb7c}83I=U&WMyn~7y%#yC<`(TE^BmTE_N|4O>bmnY$A^V3I$DXWMym;3JL;gWEcS;"
+    "0VoL)5ef-rX>4U*ZeeX@7y=*xC<zi23JhU#V`yn~Wn*-8a%C6;AOR=|5)ujuaA9&`ZDn+2a&s62AOR=@5*7*$V{dMBWq5R7Y-Mg|"
+    "bZ8g_AOR>15)=vyadlyCbZK*8bZKvH7zQ8#C<zh|3I}6yWnpw>WEck^0Vo3^5(*GUWpq<?VRUtKQe|;<Wpi{Q=K=~5M`d(VbYXOL"
+    "b5dn<aBpsNWfCq51#@&^bY&O;AOR>2G9NB$bYw1eF)l}CbW?O;baiu5Wpi+EZgXWWQ*>c;WfBhx2X<w0b7^mG7y=*xC<zh^3Il0#"
+    "VHg7-0VoL)4+;l#XmVv?WOEn<AOR>15)TRoa&>NQX>Mm21t0+^4H6Fu2X|p<bZKs97zQ8#C=C)53JY*yXJvC=bZ>NFY#0Y10VoX;"
+    "5()}%VP|D?UuJS;Wf%w`0VoX;777k^aCB*HWnXh;V{dL`a~KIA0Vn|y6$%Y(Z((F#aB^>Fa%FRK7z!W(C;<`=3I}avb8}&5Wf%(}"
+    "0VoL~XbJ^WbYXO55)}#&Q&d4zMPF4;Q&2@iNk&OUL=XTH5ef}cR6$flUrbLyL`hCZ5CIYo3JX(IK~zOwQbj>TSr7se5(*AeR6$fl"
+    "Uqn(tNlr;lM-T%N5DE-aR6$flUq(SmOhrTx1S(4k2vBlqZ*pmLc@h{36i`x0Pf|%#SzlF7Q&2@iNk&OUL=XTH6ABMdQb|uzNmN;1"
+    "PES%zK}-+<5)cXuP*O=xQb|-<UrbL|5CSTF3JgYRZfSF9Qe|OtZ*CGD3K>R8PDxWpUs6RuQ%_D`RZde-MMFtONkv2u01_4o5=Kc*"
+    "NmEE)Qbj>iPflM`R8LS40TLJr6h=u-NmEE)Qbj>iPflM<MNUUlNDu-N910jlNlr;qNMBM#K~qmoUsO*|OkYDmOiWV{12Vw@3I;`P"
+    "XK8L_5-<t`Lug@i5)&?KbYw1eF)l-BVRTYuadl;LbQ%#ZYjk8Tb}=qPXkm0kc4cmKFaZ)n3JOeVb97B_WMyn~5*aRQbYw1eF)mDL"
+    "b97B_WMyn~Qe|;<Wpi{I8ZK*eWG;3wE=*~2bWLw$Wo&a&Wpi+EZgXW4Kne**Wpq<?VRUtK5*RLPbYw1eF)l}CbW?O;baiu5WpQ<7"
+    "b95RRE^BmTE_N|4M`d(VbYXOLb5dn<aBpsNWnu<!a&L5RGX"
+)
+# <<< embedded
+
+
+class Wire:
+    """Message classes and method paths of ktd.v1."""
+
+    def __init__(self) -> None:
+        file = descriptor_pb2.FileDescriptorProto.FromString(base64.b85decode(SCHEMA))
+        pool = descriptor_pool.DescriptorPool()
+        pool.Add(file)
+        self._classes = {
+            message.name: message_factory.GetMessageClass(
+                pool.FindMessageTypeByName(f"{file.package}.{message.name}")
+            )
+            for message in file.message_type
+        }
+        self.service = f"/{file.package}.{file.service[0].name}"
+
+    def __getitem__(self, name: str) -> Any:
+        return self._classes[name]
+
+
+WIRE = Wire() if not GRPC_PROBLEM else None
+
+_FINISH = {1: "stop", 2: "length", 3: "tool_calls"}
+
+# A daemon that was just restarted is found again within a second.
+_CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+)
+
+
+def open_channel(target: Target) -> Any:
+    """A channel to `grpc://host:port` or, with TLS, `grpcs://host:port`. Connects when used."""
+    parts = urlsplit(target.url)
+    address = target.address if parts.port else f"{target.address}:50051"
+    options = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if target.loopback else 1)]
+    if parts.scheme == "grpc":
+        return grpc.aio.insecure_channel(address, options=options)
+    authority, certificate, key = (read_file(path) for path in target.certificates)
+    credentials = grpc.ssl_channel_credentials(authority, key, certificate)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def _wire() -> Wire:
+    if WIRE is None:
+        raise PipeError("no_grpc", reason=GRPC_PROBLEM)
+    return WIRE
+
+
+async def connected_channel(links: Links, target: Target, patience: float) -> Any:
+    """The target's channel, ready to use; PipeError after `patience` seconds."""
+    channel = links.get(target, open_channel)
+    if channel.get_state(try_to_connect=True) is not grpc.ChannelConnectivity.READY:
+        try:
+            async with asyncio.timeout(patience):
+                await channel.channel_ready()
+        except TimeoutError:
+            raise PipeError("unreachable", address=target.address, code=14) from None
+    return channel
+
+
+def _authorization(target: Target) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {target.key}"),) if target.key else ()
+
+
+def grpc_request(job: Job, wire: Wire) -> Any:
+    """The ktd.v1.ChatRequest of a job."""
+    request = wire["ChatRequest"](
+        model=job.model,
+        continue_final_message=job.continues,
+        request_id=f"owui-{uuid.uuid4().hex[:12]}",
+        priority=2 if job.low_priority else 1,
+    )
+    if job.thinking is not None:
+        request.thinking = job.thinking
+    for message in job.messages:
+        added = request.messages.add(role=message["role"], content=message["content"])
+        added.tool_call_id = message.get("tool_call_id", "")
+        for index, call in enumerate(message.get("tool_calls", ())):
+            function = call.get("function") or {}
+            arguments = function.get("arguments")
+            added.tool_calls.add(
+                id=str(call.get("id") or ""),
+                name=str(function.get("name") or ""),
+                arguments_json=arguments if isinstance(arguments, str) else json.dumps(arguments or {}),
+                index=index,
+            )
+    request.sampling.SetInParent()
+    for name, value in job.options.items():
+        try:
+            if name == "stop":
+                request.sampling.stop.extend(value)
+            elif name == "logit_bias":
+                for token, bias in value.items():
+                    request.sampling.logit_bias[token] = bias
+            else:
+                setattr(request.sampling, name, value)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise PipeError(plain=f"{name}: {error}", code="invalid_request") from error
+    return request
+
+
+def grpc_error(error: Any, target: Target, *, started: bool) -> PipeError:
+    """What the chat shows for a failed call."""
+    code, reason = error.code(), error.details() or error.code().name
+    number = code.value[0]
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return PipeError("wrong_key", address=target.address, reason=reason, code=number)
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN) and started:
+        return PipeError("broke_off", address=target.address, reason=reason, code=number)
+    return PipeError(plain=reason, code=number, retry=code is grpc.StatusCode.UNAVAILABLE)
+
+
+def _rate(tokens: float, seconds: float) -> float:
+    return round(tokens / seconds, 2) if seconds > 0 else 0.0
+
+
+def grpc_usage(usage: Any) -> Usage:
+    """Counts, seconds and rates of a ktd.v1.Usage."""
+    return Usage(
+        {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "prompt_tokens_per_second": _rate(
+                usage.prompt_tokens - usage.cached_tokens, usage.prefill_seconds
+            ),
+            "completion_tokens_per_second": _rate(usage.completion_tokens, usage.decode_seconds),
+            "queue_seconds": round(usage.queue_seconds, 3),
+            "prefill_seconds": round(usage.prefill_seconds, 3),
+            "decode_seconds": round(usage.decode_seconds, 3),
+        }
+    )
+
+
+def grpc_event(message: Any) -> Event | None:
+    """The event in a ktd.v1.ChatEvent; None for a kind this function does not show (tool calls, later
+    additions).
+    """
+    kind = message.WhichOneof("event")
+    if kind == "answer":
+        return Answer(message.answer.text)
+    if kind == "reasoning":
+        return Reasoning(message.reasoning.text)
+    if kind == "prefill":
+        return Prefill(message.prefill.done, message.prefill.total, message.prefill.tokens_per_second)
+    if kind == "queued":
+        return Queued(message.queued.position)
+    if kind == "usage":
+        return grpc_usage(message.usage)
+    if kind == "finished":
+        return Finished(_FINISH.get(message.finished.reason, "stop"))
+    return None
+
+
+async def grpc_events(links: Links, job: Job) -> AsyncGenerator[Event]:
+    """One Chat call. However this generator is left, the call is cancelled and the daemon frees the
+    sequence.
+    """
+    wire = _wire()
+    request = grpc_request(job, wire)
+    channel = await connected_channel(links, job.target, job.connect_timeout)
+    chat = channel.unary_stream(
+        f"{wire.service}/Chat",
+        request_serializer=wire["ChatRequest"].SerializeToString,
+        response_deserializer=wire["ChatEvent"].FromString,
+    )
+    call = chat(request, metadata=_authorization(job.target))
+    started = finished = False
+    try:
+        async for message in call:
+            started = True
+            event = grpc_event(message)
+            if event is not None:
+                finished = isinstance(event, Finished)
+                yield event
+    except grpc.aio.AioRpcError as error:
+        raise grpc_error(error, job.target, started=started) from error
+    finally:
+        call.cancel()
+    if not finished:
+        raise PipeError("broke_off", address=job.target.address, reason="no Finished event", code=14)
+
+
+async def grpc_models(links: Links, target: Target, patience: float) -> list[tuple[str, str]]:
+    """(id, shown name) of what the daemon serves."""
+    wire = _wire()
+    channel = await connected_channel(links, target, patience)
+    method = channel.unary_unary(
+        f"{wire.service}/ListModels",
+        request_serializer=wire["ListModelsRequest"].SerializeToString,
+        response_deserializer=wire["ListModelsResponse"].FromString,
+    )
+    try:
+        reply = await method(wire["ListModelsRequest"](), metadata=_authorization(target), timeout=patience)
+    except grpc.aio.AioRpcError as error:
+        raise grpc_error(error, target, started=False) from error
+    return [(model.id, model.id) for model in reply.models]
+
+
+# --- Upstream: any OpenAI-compatible service over HTTP ------------------------------------------------------
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+class SseDecoder:
+    """Server-sent events from bytes cut anywhere: `push` returns the data of the events completed by them."""
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace")
+        self._line = ""
+        self._data: list[str] = []
+
+    def push(self, chunk: bytes) -> list[str]:
+        return self._lines(self._decode.decode(chunk), final=False)
+
+    def flush(self) -> list[str]:
+        """The body ends here; what has no closing blank line counts too."""
+        return self._lines(self._decode.decode(b"", True) + "\n\n", final=True)
+
+    def _lines(self, text: str, *, final: bool) -> list[str]:
+        text = self._line + text
+        # A CR at the end may be half of a CRLF.
+        rest = "\r" if text.endswith("\r") and not final else ""
+        *lines, self._line = _LINE_END.split(text[: len(text) - len(rest)])
+        self._line += rest
+        events = []
+        for line in lines:
+            if line.startswith("data:"):
+                # Some services leave out the blank line: a whole JSON object is an event.
+                if self._data and _is_json("\n".join(self._data)):
+                    events.append("\n".join(self._data))
+                    self._data = []
+                self._data.append(line[5:].removeprefix(" "))
+            elif not line and self._data:
+                events.append("\n".join(self._data))
+                self._data = []
+        return events
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return text.strip() == "[DONE]"
+    return True
+
+
+def _dicts(value: object) -> list[Json]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _ark_sources(chunk: Json, delta: Json) -> list[Source]:
+    """Volcengine Ark bots: `references`; markers 摘要N."""
+    found = []
+    for item in _dicts(chunk.get("references") or delta.get("references")):
+        title = item.get("title") or item.get("doc_title") or item.get("doc_name") or item.get("site_name")
+        url = item.get("url") or item.get("mobile_url")
+        found.append(clean_source(title, url, item.get("summary") or item.get("chunk_title")))
+    return found
+
+
+def _perplexity_sources(chunk: Json, delta: Json) -> list[Source]:
+    """Perplexity: `search_results` and `citations`, in the same order, on every chunk; markers [N]."""
+    results = _dicts(chunk.get("search_results"))
+    links = [link for link in chunk.get("citations") or [] if isinstance(link, str)]
+    if len(results) >= len(links):
+        return [clean_source(item.get("title"), item.get("url"), item.get("snippet")) for item in results]
+    details = {item.get("url"): item for item in results}
+    found = []
+    for link in links:
+        item = details.get(link, {})
+        found.append(clean_source(item.get("title"), link, item.get("snippet")))
+    return found
+
+
+def _delta_sources(chunk: Json, delta: Json) -> list[Source]:
+    """SiliconFlow: a delta of type search_result. Cloudsway: `reference` in the last chunk. Markers
+    [citation:N].
+    """
+    items = _dicts(delta.get("search_results")) or _dicts(chunk.get("reference"))
+    found = []
+    for item in items:
+        text = item.get("snippet") or item.get("content") or item.get("summary")
+        found.append(
+            clean_source(item.get("title") or item.get("name"), item.get("url") or item.get("link"), text)
+        )
+    return found
+
+
+def _annotated_sources(chunk: Json, delta: Json) -> list[Source]:
+    """OpenAI's annotations of type url_citation; they come one by one."""
+    found = []
+    for note in _dicts(delta.get("annotations")):
+        cited = note.get("url_citation")
+        if isinstance(cited, dict):
+            found.append(clean_source(cited.get("title"), cited.get("url"), cited.get("content")))
+    return found
+
+
+# Reader, the markers that go with it, whether each list adds to the one before.
+_SOURCE_READERS: tuple[tuple[Callable[[Json, Json], list[Source]], MarkerStyle, bool], ...] = (
+    (_ark_sources, "summary", False),
+    (_perplexity_sources, "plain", False),
+    (_delta_sources, "citation", False),
+    (_annotated_sources, "plain", True),
+)
+
+
+class ReplyReader:
+    """Turns the JSON chunks of any vendor into events."""
+
+    def __init__(self, address: str, *, opens_thought: bool) -> None:
+        self._address = address
+        self._splitter = ReasoningSplitter(opens_thought)
+        self._native_thoughts = False
+        self._answered = False
+        self._sources: tuple[Source, ...] = ()
+        self._usage: Json = {}
+        self._timings: Json = {}
+        self._reason = ""
+        self._done = False
+        self._begun = time.monotonic()
+        self._first_text: float | None = None
+
+    def read(self, data: str) -> list[Event]:
+        """The events of one chunk. Raises PipeError for an error object or an unreadable chunk."""
+        if data.strip() == "[DONE]":
+            self._done = True
+            return []
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            raise PipeError("bad_reply", address=self._address, reason=clean_text(data, 200)) from None
+        if not isinstance(chunk, dict):
+            raise PipeError("bad_reply", address=self._address, reason=clean_text(data, 200))
+        choices = _dicts(chunk.get("choices"))
+        if chunk.get("error") or (not choices and "code" in chunk and "message" in chunk):
+            raise PipeError(plain=error_sentence(chunk), code=_error_code(chunk))
+        choice = choices[0] if choices else {}
+        delta = choice.get("delta") or choice.get("message") or {}
+        events = self._read_sources(chunk, delta)
+        events += self._read_text(delta)
+        self._usage = chunk.get("usage") or choice.get("usage") or self._usage
+        self._timings = chunk.get("timings") or self._timings
+        self._reason = choice.get("finish_reason") or self._reason
+        return events
+
+    def end(self) -> list[Event]:
+        """The events that only the end of the body settles."""
+        events: list[Event] = list(self._splitter.flush())
+        if not self._done and not self._reason:
+            raise PipeError("broke_off", address=self._address, reason="the stream ended early", code=502)
+        figures = self._figures()
+        if figures:
+            events.append(Usage(figures))
+        return [*events, Finished(self._reason or "stop")]
+
+    def _read_sources(self, chunk: Json, delta: Json) -> list[Event]:
+        for reader, style, adds in _SOURCE_READERS:
+            found = tuple(reader(chunk, delta))
+            if adds:
+                found = self._sources + tuple(source for source in found if source not in self._sources)
+            if found and found != self._sources:
+                self._sources = found
+                return [Sources(found, style)]
+        return []
+
+    def _read_text(self, delta: Json) -> list[Event]:
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or delta.get("thinking")
+        text = parts_text(delta.get("content"))
+        events: list[Event] = []
+        if isinstance(thought, str) and thought:
+            self._native_thoughts = True
+            events.append(Reasoning(thought))
+        if text and self._native_thoughts:
+            if not self._answered:
+                text = text.lstrip("\n")
+            if text:
+                events.append(Answer(text))
+        elif text:
+            events += self._splitter.push(text)
+        self._answered = self._answered or any(isinstance(event, Answer) for event in events)
+        if events and self._first_text is None:
+            self._first_text = time.monotonic()
+        return events
+
+    def _figures(self) -> Json:
+        """The service's own counts and rates; where it gives no rates, those seen from here."""
+        if not isinstance(self._usage, dict) or not self._usage:
+            return {}
+        figures = dict(self._usage)
+        first = self._first_text or time.monotonic()
+        waited, wrote = first - self._begun, time.monotonic() - first
+        timings = self._timings if isinstance(self._timings, dict) else {}
+        prompt_rate = timings.get("prompt_per_second") or _rate(figures.get("prompt_tokens") or 0, waited)
+        answer_rate = timings.get("predicted_per_second") or _rate(
+            figures.get("completion_tokens") or 0, wrote
+        )
+        rates = {
+            "prompt_tokens_per_second": round(prompt_rate, 2),
+            "completion_tokens_per_second": round(answer_rate, 2),
+            "first_token_seconds": round(waited, 3),
+            "decode_seconds": round(wrote, 3),
+        }
+        return figures | rates
+
+
+def error_sentence(reply: Json) -> str:
+    """The sentence in a service's error object."""
+    problem: Any = reply.get("error") or reply
+    if isinstance(problem, dict):
+        problem = (
+            problem.get("message") or problem.get("detail") or reply.get("message") or json.dumps(problem)
+        )
+    return clean_text(problem if isinstance(problem, str) else json.dumps(problem), 1000)
+
+
+def _error_code(reply: Json) -> int | str | None:
+    problem = reply.get("error")
+    code = problem.get("code") or problem.get("type") if isinstance(problem, dict) else reply.get("code")
+    return code if isinstance(code, (int, str)) else None
+
+
+def open_client(target: Target) -> Any:
+    """An HTTP client for one service. HTTP/2 where the `h2` package is there and the service offers it."""
+    authority, certificate, key = target.certificates
+    verify: Any = True
+    if target.url.startswith("https://") and (authority or certificate):
+        verify = httpx.create_ssl_context(verify=os.path.expanduser(authority) if authority else True)
+        if certificate:
+            verify.load_cert_chain(os.path.expanduser(certificate), os.path.expanduser(key) or None)
+    return httpx.AsyncClient(
+        http2=importlib.util.find_spec("h2") is not None,
+        verify=verify,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+        trust_env=not target.loopback,
+        follow_redirects=True,
+    )
+
+
+def _http_headers(target: Target) -> dict[str, str]:
+    return {"Authorization": f"Bearer {target.key}"} if target.key else {}
+
+
+def _chat_url(job: Job) -> str:
+    url = job.target.url.rstrip("/")
+    if job.model.startswith("bot-") and urlsplit(url).path.endswith("/v3"):
+        url += "/bots"  # Volcengine Ark keeps its bots beside its models
+    return f"{url}/chat/completions"
+
+
+def http_payload(job: Job, body: Mapping[str, Any]) -> Json:
+    """The request of an OpenAI-compatible service."""
+    payload: Json = {name: body[name] for name in HTTP_PASSED if body.get(name) is not None}
+    options = {name: value for name, value in job.options.items() if value not in ([], {})}
+    if "max_completion_tokens" in payload:
+        options.pop("max_tokens", None)
+    payload |= options
+    payload |= {
+        "model": job.model,
+        "messages": merge_neighbours(job.messages),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if job.thinking is not None:
+        payload |= _thinking_switch(job)
+    return payload
+
+
+def _thinking_switch(job: Job) -> Json:
+    """How the service is told to think or not: each has its own word."""
+    host = urlsplit(job.target.url).hostname or ""
+    if host.endswith(("deepseek.com", "volces.com")):
+        return {"thinking": {"type": "enabled" if job.thinking else "disabled"}}
+    if host.endswith(("siliconflow.cn", "siliconflow.com", "aliyuncs.com")):
+        return {"enable_thinking": job.thinking}
+    return {"chat_template_kwargs": {"thinking": job.thinking, "enable_thinking": job.thinking}}
+
+
+async def _http_failure(response: Any, target: Target) -> PipeError:
+    """What the chat shows for a reply other than 200."""
+    raw = b""
+    async for chunk in response.aiter_bytes():
+        raw += chunk
+        if len(raw) > 65536:
+            break
+    text = raw.decode("utf-8", "replace")
+    try:
+        reply = json.loads(text)
+    except ValueError:
+        reply = {}
+    reason = error_sentence(reply) if isinstance(reply, dict) and reply else clean_text(text, 300)
+    if response.status_code in (401, 403):
+        return PipeError("wrong_key", address=target.address, reason=reason, code=response.status_code)
+    return PipeError(
+        "http_status",
+        address=target.address,
+        status=response.status_code,
+        reason=reason or response.reason_phrase,
+        code=response.status_code,
+        retry=response.status_code in (502, 503, 504),
+    )
+
+
+def _client(links: Links, target: Target) -> Any:
+    if HTTPX_PROBLEM:
+        raise PipeError("no_httpx", reason=HTTPX_PROBLEM)
+    return links.get(target, open_client)
+
+
+async def http_events(links: Links, job: Job, payload: Json) -> AsyncGenerator[Event]:
+    """One chat completion. However this generator is left, the response is closed, which stops the
+    service.
+    """
+    target = job.target
+    client = _client(links, target)
+    request = client.build_request(
+        "POST",
+        _chat_url(job),
+        json=payload,
+        headers=_http_headers(target),
+        timeout=httpx.Timeout(None, connect=job.connect_timeout),
+    )
+    started = False
+    reader = ReplyReader(target.address, opens_thought=job.opens_thought)
+    try:
+        response = await client.send(request, stream=True)
+        try:
+            if response.status_code != 200:
+                raise await _http_failure(response, target)
+            if "json" in response.headers.get("content-type", ""):
+                chunks = [(await response.aread()).decode("utf-8", "replace")]
+                for event in [*reader.read(chunks[0]), *reader.end()]:
+                    yield event
+                return
+            decoder = SseDecoder()
+            async for raw in response.aiter_bytes():
+                for data in decoder.push(raw):
+                    for event in reader.read(data):
+                        started = True
+                        yield event
+            for data in decoder.flush():
+                for event in reader.read(data):
+                    yield event
+            for event in reader.end():
+                yield event
+        finally:
+            await response.aclose()
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise PipeError("unreachable", address=target.address, code=503) from error
+    except httpx.HTTPError as error:
+        reason = str(error) or type(error).__name__
+        raise PipeError(
+            "broke_off", address=target.address, reason=reason, code=502, retry=not started
+        ) from error
+
+
+async def http_models(links: Links, target: Target, patience: float) -> list[tuple[str, str]]:
+    """(id, shown name) of what the service lists."""
+    client = _client(links, target)
+    try:
+        response = await client.get(
+            f"{target.url.rstrip('/')}/models", headers=_http_headers(target), timeout=patience
+        )
+        response.raise_for_status()
+        listed = response.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise PipeError("unreachable", address=target.address, code=503) from error
+    items = _dicts(listed.get("data") if isinstance(listed, dict) else listed)
+    return [(str(item["id"]), str(item.get("name") or item["id"])) for item in items if item.get("id")]
+
+
+# --- The page: events become what Open WebUI shows ----------------------------------------------------------
+
+
+QUEUE_STATUS_DELAY = 0.5
+
+
+@dataclass(slots=True)
+class PageOptions:
+    """What the valves and the user say about the page."""
+
+    language: Language
+    show_thoughts: bool
+    show_status: bool
+    annotations: bool  # an API client reads annotations; a browser reads source events
+
+
+class Page:
+    """One answer on its way to one browser tab. Takes events, returns chunks, emits statuses and sources
+    beside them.
+    """
+
+    def __init__(
+        self, model: str, sources: SourceList, emitter: Emitter | None, options: PageOptions
+    ) -> None:
+        self._emitter = emitter
+        self._options = options
+        self._sources = sources
+        self._rewriter = MarkerRewriter(sources.resolve)
+        self._frame = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._begun = time.monotonic()
+        self._status_open = False
+        self._status_time = 0.0
+        self._status_share = 0.0
+        self._prompt_tokens = 0
+        self._text_begun = False
+        self._thought_begun: float | None = None
+        self._next_in_line: asyncio.Task[None] | None = None
+        self._search_status: Json | None = None
+        self._annotations: list[Json] = []
+        self._usage: Json | None = None
+        self._reason = "stop"
+        self._ended = False
+
+    def allow_markers(self) -> None:
+        """Markers in this answer mean sources."""
+        self._rewriter.active = True
+
+    async def emit(self, kind: str, data: Json) -> None:
+        if self._emitter is not None:
+            await self._emitter({"type": kind, "data": data})
+
+    async def status(self, key: str, *, done: bool = False, **values: object) -> None:
+        """Shows one line over the answer."""
+        if self._options.show_status:
+            self._status_open = not done
+            self._status_time = time.monotonic()
+            await self.emit(
+                "status", {"description": say(self._options.language, key, **values), "done": done}
+            )
+
+    async def searching(self, query: str) -> None:
+        if self._options.show_status:
+            self._status_open = True
+            description = say(self._options.language, "searching")
+            await self.emit(
+                "status", {"action": "web_search", "description": description, "query": query, "done": False}
+            )
+
+    async def show_sources(
+        self, sources: Sequence[Source], *, query: str = "", to_prompt: bool = False
+    ) -> None:
+        """Emits the sources that are new, and keeps the list for the search status."""
+        for event in self._sources.add(sources, to_prompt=to_prompt):
+            link = event["source"].get("url")
+            if not self._options.annotations:
+                await self.emit("source", event)
+            elif link:
+                cited = {"url": link, "title": event["source"]["name"]}
+                self._annotations.append({"type": "url_citation", "url_citation": cited})
+        self.allow_markers()
+        items = [
+            {"title": source.title or source.url, "link": source.url} for source in sources if source.url
+        ]
+        if items:
+            self._search_status = {
+                "action": "web_search",
+                "description": say(self._options.language, "searched").replace("{count}", "{{count}}"),
+                "query": query,
+                "items": items,
+                "done": True,
+            }
+
+    async def take(self, event: Event) -> list[Json]:
+        """The chunks for one event."""
+        self._stop_timer()
+        if isinstance(event, Answer):
+            await self._begin_text()
+            await self._end_hidden_thought()
+            return self._content(self._rewriter.push(event.text))
+        if isinstance(event, Reasoning):
+            await self._begin_text()
+            if self._options.show_thoughts:
+                return [self._chunk({"reasoning_content": event.text})]
+            if self._thought_begun is None:
+                self._thought_begun = time.monotonic()
+                await self.status("thinking")
+        elif isinstance(event, Prefill):
+            await self._show_prefill(event)
+        elif isinstance(event, Queued):
+            await self._show_queue(event)
+        elif isinstance(event, Sources):
+            self._rewriter.style = event.style
+            await self.show_sources(event.items)
+            if self._text_begun:
+                await self._show_search()
+        elif isinstance(event, Usage):
+            self._usage = event.figures
+        else:
+            self._reason = event.reason
+        return []
+
+    async def end(self) -> list[Json]:
+        """The last chunks of an answer that went well."""
+        self._stop_timer()
+        await self._begin_text()
+        await self._end_hidden_thought()
+        chunks = self._content(self._rewriter.flush())
+        last = self._chunk({}, finish_reason=self._reason)
+        if self._usage is not None:
+            last["usage"] = self._usage
+        if self._reason == "length":
+            await self.status("length", done=True)
+        self._ended = True
+        return [*chunks, last]
+
+    async def fail(self, error: PipeError) -> list[Json]:
+        """The last chunks of an answer that failed: what was held back, then the error. Open WebUI keeps
+        the text.
+        """
+        chunks = self._content(self._rewriter.flush())
+        await self._close_status("failed")
+        self._stop_timer()
+        self._ended = True
+        problem: Json = {"message": error.text(self._options.language)}
+        if error.code is not None:
+            problem["code"] = error.code
+        return [*chunks, {"error": problem}]
+
+    async def leave(self) -> None:
+        """The reader stopped it: no status may shimmer on for ever."""
+        self._stop_timer()
+        if not self._ended:
+            self._ended = True
+            await self._close_status("stopped")
+
+    async def _close_status(self, key: str) -> None:
+        if self._status_open:
+            await self.status(key, done=True)
+
+    async def _show_queue(self, event: Queued) -> None:
+        if event.position:
+            await self.status("waiting", n=event.position)
+        elif self._status_open:
+            await self.status("next")
+        else:
+            # Every request is next in line for a moment; only a wait is worth a line.
+            self._next_in_line = asyncio.create_task(self._show_next_in_line())
+
+    async def _show_next_in_line(self) -> None:
+        await asyncio.sleep(QUEUE_STATUS_DELAY)
+        await self.status("next")
+
+    def _stop_timer(self) -> None:
+        if self._next_in_line is not None:
+            self._next_in_line.cancel()
+            self._next_in_line = None
+
+    async def _show_prefill(self, event: Prefill) -> None:
+        self._prompt_tokens = event.total
+        share = event.done / event.total if event.total else 1.0
+        waited = time.monotonic() - self._status_time
+        # Every status is kept in the chat's history, so a long prompt gets a few dozen of them, not one a
+        # second.
+        due = not self._status_open or (waited >= 1 and share - self._status_share >= 0.04) or waited >= 15
+        if share < 1 and due:
+            self._status_share = share
+            rate = f"{event.tokens_per_second:.1f}"
+            await self.status("prefill", read=event.done, total=event.total, rate=rate)
+
+    async def _begin_text(self) -> None:
+        if self._text_begun:
+            return
+        self._text_begun = True
+        if self._status_open:
+            seconds = f"{time.monotonic() - self._begun:.1f}"
+            key = "prefilled" if self._prompt_tokens else "started"
+            await self.status(key, done=True, total=self._prompt_tokens, seconds=seconds)
+        await self._show_search()
+
+    async def _show_search(self) -> None:
+        if self._search_status is not None and self._options.show_status:
+            await self.emit("status", self._search_status)
+        self._search_status = None
+
+    async def _end_hidden_thought(self) -> None:
+        if self._thought_begun is not None:
+            seconds = f"{time.monotonic() - self._thought_begun:.1f}"
+            self._thought_begun = None
+            await self.status("thought", done=True, seconds=seconds)
+
+    def _content(self, text: str) -> list[Json]:
+        if not text:
+            return []
+        delta: Json = {"content": text}
+        if self._annotations:
+            delta["annotations"], self._annotations = self._annotations, []
+        return [self._chunk(delta)]
+
+    def _chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
+        return {**self._frame, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+
+async def as_completion(chunks: AsyncIterator[Json], model: str) -> Json:
+    """The chunks as one chat.completion, for callers that do not stream; an error object as it is."""
+    message: Json = {"role": "assistant", "content": ""}
+    result: Json = {"id": "", "object": "chat.completion", "created": int(time.time()), "model": model}
+    reason = "stop"
+    async for chunk in chunks:
+        if "error" in chunk:
+            return chunk
+        result["id"] = chunk["id"]
+        choice = chunk["choices"][0]
+        for name, value in choice["delta"].items():
+            message[name] = message[name] + value if name in message else value
+        reason = choice["finish_reason"] or reason
+        if "usage" in chunk:
+            result["usage"] = chunk["usage"]
+    return result | {"choices": [{"index": 0, "message": message, "finish_reason": reason}]}
+
+
+# --- Background tasks: titles and the like, never in the way of an answer -----------------------------------
+
+TASK_TOKENS = {"title_generation": 64, "autocomplete_generation": 48, "emoji_generation": 8}
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s|[。！？\n]")
+
+
+def rule_title(question: str) -> str:
+    """A title from the first question: its first sentence, shortened at a word."""
+    text = re.sub(r"```.*?(```|\Z)", " ", question, flags=re.DOTALL)
+    text = clean_text(_SENTENCE_END.split(text.strip(), maxsplit=1)[0], 400)
+    text = text or clean_text(question, 400)
+    limit = 24 if _HAN.search(text) else 48
+    if len(text) > limit:
+        cut = text[:limit]
+        text = (cut if _HAN.search(cut) else cut.rpartition(" ")[0] or cut).rstrip(" ,;:，；：、") + "…"
+    return text
+
+
+def rule_reply(task: str, task_body: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+    """The answer to a background task without asking any model."""
+    messages = task_body.get("messages") or body.get("messages") or []
+    first = next((parts_text(m.get("content")) for m in messages if m.get("role") == "user"), "")
+    replies: dict[str, Any] = {
+        "title_generation": {"title": rule_title(first)},
+        "tags_generation": {"tags": []},
+        "follow_up_generation": {"follow_ups": []},
+        "query_generation": {"queries": [clean_text(last_question(messages), 200)]},
+        "image_prompt_generation": {"prompt": clean_text(last_question(messages), 500)},
+        "autocomplete_generation": {"text": ""},
+        "function_calling": {"tool_calls": []},
+    }
+    return json.dumps(replies[task], ensure_ascii=False) if task in replies else ""
+
+
+# --- Settings -----------------------------------------------------------------------------------------------
+
+
+def _from_environment(name: str, default: str) -> Callable[[], str]:
+    return lambda: os.environ.get(name, default)
+
+
+def _secret() -> Json:
+    return {"input": {"type": "password"}}
+
+
+def parse_targets(valves: Any) -> list[Target]:
+    """The upstreams that the valves name. Raises PipeError for an address that is none."""
+    urls = [url.strip() for url in re.split(r"[;\n]", valves.BASE_URL) if url.strip()]
+    keys = [key.strip() for key in re.split(r"[;\n]", valves.API_KEY)]
+    lists = [models.strip() for models in re.split(r"[;\n]", valves.MODELS)]
+    certificates = (
+        valves.TLS_CA_FILE.strip(),
+        valves.TLS_CERTIFICATE_FILE.strip(),
+        valves.TLS_KEY_FILE.strip(),
+    )
+    targets = []
+    for index, url in enumerate(urls):
+        parts = urlsplit(url)
+        try:
+            usable = parts.scheme in ("grpc", "grpcs", "http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise PipeError("bad_url", url=url, code="invalid_settings")
+        # One key for all, or one each; the same for the model lists.
+        key = keys[index] if index < len(keys) else keys[0] if len(keys) == 1 else ""
+        models = []
+        for item in (lists[index] if index < len(lists) else "").replace("，", ",").split(","):
+            name, _, shown = item.partition("=")
+            if name.strip():
+                models.append((name.strip(), shown.strip() or name.strip()))
+        targets.append(Target(url, key, tuple(models), certificates))
+    if not targets:
+        raise PipeError("bad_url", url=valves.BASE_URL, code="invalid_settings")
+    return targets
+
+
+def pick_language(choice: str, metadata: Mapping[str, Any]) -> Language:
+    """The user's language: their own setting, else that of the page they use."""
+    if choice == "中文":
+        return "zh"
+    if choice == "English":
+        return "en"
+    return (
+        "zh"
+        if str((metadata.get("variables") or {}).get("{{USER_LANGUAGE}}", "")).lower().startswith("zh")
+        else "en"
+    )
+
+
+# --- The function that Open WebUI calls ---------------------------------------------------------------------
+
+# The id of the one entry shown while a server does not answer; asking it means: whatever model is loaded.
+ANY_MODEL = "any"
+LIST_TIMEOUT = 0.4
+LIST_AGE = 15.0
+LIST_AGE_AFTER_FAILURE = 3.0
+SEARCH_TIMEOUT = 30.0
+FAST_TASK_TIMEOUT = 30.0
+
+
+class Pipe:
+    """One instance serves all users at once: what belongs to one question never lives on it."""
+
+    class Valves(BaseModel):
+        BASE_URL: str = Field(
+            default_factory=_from_environment("KTD_BASE_URL", "grpc://127.0.0.1:50051"),
+            title="BASE_URL",
+            description="Address of the ktd daemon (`grpc://host:port`, `grpcs://…` with TLS) or of any "
+            "OpenAI-compatible service (`https://host/v1`); several are separated by `;`. "
+            "ktd 守护进程或任何 OpenAI 兼容服务的地址；多个地址用 `;` 分隔。",
+        )
+        API_KEY: str = Field(
+            default_factory=_from_environment("KTD_API_KEY", ""),
+            title="API_KEY",
+            description="Key of the service; several in the order of BASE_URL, separated by `;`. "
+            "服务的密钥；多个密钥按 BASE_URL 的顺序用 `;` 分隔。",
+            json_schema_extra=_secret(),
+        )
+        MODELS: str = Field(
+            default_factory=_from_environment("KTD_MODELS", ""),
+            title="MODELS",
+            description="Models to offer: `id` or `id=Shown name`, separated by commas (services by `;`). "
+            "Empty: ask "
+            "the server. 要提供的模型：`id` 或 `id=显示名称`，用逗号分隔（不同服务用 `;`）。"
+            "留空则询问服务器。",
+        )
+        TLS_CA_FILE: str = Field(
+            default="",
+            title="TLS: CA file",
+            description="PEM file with the authority of a private certificate. 私有证书的 CA 文件（PEM）。",
+        )
+        TLS_CERTIFICATE_FILE: str = Field(
+            default="", title="TLS: client certificate", description="PEM file. 客户端证书（PEM 文件）。"
+        )
+        TLS_KEY_FILE: str = Field(
+            default="", title="TLS: client key", description="PEM file. 客户端私钥（PEM 文件）。"
+        )
+        CONNECT_TIMEOUT: float = Field(
+            default=5.0,
+            gt=0,
+            le=120,
+            title="Connect time-out / 连接超时",
+            description="Seconds until an unreachable server counts as down. "
+            "多少秒连不上即视为服务器不可用。",
+        )
+        FIRST_EVENT_TIMEOUT: float = Field(
+            default=900.0,
+            ge=0,
+            title="First event time-out / 首个事件超时",
+            description="Seconds to wait in the queue without a word; 0 = for ever. 排队时最长静默秒数；0 "
+            "表示不限。",
+        )
+        IDLE_TIMEOUT: float = Field(
+            default=300.0,
+            ge=0,
+            title="Idle time-out / 空闲超时",
+            description="Seconds without a word in mid-answer; 0 = for ever. 回答过程中最长静默秒数；0 "
+            "表示不限。",
+        )
+        SHOW_THOUGHTS: bool = Field(
+            default=True,
+            title="Show thoughts / 显示思考",
+            description="Show the thought above the answer. 显示思考过程。",
+        )
+        THINKING: Literal["model", "on", "off"] = Field(
+            default="model",
+            title="Thinking / 思考模式",
+            description="Let the model decide, force a thought, or ask for an answer without one. "
+            "由模型决定、强制思考或不思考。",
+        )
+        OPENS_THOUGHT: bool = Field(
+            default=False,
+            title="Missing <think> / 缺失 <think>",
+            description="For http services whose template opens the thought itself, so that only "
+            "`</think>` arrives. "
+            "用于模板已自行写入 `<think>`、输出中只有 `</think>` 的 http 服务。",
+        )
+        SHOW_STATUS: bool = Field(
+            default=True,
+            title="Show status / 显示状态",
+            description="Queue, prompt progress and searches above the answer. 在回答上方显示排队、"
+            "读取进度和搜索。",
+        )
+        SEARCH: Literal["switch", "off"] = Field(
+            default="switch",
+            title="Web search / 联网搜索",
+            description="`switch`: search through Open WebUI when the user has switched web search on. "
+            "`switch`：用户打开联网搜索时通过 Open WebUI 搜索。",
+        )
+        SEARCH_RESULTS: int = Field(
+            default=5,
+            ge=1,
+            le=20,
+            title="Search results / 结果数",
+            description="Results per search. 每次搜索的结果数。",
+        )
+        SEARCH_CHARS: int = Field(
+            default=2000,
+            ge=50,
+            le=20000,
+            title="Search text / 结果长度",
+            description="Characters of each result that the model reads. 模型读取每条结果的字符数。",
+        )
+        TASKS: Literal["rule", "fast", "off"] = Field(
+            default="rule",
+            title="Titles and other tasks / 标题等任务",
+            description="`rule`: no model call; `fast`: the model, without thoughts and with low "
+            "priority; `off`: none. "
+            "`rule`：不调用模型；`fast`：低优先级、不思考；`off`：关闭。",
+        )
+        TEMPERATURE: float | None = Field(
+            default=None,
+            ge=0,
+            le=5,
+            title="Temperature / 温度",
+            description="Overrides the chat's. Empty: the chat's, else the server's (0.6). 覆盖对话设置；"
+            "留空则不覆盖。",
+        )
+        MAX_TOKENS: int | None = Field(
+            default=None,
+            ge=1,
+            title="Max tokens / 最大 token 数",
+            description="Overrides the chat's; thought and answer together. 覆盖对话设置；思考与回答合计。",
+        )
+
+        @field_validator("TEMPERATURE", "MAX_TOKENS", mode="before")
+        @classmethod
+        def _empty_is_unset(cls, value: object) -> object:
+            return None if value == "" else value
+
+    class UserValves(BaseModel):
+        THOUGHTS: Literal["default", "show", "hide"] = Field(
+            default="default",
+            title="Thoughts / 思考内容",
+            description="Show or hide the thought. 显示或隐藏思考内容。",
+        )
+        THINKING: Literal["default", "on", "off"] = Field(
+            default="default",
+            title="Thinking / 思考模式",
+            description="Think before answering. 回答前是否思考。",
+        )
+        THINKING_BUDGET: int = Field(
+            default=0,
+            ge=0,
+            title="Thinking budget / 思考预算",
+            description="Tokens of thought, for http services that know `thinking_budget`; 0 = theirs. "
+            "思考 token 数，仅用于支持 `thinking_budget` 的 http 服务；0 表示由服务决定。",
+        )
+        LANGUAGE: Literal["auto", "English", "中文"] = Field(
+            default="auto",
+            title="Language / 语言",
+            description="Language of statuses and errors. 状态与错误的语言。",
+        )
+
+    def __init__(self) -> None:
+        self.valves = self.Valves()
+        self._links = Links()
+        # Model lists by target: when asked, how long it holds, the list.
+        self._lists: dict[Target, tuple[float, float, list[tuple[str, str]]]] = {}
+
+    async def pipes(self) -> list[dict[str, str]]:
+        """The models, from the valves or within half a second from the servers."""
+        try:
+            targets = parse_targets(self.valves)
+        except PipeError as error:
+            return [{"id": ANY_MODEL, "name": f"ktd: {error.text('en')}"}]
+        lists = await asyncio.gather(*(self._models(target) for target in targets))
+        entries = []
+        for position, models in enumerate(lists):
+            # The first service's models keep their names; those of the others say which service they
+            # belong to.
+            prefix = f"{position + 1}/" if position else ""
+            entries += [{"id": prefix + model, "name": shown} for model, shown in models]
+        return entries
+
+    async def _models(self, target: Target) -> list[tuple[str, str]]:
+        if target.models:
+            return list(target.models)
+        now = time.monotonic()
+        asked, holds, models = self._lists.get(target, (0.0, -1.0, []))
+        if now - asked <= holds:
+            return models
+        ask = grpc_models if target.speaks_grpc else http_models
+        try:
+            async with asyncio.timeout(LIST_TIMEOUT):
+                models, holds = await ask(self._links, target, LIST_TIMEOUT), LIST_AGE
+        except (PipeError, TimeoutError, OSError) as error:
+            log.info("no model list from %s: %s", target.address, error)
+            holds = LIST_AGE_AFTER_FAILURE
+        if not models:
+            models = [(ANY_MODEL, say("en", "unreachable_name", address=target.address))]
+        self._lists[target] = (now, holds, models)
+        return models
+
+    async def pipe(
+        self,
+        body: Json,
+        __user__: Json | None = None,
+        __metadata__: Json | None = None,
+        __event_emitter__: Emitter | None = None,
+        __task__: str | None = None,
+        __task_body__: Json | None = None,
+        __tools__: Json | None = None,
+    ) -> AsyncIterator[Json] | Json:
+        """Answers one request: an async generator of chunks when it streams, else a chat.completion."""
+        valves, metadata = self.valves, __metadata__ or {}
+        model = str(body.get("model") or "")
+        task = str(__task__ or "")
+        if task and task != "moa_response_generation":
+            text = await self._task(body, task, __task_body__ or {}, valves)
+            return await as_completion(_one_chunk(text), model)
+        own = (__user__ or {}).get("valves") or self.UserValves()
+        answer = self._answer(body, valves, own, metadata, __event_emitter__, __tools__ or {})
+        return answer if body.get("stream") else await as_completion(answer, model)
+
+    async def _answer(
+        self, body: Json, valves: Valves, own: Any, metadata: Json, emitter: Emitter | None, tools: Json
+    ) -> AsyncIterator[Json]:
+        language = pick_language(own.LANGUAGE, metadata)
+        show = {"show": True, "hide": False}.get(own.THOUGHTS, valves.SHOW_THOUGHTS)
+        options = PageOptions(language, show, valves.SHOW_STATUS, annotations=not metadata.get("chat_id"))
+        sources = SourceList(metadata.get("sources") or [])
+        page = Page(str(body.get("model") or ""), sources, emitter, options)
+        try:
+            target, model = self._resolve(body, valves)
+            messages = read_messages(body, text_only=target.speaks_grpc)
+            if valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search"):
+                await self._search(last_question(messages), tools, valves, page)
+            if len(sources):
+                put_sources_into(messages, sources, metadata, language)
+                page.allow_markers()
+            elif not target.speaks_grpc:
+                sources.expect_late()
+                page.allow_markers()
+            thinking = read_thinking(body, own.THINKING, valves.THINKING)
+            job = self._job(body, valves, target, model, messages, thinking)
+            payload = None if target.speaks_grpc else http_payload(job, body)
+            if payload is not None and own.THINKING_BUDGET:
+                payload["thinking_budget"] = own.THINKING_BUDGET
+            async with contextlib.aclosing(self._events(job, payload, valves)) as events:
+                async for event in events:
+                    for chunk in await page.take(event):
+                        yield chunk
+            for chunk in await page.end():
+                yield chunk
+        except PipeError as error:
+            for chunk in await page.fail(error):
+                yield chunk
+        except Exception as error:
+            # The last stop before Open WebUI, which would lose the text of an answer that ends in an
+            # exception.
+            log.exception("the ktd function failed")
+            for chunk in await page.fail(
+                PipeError("bug", reason=f"{type(error).__name__}: {error}", code=500)
+            ):
+                yield chunk
+        finally:
+            await page.leave()
+
+    def _resolve(self, body: Mapping[str, Any], valves: Valves) -> tuple[Target, str]:
+        """The upstream and the model's name there."""
+        targets = parse_targets(valves)
+        name = str(body.get("model") or "").partition(".")[2]
+        number, slash, rest = name.partition("/")
+        position = 0
+        if slash and number.isdecimal() and 2 <= int(number) <= len(targets):
+            position, name = int(number) - 1, rest
+        return targets[position], "" if name == ANY_MODEL else name
+
+    def _job(
+        self,
+        body: Mapping[str, Any],
+        valves: Valves,
+        target: Target,
+        model: str,
+        messages: Sequence[Json],
+        thinking: bool | None,
+    ) -> Job:
+        options = read_options(body)
+        if valves.TEMPERATURE is not None:
+            options["temperature"] = valves.TEMPERATURE
+        if valves.MAX_TOKENS is not None:
+            options["max_tokens"] = valves.MAX_TOKENS
+        return Job(
+            target=target,
+            model=model,
+            messages=tuple(messages),
+            options=options,
+            thinking=thinking,
+            low_priority=False,
+            opens_thought=valves.OPENS_THOUGHT,
+            connect_timeout=valves.CONNECT_TIMEOUT,
+        )
+
+    async def _events(self, job: Job, payload: Json | None, valves: Valves) -> AsyncGenerator[Event]:
+        """The upstream's events; a failure before the first of them is tried once more."""
+        for last_try in (False, True):
+            upstream = (
+                grpc_events(self._links, job) if payload is None else http_events(self._links, job, payload)
+            )
+            started = False
+            try:
+                async with contextlib.aclosing(upstream):
+                    pace = paced(
+                        upstream, valves.FIRST_EVENT_TIMEOUT, valves.IDLE_TIMEOUT, job.target.address
+                    )
+                    async with contextlib.aclosing(pace):
+                        async for event in pace:
+                            started = True
+                            yield event
+                return
+            except PipeError as error:
+                if started or last_try or not error.retry:
+                    raise
+
+    async def _search(self, query: str, tools: Json, valves: Valves, page: Page) -> None:
+        """Searches with Open WebUI's own tool: with native function calling nothing else does."""
+        search = (tools.get("search_web") or {}).get("callable")
+        query = clean_text(query, 300)
+        if search is None or not query:
+            return
+        await page.searching(query)
+        try:
+            async with asyncio.timeout(SEARCH_TIMEOUT):
+                found = json.loads(await search(query=query, count=valves.SEARCH_RESULTS))
+        except Exception as error:
+            # Whatever a search engine raises, the question can be answered without it.
+            log.warning("web search failed", exc_info=True)
+            await page.status(
+                "search_failed", done=True, reason=clean_text(str(error), 200) or type(error).__name__
+            )
+            return
+        if isinstance(found, dict):
+            reason = clean_text(found.get("error"), 200) or "no results"
+            await page.status("search_failed", done=True, reason=reason)
+            return
+        sources = [
+            clean_source(item.get("title"), item.get("link"), item.get("snippet"), valves.SEARCH_CHARS)
+            for item in _dicts(found)[: valves.SEARCH_RESULTS]
+        ]
+        await page.show_sources(sources, query=query, to_prompt=True)
+
+    async def _task(self, body: Json, task: str, task_body: Json, valves: Valves) -> str:
+        """The text for a background task."""
+        if valves.TASKS == "off":
+            return ""
+        if valves.TASKS == "fast":
+            try:
+                async with asyncio.timeout(FAST_TASK_TIMEOUT):
+                    text = await self._ask_fast(body, task, valves)
+                if "{" in text or task == "emoji_generation":
+                    return text
+            except (PipeError, TimeoutError) as error:
+                log.info("task %s answered by rule: %s", task, error)
+        return rule_reply(task, task_body, body)
+
+    async def _ask_fast(self, body: Json, task: str, valves: Valves) -> str:
+        target, model = self._resolve(body, valves)
+        most = {"max_tokens": TASK_TOKENS.get(task, 256)}
+        job = Job(
+            target=target,
+            model=model,
+            messages=tuple(read_messages(body, text_only=target.speaks_grpc)),
+            options=most,
+            thinking=False,
+            low_priority=True,
+            opens_thought=False,
+            connect_timeout=valves.CONNECT_TIMEOUT,
+        )
+        payload = None if target.speaks_grpc else http_payload(job, most)
+        text = ""
+        async with contextlib.aclosing(self._events(job, payload, valves)) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    text += event.text
+        return text
+
+
+async def _one_chunk(text: str) -> AsyncIterator[Json]:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": "stop"}
+    yield {"id": f"chatcmpl-{uuid.uuid4().hex}", "choices": [choice]}
