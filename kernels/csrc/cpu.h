@@ -55,6 +55,9 @@ struct Cpu {
   QuantizedRows x, hidden;
   Buffer x_float, hidden_float, groups, partial, thread_scratch;
 
+  // Scratch of ops_attention.cc and ops_route.cc; likewise.
+  Buffer attention_scratch, attention_chunks, attention_items, attention_merges, attention_parts, route_scratch;
+
   // 64-byte aligned kMatmulScratch bytes per thread.
   uint8_t* scratch() { return thread_scratch.get<uint8_t>(pool.threads() * kMatmulScratch); }
 };

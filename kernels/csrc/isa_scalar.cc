@@ -1,3 +1,6 @@
+#include <immintrin.h>
+
+#include "blocks.h"
 #include "kernel_table.h"
 
 namespace ktd::scalar {
