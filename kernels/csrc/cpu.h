@@ -52,8 +52,8 @@ struct Cpu {
   const KernelTable& table;
 
   // Scratch of matmul.cc and moe.cc; guarded by pool.turn().
-  QuantizedRows x, hidden;
-  Buffer x_float, hidden_float, groups, partial, thread_scratch;
+  QuantizedRows x, x_up, hidden;
+  Buffer hidden_float, groups, gate_up, partial, thread_scratch;
 
   // Scratch of ops_attention.cc and ops_route.cc; likewise.
   Buffer attention_scratch, attention_chunks, attention_items, attention_merges, attention_parts, route_scratch;
