@@ -6,28 +6,103 @@
 namespace ktd {
 
 #pragma pack(push, 1)
-struct BlockQ4_0 { uint16_t d; uint8_t qs[16]; };
-struct BlockQ4_1 { uint16_t d, m; uint8_t qs[16]; };
-struct BlockQ5_0 { uint16_t d; uint32_t qh; uint8_t qs[16]; };
-struct BlockQ5_1 { uint16_t d, m; uint32_t qh; uint8_t qs[16]; };
-struct BlockQ8_0 { uint16_t d; int8_t qs[32]; };
-struct BlockIQ4_NL { uint16_t d; uint8_t qs[16]; };
-struct BlockMXFP4 { uint8_t e; uint8_t qs[16]; };
-struct BlockQ2_K { uint8_t scales[16], qs[64]; uint16_t d, dmin; };
-struct BlockQ3_K { uint8_t hmask[32], qs[64], scales[12]; uint16_t d; };
-struct BlockQ4_K { uint16_t d, dmin; uint8_t scales[12], qs[128]; };
-struct BlockQ5_K { uint16_t d, dmin; uint8_t scales[12], qh[32], qs[128]; };
-struct BlockQ6_K { uint8_t ql[128], qh[64]; int8_t scales[16]; uint16_t d; };
-struct BlockIQ1_S { uint16_t d; uint8_t qs[32]; uint16_t qh[8]; };
-struct BlockIQ1_M { uint8_t qs[32], qh[16]; uint16_t scales[4]; };
-struct BlockIQ2_XXS { uint16_t d; struct { uint8_t index[4]; uint32_t signs; } sub[8]; };
-struct BlockIQ2_XS { uint16_t d; uint16_t qs[32]; uint8_t scales[8]; };
-struct BlockIQ2_S { uint16_t d; uint8_t qs[32], signs[32], qh[8], scales[8]; };
-struct BlockIQ3_XXS { uint16_t d; uint8_t qs[64]; uint32_t signs[8]; };
-struct BlockIQ3_S { uint16_t d; uint8_t qs[64], qh[8], signs[32], scales[4]; };
-struct BlockIQ4_XS { uint16_t d, scales_h; uint8_t scales_l[4], qs[128]; };
-struct BlockTQ1_0 { uint8_t qs[48], qh[4]; uint16_t d; };
-struct BlockTQ2_0 { uint8_t qs[64]; uint16_t d; };
+struct BlockQ4_0 {
+  uint16_t d;
+  uint8_t qs[16];
+};
+struct BlockQ4_1 {
+  uint16_t d, m;
+  uint8_t qs[16];
+};
+struct BlockQ5_0 {
+  uint16_t d;
+  uint32_t qh;
+  uint8_t qs[16];
+};
+struct BlockQ5_1 {
+  uint16_t d, m;
+  uint32_t qh;
+  uint8_t qs[16];
+};
+struct BlockQ8_0 {
+  uint16_t d;
+  int8_t qs[32];
+};
+struct BlockIQ4_NL {
+  uint16_t d;
+  uint8_t qs[16];
+};
+struct BlockMXFP4 {
+  uint8_t e;
+  uint8_t qs[16];
+};
+struct BlockQ2_K {
+  uint8_t scales[16], qs[64];
+  uint16_t d, dmin;
+};
+struct BlockQ3_K {
+  uint8_t hmask[32], qs[64], scales[12];
+  uint16_t d;
+};
+struct BlockQ4_K {
+  uint16_t d, dmin;
+  uint8_t scales[12], qs[128];
+};
+struct BlockQ5_K {
+  uint16_t d, dmin;
+  uint8_t scales[12], qh[32], qs[128];
+};
+struct BlockQ6_K {
+  uint8_t ql[128], qh[64];
+  int8_t scales[16];
+  uint16_t d;
+};
+struct BlockIQ1_S {
+  uint16_t d;
+  uint8_t qs[32];
+  uint16_t qh[8];
+};
+struct BlockIQ1_M {
+  uint8_t qs[32], qh[16];
+  uint16_t scales[4];
+};
+struct BlockIQ2_XXS {
+  uint16_t d;
+  struct {
+    uint8_t index[4];
+    uint32_t signs;
+  } sub[8];
+};
+struct BlockIQ2_XS {
+  uint16_t d;
+  uint16_t qs[32];
+  uint8_t scales[8];
+};
+struct BlockIQ2_S {
+  uint16_t d;
+  uint8_t qs[32], signs[32], qh[8], scales[8];
+};
+struct BlockIQ3_XXS {
+  uint16_t d;
+  uint8_t qs[64];
+  uint32_t signs[8];
+};
+struct BlockIQ3_S {
+  uint16_t d;
+  uint8_t qs[64], qh[8], signs[32], scales[4];
+};
+struct BlockIQ4_XS {
+  uint16_t d, scales_h;
+  uint8_t scales_l[4], qs[128];
+};
+struct BlockTQ1_0 {
+  uint8_t qs[48], qh[4];
+  uint16_t d;
+};
+struct BlockTQ2_0 {
+  uint8_t qs[64];
+  uint16_t d;
+};
 #pragma pack(pop)
 
 static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ5_0) == 22);

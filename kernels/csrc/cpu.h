@@ -56,7 +56,8 @@ struct Cpu {
   Buffer hidden_float, groups, gate_up, partial, thread_scratch;
 
   // Scratch of ops_attention.cc and ops_route.cc; likewise.
-  Buffer attention_scratch, attention_chunks, attention_items, attention_merges, attention_parts, route_scratch;
+  Buffer attention_scratch, attention_chunks, attention_items, attention_merges, attention_parts,
+      route_scratch;
 
   // 64-byte aligned kMatmulScratch bytes per thread.
   uint8_t* scratch() { return thread_scratch.get<uint8_t>(pool.threads() * kMatmulScratch); }

@@ -1,11 +1,11 @@
-// The scalar decoder of every block type: the definition that vector decoders must agree with. Included once by
-// formats.cc and by every isa_*.cc inside a namespace of their own; no include guard, no std templates.
+// The scalar decoder of every block type: the definition that vector decoders must agree with. Included once
+// by formats.cc and by every isa_*.cc inside a namespace of their own; no include guard, no std templates.
 //
 // A decoded block is a set of unsigned codes u with
 //   weight[i] = (d * sc[i/16]) * (u[i] - offset)                      without a minimum
 //   weight[i] = (d * sc[i/16]) * u[i] - dmin * mn[i/16]               with one (Traits::minimum)
-// in which d already holds the format's power of two, so that all of it is exact or rounds as the oracle does.
-// Blocks of 32 have sc = 1 and, with a minimum, mn = 1.
+// in which d already holds the format's power of two, so that all of it is exact or rounds as the oracle
+// does. Blocks of 32 have sc = 1 and, with a minimum, mn = 1.
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
@@ -169,7 +169,8 @@ inline void decode(const BlockQ3_K& b, Decoded& out) {
     out.sc[s] = static_cast<int16_t>((low | high << 4) - 32);
   }
   for (int i = 0; i < 256; ++i) {
-    const int low = b.qs[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3, high = b.hmask[i % 32] >> (i / 32) & 1;
+    const int low = b.qs[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3,
+              high = b.hmask[i % 32] >> (i / 32) & 1;
     out.u[i] = static_cast<uint8_t>(low | high << 2);
   }
 }
@@ -213,7 +214,8 @@ inline void decode(const BlockIQ1_S& b, Decoded& out) {
   for (int s = 0; s < 8; ++s) {
     const unsigned h = b.qh[s];
     set_scale32(out, s, static_cast<int>(2 * (h >> 12 & 7) + 1));
-    for (int l = 0; l < 4; ++l) put_iq1(out.u + 32 * s + 8 * l, b.qs[4 * s + l] | (h >> (3 * l) & 7) << 8, h >> 15);
+    for (int l = 0; l < 4; ++l)
+      put_iq1(out.u + 32 * s + 8 * l, b.qs[4 * s + l] | (h >> (3 * l) & 7) << 8, h >> 15);
   }
 }
 
@@ -224,7 +226,8 @@ inline uint16_t iq1m_scale(const BlockIQ1_M& b) {
 
 inline void decode(const BlockIQ1_M& b, Decoded& out) {
   out.d = half_to_float(iq1m_scale(b)) * 0.125f;
-  for (int s = 0; s < 16; ++s) out.sc[s] = static_cast<int16_t>(2 * (b.scales[s / 4] >> (3 * (s % 4)) & 7) + 1);
+  for (int s = 0; s < 16; ++s)
+    out.sc[s] = static_cast<int16_t>(2 * (b.scales[s / 4] >> (3 * (s % 4)) & 7) + 1);
   for (int g = 0; g < 32; ++g) {
     const unsigned nibble = b.qh[g / 2] >> (4 * (g % 2)) & 15;
     put_iq1(out.u + 8 * g, b.qs[g] | (nibble & 7) << 8, nibble >> 3);
@@ -237,8 +240,8 @@ inline void decode(const BlockIQ2_XXS& b, Decoded& out) {
     const uint32_t signs = b.sub[s].signs;
     set_scale32(out, s, static_cast<int>(2 * (signs >> 28) + 1));
     for (int l = 0; l < 4; ++l)
-      put_signed(out.u + 32 * s + 8 * l, bytes_of(kGridIq2Xxs[b.sub[s].index[l]]), 8, kSigns[signs >> (7 * l) & 127],
-                 43);
+      put_signed(out.u + 32 * s + 8 * l, bytes_of(kGridIq2Xxs[b.sub[s].index[l]]), 8,
+                 kSigns[signs >> (7 * l) & 127], 43);
   }
 }
 

@@ -28,7 +28,8 @@ void dequantize(const uint8_t* blocks, int64_t cols, float* out) {
     for (int i = 0; i < T::block; ++i) {
       const float scale = T::block == 32 ? block.d : block.d * static_cast<float>(block.sc[i / 16]);
       float value = scale * static_cast<float>(static_cast<int>(block.u[i]) - T::offset);
-      if (T::minimum) value -= T::block == 32 ? block.dmin : block.dmin * static_cast<float>(block.mn[i / 16]);
+      if (T::minimum)
+        value -= T::block == 32 ? block.dmin : block.dmin * static_cast<float>(block.mn[i / 16]);
       out[k + i] = value;
     }
   }

@@ -1,7 +1,86 @@
 #include "matmul.h"
 
-namespace ktd {
+#include <algorithm>
 
-void linear(Cpu&, const Weight&, Rows<const float>, int64_t, Rows<float>, bool) {}
+namespace ktd {
+namespace {
+
+// Below this many values a loop over rows is not worth waking the pool for.
+constexpr int64_t kInlineValues = 1 << 16;
+
+// Rows of the tile path's panel on the widest instruction set; chunks of rows are whole panels.
+constexpr int64_t kPanel = 32;
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+}  // namespace
+
+Activations quantize(Cpu& cpu, QuantizedRows& to, int64_t block, Rows<const float> x, int64_t n,
+                     int64_t heads, int64_t cols) {
+  const int64_t rows = n * heads, blocks = cols / block, groups = cols / 16;
+  int8_t* q = to.q.get<int8_t>(rows * cols);
+  float* scales = to.scales.get<float>(rows * blocks);
+  int16_t* sums = to.sums.get<int16_t>(rows * groups);
+  const auto quantize_row = block == 256 ? cpu.table.quantize_256 : cpu.table.quantize_32;
+  const auto body = [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t head = row / n, token = row % n;
+      quantize_row(x.data + token * x.stride + head * x.head_stride, cols, q + row * cols,
+                   scales + row * blocks, sums + row * groups);
+    }
+  };
+  if (rows * cols <= kInlineValues) {
+    body(0, rows, 0);
+  } else {
+    cpu.pool.parallel_for(rows, std::max<int64_t>(1, kInlineValues / 4 / std::max<int64_t>(cols, 1)), body);
+  }
+  return {q, scales, sums};
+}
+
+void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<float> out, bool accumulate) {
+  if (n == 0 || w.rows == 0 || w.count == 0) return;
+  const auto turn = cpu.pool.turn();
+  const int64_t heads = w.count, block = w.activation_block();
+  Activations quantized{};
+  if (block != 0) quantized = quantize(cpu, cpu.x, block, x, n, heads, w.cols);
+  uint8_t* scratch = cpu.scratch();
+  const auto matmul = cpu.table.matmul[static_cast<int>(w.format)];
+
+  // About eight pieces a thread, so that a thread that starts late or runs slow does not hold up the rest.
+  const int64_t pieces = 8 * cpu.pool.threads();
+  const int64_t row_chunk =
+      std::min(round_up(std::max<int64_t>(w.rows * heads / pieces, 1), kPanel), int64_t{512});
+  const int64_t row_chunks = (w.rows + row_chunk - 1) / row_chunk;
+  // Few rows and many tokens: cut the tokens too, at the price of decoding the weights once per cut.
+  int64_t token_chunk = n;
+  if (row_chunks * heads < 2 * cpu.pool.threads())
+    token_chunk = std::max<int64_t>(32, round_up(n * row_chunks * heads / pieces, 8));
+  const int64_t token_chunks = (n + token_chunk - 1) / token_chunk;
+
+  cpu.pool.parallel_for(heads * row_chunks * token_chunks, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t token = piece % token_chunks * token_chunk;
+      const int64_t row = piece / token_chunks % row_chunks * row_chunk,
+                    head = piece / token_chunks / row_chunks;
+      const int64_t first = head * n + token;
+      MatmulArgs args{};
+      args.w = w.row(head, row);
+      args.row_bytes = w.row_bytes;
+      args.rows = std::min(row_chunk, w.rows - row);
+      args.cols = w.cols;
+      if (block != 0)
+        args.x = {quantized.q + first * w.cols, quantized.scales + first * (w.cols / block),
+                  quantized.sums + first * (w.cols / 16)};
+      args.x_float = x.data + token * x.stride + head * x.head_stride;
+      args.x_float_stride = x.stride;
+      args.n = std::min(token_chunk, n - token);
+      args.out = out.data + token * out.stride + head * out.head_stride + row;
+      args.out_stride = out.stride;
+      args.accumulate = accumulate;
+      args.scratch = scratch + thread * kMatmulScratch;
+      matmul(args);
+    }
+  });
+}
 
 }  // namespace ktd

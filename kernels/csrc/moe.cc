@@ -1,7 +1,230 @@
 #include "moe.h"
 
-namespace ktd {
+#include <string.h>
 
-void moe(Cpu&, const MoeArgs&) {}
+#include <algorithm>
+
+namespace ktd {
+namespace {
+
+// A piece of the first half is this many rows of gate and up (whole blocks of every format, so that the
+// hidden values are quantised where they are made) for at most this many tokens: 2 * 256 * 128 floats stay in
+// the L2 cache.
+constexpr int64_t kHiddenChunk = 256;
+constexpr int64_t kTokenChunk = 128;
+
+// (token, expert) pairs handled at once: bounds the hidden values and the outputs that wait to be summed.
+constexpr int64_t kMaxPairs = 8192;
+
+// Pairs sorted by expert: position p belongs to token[p]; expert a owns positions begin[a] .. begin[a + 1].
+struct Groups {
+  int64_t active;
+  const int32_t* expert;
+  const int32_t* begin;
+  const int32_t* piece;     // begin of each active expert's pieces of the first half
+  const int32_t* token;     // per position
+  const int32_t* position;  // per pair t * k + j
+};
+
+struct Layer {
+  Cpu& cpu;
+  const MoeArgs& args;
+  int64_t hidden_size, hidden_chunks;
+  Activations x_gate, x_up;
+  Groups groups;
+};
+
+Groups group_pairs(Cpu& cpu, const MoeArgs& args, int64_t hidden_chunks) {
+  const int64_t experts = args.gate->count, pairs = args.n * args.k;
+  int32_t* memory = cpu.groups.get<int32_t>(4 * (experts + 1) + 2 * pairs);
+  int32_t *cursor = memory, *expert = cursor + experts + 1, *begin = expert + experts + 1,
+          *piece = begin + experts + 1, *token = piece + experts + 1, *position = token + pairs;
+  const auto expert_of = [&](int64_t pair) { return args.ids ? args.ids[pair] : 0; };
+  memset(cursor, 0, static_cast<size_t>(experts) * sizeof(int32_t));
+  for (int64_t pair = 0; pair < pairs; ++pair) ++cursor[expert_of(pair)];
+  int64_t active = 0;
+  int32_t start = 0, pieces = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int32_t count = cursor[e];
+    cursor[e] = start;
+    if (count == 0) continue;
+    expert[active] = static_cast<int32_t>(e);
+    begin[active] = start;
+    piece[active++] = pieces;
+    start += count;
+    pieces += static_cast<int32_t>((count + kTokenChunk - 1) / kTokenChunk * hidden_chunks);
+  }
+  begin[active] = start;
+  piece[active] = pieces;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const int32_t p = cursor[expert_of(pair)]++;
+    position[pair] = p;
+    token[p] = static_cast<int32_t>(pair / args.k);
+  }
+  return {active, expert, begin, piece, token, position};
+}
+
+// hidden = silu(gate x) * (up x) of one piece, written as floats at [positions][hidden_size] or quantised for
+// `down`.
+struct Hidden {
+  float* values;  // when down is a float type
+  Activations quantized;
+};
+
+void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, int thread, float* scratch,
+                      uint8_t* matmul_scratch) {
+  const MoeArgs& args = layer.args;
+  const Groups& g = layer.groups;
+  const int64_t a = std::upper_bound(g.piece, g.piece + g.active, static_cast<int32_t>(piece)) - g.piece - 1;
+  const int64_t within = piece - g.piece[a];
+  const int64_t row = within % layer.hidden_chunks * kHiddenChunk;
+  const int64_t first = g.begin[a] + within / layer.hidden_chunks * kTokenChunk;
+  const int64_t n = std::min<int64_t>(kTokenChunk, g.begin[a + 1] - first);
+  const int64_t rows = std::min(kHiddenChunk, layer.hidden_size - row);
+  float* const gate_out = scratch + thread * 2 * kTokenChunk * kHiddenChunk;
+  float* const up_out = gate_out + kTokenChunk * kHiddenChunk;
+
+  const auto product = [&](const Weight& w, const Activations& x, float* out) {
+    MatmulArgs m{};
+    m.w = w.row(g.expert[a], row);
+    m.row_bytes = w.row_bytes;
+    m.rows = rows;
+    m.cols = w.cols;
+    m.x = x;
+    m.x_float = args.x.data;
+    m.x_float_stride = args.x.stride;
+    m.index = g.token + first;
+    m.n = n;
+    m.out = out;
+    m.out_stride = kHiddenChunk;
+    m.scratch = matmul_scratch + thread * kMatmulScratch;
+    layer.cpu.table.matmul[static_cast<int>(w.format)](m);
+  };
+  product(*args.gate, layer.x_gate, gate_out);
+  product(*args.up, layer.x_up, up_out);
+
+  const int64_t block = args.down->activation_block();
+  for (int64_t t = 0; t < n; ++t) {
+    float* values = gate_out + t * kHiddenChunk;
+    layer.cpu.table.silu_mul(values, up_out + t * kHiddenChunk, rows);
+    const int64_t at = (first + t) * layer.hidden_size + row;
+    if (block == 0) {
+      memcpy(hidden.values + at, values, static_cast<size_t>(rows) * sizeof(float));
+    } else {
+      const auto quantize_row = block == 256 ? layer.cpu.table.quantize_256 : layer.cpu.table.quantize_32;
+      quantize_row(values, rows, const_cast<int8_t*>(hidden.quantized.q) + at,
+                   const_cast<float*>(hidden.quantized.scales) + at / block,
+                   const_cast<int16_t*>(hidden.quantized.sums) + at / 16);
+    }
+  }
+}
+
+// Rows [row, row + rows) of every token's output. Each pair's product waits in `partial` until all are there,
+// and a token's are then added in the order of its ids: no locks, and the same sum whatever shares the batch.
+void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64_t rows, float* partial,
+                    uint8_t* matmul_scratch) {
+  const MoeArgs& args = layer.args;
+  const Groups& g = layer.groups;
+  const Weight& down = *args.down;
+  const int64_t block = down.activation_block();
+  const bool direct = args.ids == nullptr;
+  for (int64_t a = 0; a < g.active; ++a) {
+    const int64_t first = g.begin[a];
+    MatmulArgs m{};
+    m.w = down.row(g.expert[a], row);
+    m.row_bytes = down.row_bytes;
+    m.rows = rows;
+    m.cols = down.cols;
+    if (block == 0) {
+      m.x_float = hidden.values + first * down.cols;
+      m.x_float_stride = down.cols;
+    } else {
+      m.x = {hidden.quantized.q + first * down.cols, hidden.quantized.scales + first * (down.cols / block),
+             hidden.quantized.sums + first * (down.cols / 16)};
+    }
+    m.n = g.begin[a + 1] - first;
+    m.out = direct ? args.out.data + row : partial + first * rows;
+    m.out_stride = direct ? args.out.stride : rows;
+    m.accumulate = direct && args.accumulate;
+    m.scratch = matmul_scratch;
+    layer.cpu.table.matmul[static_cast<int>(down.format)](m);
+  }
+  if (direct) return;
+  for (int64_t t = 0; t < args.n; ++t) {
+    float* out = args.out.data + t * args.out.stride + row;
+    for (int64_t j = 0; j < args.k; ++j) {
+      const auto add = j == 0 && !args.accumulate ? layer.cpu.table.set_scaled : layer.cpu.table.add_scaled;
+      add(out, partial + g.position[t * args.k + j] * rows, args.weights[t * args.k + j], rows);
+    }
+  }
+}
+
+void run_slice(Cpu& cpu, const MoeArgs& args) {
+  const Weight &gate = *args.gate, &up = *args.up, &down = *args.down;
+  const int64_t pairs = args.n * args.k, hidden_size = gate.rows, threads = cpu.pool.threads();
+  const int64_t hidden_chunks = (hidden_size + kHiddenChunk - 1) / kHiddenChunk;
+  Layer layer{cpu, args, hidden_size, hidden_chunks, {}, {}, group_pairs(cpu, args, hidden_chunks)};
+  const int64_t gate_block = gate.activation_block(), up_block = up.activation_block();
+  if (gate_block != 0) layer.x_gate = quantize(cpu, cpu.x, gate_block, args.x, args.n, 1, gate.cols);
+  if (up_block == gate_block) {
+    layer.x_up = layer.x_gate;
+  } else if (up_block != 0) {
+    layer.x_up = quantize(cpu, cpu.x_up, up_block, args.x, args.n, 1, up.cols);
+  }
+
+  Hidden hidden{};
+  const int64_t block = down.activation_block();
+  if (block == 0) {
+    hidden.values = cpu.hidden_float.get<float>(pairs * hidden_size);
+  } else {
+    hidden.quantized = {cpu.hidden.q.get<int8_t>(pairs * hidden_size),
+                        cpu.hidden.scales.get<float>(pairs * hidden_size / block),
+                        cpu.hidden.sums.get<int16_t>(pairs * hidden_size / 16)};
+  }
+  uint8_t* matmul_scratch = cpu.scratch();
+  float* scratch = cpu.gate_up.get<float>(threads * 2 * kTokenChunk * kHiddenChunk);
+  cpu.pool.parallel_for(layer.groups.piece[layer.groups.active], 1,
+                        [&](int64_t begin, int64_t end, int thread) {
+                          for (int64_t piece = begin; piece < end; ++piece)
+                            run_hidden_piece(layer, hidden, piece, thread, scratch, matmul_scratch);
+                        });
+
+  // Whole panels of 32 rows, about eight pieces a thread; many pairs: small enough to keep `partial` in
+  // cache.
+  const int64_t fair = (down.rows / (8 * threads) + 31) / 32 * 32;
+  const int64_t cached = std::max<int64_t>(32, (1 << 18) / std::max<int64_t>(pairs, 1) / 32 * 32);
+  const int64_t rows = std::clamp<int64_t>(args.ids ? std::min(fair, cached) : fair, 32, 512);
+  float* partial = args.ids ? cpu.partial.get<float>(threads * pairs * rows) : nullptr;
+  cpu.pool.parallel_for((down.rows + rows - 1) / rows, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t piece = begin; piece < end; ++piece)
+      run_down_piece(layer, hidden, piece * rows, std::min(rows, down.rows - piece * rows),
+                     partial ? partial + thread * pairs * rows : nullptr,
+                     matmul_scratch + thread * kMatmulScratch);
+  });
+}
+
+}  // namespace
+
+void moe(Cpu& cpu, const MoeArgs& args) {
+  if (args.n == 0 || args.down->rows == 0) return;
+  if (args.k == 0) {
+    for (int64_t t = 0; !args.accumulate && t < args.n; ++t)
+      memset(args.out.data + t * args.out.stride, 0, static_cast<size_t>(args.down->rows) * sizeof(float));
+    return;
+  }
+  const auto turn = cpu.pool.turn();
+  const int64_t slice = std::max<int64_t>(1, kMaxPairs / args.k);
+  for (int64_t t = 0; t < args.n; t += slice) {
+    MoeArgs part = args;
+    part.n = std::min(slice, args.n - t);
+    part.x.data += t * args.x.stride;
+    part.out.data += t * args.out.stride;
+    if (args.ids) {
+      part.ids += t * args.k;
+      part.weights += t * args.k;
+    }
+    run_slice(cpu, part);
+  }
+}
 
 }  // namespace ktd

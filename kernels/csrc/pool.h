@@ -37,7 +37,7 @@ class Pool {
     Task task{[](void* context, int64_t begin, int64_t end, int thread) {
                 (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end, thread);
               },
-              &body};
+              const_cast<void*>(static_cast<const void*>(&body))};
     run(n, grain, task);
   }
 
