@@ -1,4 +1,4 @@
-"""What tests of the Pipe share: the file loaded as Open WebUI loads it, and the page that its output makes."""
+"""What tests of the Pipe share: the file loaded as Open WebUI loads it, and the page it makes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIPE_FILE = Path(__file__).resolve().parents[1] / "plugin" / "ktd_pipe.py"
 
 
 def load_pipe_module(source: str | None = None) -> Any:
-    """Executes the Pipe as Open WebUI does: in a fresh module that is forgotten by `sys.modules` afterwards."""
+    """Executes the Pipe as Open WebUI does: in a fresh module that `sys.modules` forgets afterwards."""
     name = f"function_ktd_{uuid.uuid4().hex}"
     module = types.ModuleType(name)
     sys.modules[name] = module

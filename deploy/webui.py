@@ -1,0 +1,302 @@
+"""Open WebUI on the loopback with the Pipe in it.
+
+    python deploy/webui.py start                    what `make webui` does; safe to repeat
+    python deploy/webui.py stop
+    python deploy/webui.py install URL EMAIL      puts the Pipe into an Open WebUI that runs already
+
+`start` wants Open WebUI in the environment KTD_WEBUI_ENV (`make webui-env` makes it). The daemon's address
+and key are taken from KTD_BASE_URL and KTD_API_KEY, the port from KTD_WEBUI_PORT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+PIPE = ROOT / "plugin" / "ktd_pipe.py"
+FUNCTION = "ktd"
+ADMIN = "admin@localhost"
+START_SECONDS = 300
+
+# No model hub, no telemetry, no update check: nothing leaves the machine.
+OFFLINE = {
+    "OFFLINE_MODE": "true",
+    "HF_HUB_OFFLINE": "1",
+    "RAG_EMBEDDING_ENGINE": "openai",
+    "AUDIO_STT_ENGINE": "openai",
+    "ENABLE_OLLAMA_API": "false",
+    "ENABLE_OPENAI_API": "false",
+    "ENABLE_VERSION_UPDATE_CHECK": "false",
+    "ANONYMIZED_TELEMETRY": "false",
+    "DO_NOT_TRACK": "true",
+    "SCARF_NO_ANALYTICS": "true",
+}
+
+
+class WebuiError(Exception):
+    """Open WebUI could not be started or set up; the message says why."""
+
+
+@dataclass(frozen=True)
+class Login:
+    email: str
+    password: str
+
+
+class Server:
+    """Open WebUI as a process of its own, with its data, log, pid file and login in `folder`."""
+
+    def __init__(self, environment: Path, folder: Path, port: int) -> None:
+        self.environment, self.folder, self.port = environment, folder, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "webui.log"
+        self._pid_file = folder / "webui.pid"
+
+    @property
+    def login(self) -> Login:
+        """The administrator's login, made on the first use."""
+        file = self.folder / "login.json"
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = {
+                "email": ADMIN,
+                "password": secrets.token_urlsafe(9),
+                "secret": secrets.token_urlsafe(32),
+            }
+            with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+                json.dump(content, out)
+        kept = json.loads(file.read_text())
+        return Login(kept["email"], kept["password"])
+
+    def pid(self) -> int | None:
+        """The running server's process id."""
+        try:
+            pid = int(self._pid_file.read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return None
+        return pid if b"open-webui" in command else None
+
+    def start(self, settings: Mapping[str, str] = {}) -> None:
+        """Starts the server if it does not run yet. `settings` are further environment variables."""
+        if self.pid() is not None:
+            return
+        program = self.environment / "bin" / "open-webui"
+        if not program.exists():
+            raise WebuiError(
+                f"Open WebUI is not installed in {self.environment}: run `make webui-env` first."
+            )
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError:
+                raise WebuiError(
+                    f"Port {self.port} is in use by another program: choose one with KTD_WEBUI_PORT."
+                ) from None
+        login = self.login
+        variables = {
+            **os.environ,
+            **OFFLINE,
+            "DATA_DIR": str(self.folder / "data"),
+            "WEBUI_SECRET_KEY": json.loads((self.folder / "login.json").read_text())["secret"],
+            "WEBUI_ADMIN_EMAIL": login.email,
+            "WEBUI_ADMIN_PASSWORD": login.password,
+            "CORS_ALLOW_ORIGIN": f"{self.url};http://localhost:{self.port}",
+            **settings,
+        }
+        with open(self.log, "ab") as log:
+            process = subprocess.Popen(
+                [program, "serve", "--host", "127.0.0.1", "--port", str(self.port)],
+                cwd=self.folder,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._pid_file.write_text(str(process.pid))
+
+    def wait(self) -> None:
+        """Blocks until the server answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            if self.pid() is None:
+                raise WebuiError(
+                    f"Open WebUI ended while it started. Its log, {self.log}, ends with:\n{self._tail()}"
+                )
+            time.sleep(0.5)
+        raise WebuiError(
+            f"Open WebUI is silent after {START_SECONDS} s. Its log, {self.log}, ends with:\n{self._tail()}"
+        )
+
+    def stop(self) -> bool:
+        """Ends the server; whether one ran."""
+        pid = self.pid()
+        if pid is not None:
+            os.killpg(pid, signal.SIGTERM)
+            deadline = time.monotonic() + 15
+            while self.pid() is not None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                _reap(pid)
+            if self.pid() is not None:
+                os.killpg(pid, signal.SIGKILL)
+                _reap(pid)
+        self._pid_file.unlink(missing_ok=True)
+        return pid is not None
+
+    def _tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-8:])
+
+
+def _reap(pid: int) -> None:
+    """Takes the exit status where the server is this process's own child."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return
+
+
+class Admin:
+    """An administrator's session on Open WebUI's API."""
+
+    def __init__(self, url: str, login: Login) -> None:
+        self._http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        answer = self._call(
+            "POST", "/api/v1/auths/signin", {"email": login.email, "password": login.password}
+        )
+        self._http.headers["Authorization"] = f"Bearer {answer['token']}"
+        if answer["role"] != "admin":
+            raise WebuiError(
+                f"{login.email} is no administrator of {url}: functions can be installed by one only."
+            )
+
+    def _call(self, method: str, path: str, content: Any = None) -> Any:
+        try:
+            answer = self._http.request(method, path, json=content)
+        except httpx.HTTPError as error:
+            raise WebuiError(f"{self._http.base_url} does not answer ({error}).") from error
+        if answer.status_code != 200:
+            raise WebuiError(f"{method} {path} was answered {answer.status_code}: {answer.text[:300]}")
+        return answer.json()
+
+    def install_pipe(self, valves: Mapping[str, object], source: str | None = None) -> None:
+        """Creates or updates the function, switches it on and sets the valves that are named."""
+        form = {
+            "id": FUNCTION,
+            "name": "ktd",
+            "content": source or PIPE.read_text(encoding="utf-8"),
+            "meta": {"description": "DeepSeek-R1 from one GGUF on your own machine", "manifest": {}},
+        }
+        there = {item["id"]: item for item in self._call("GET", "/api/v1/functions/")}
+        if FUNCTION in there:
+            function = self._call("POST", f"/api/v1/functions/id/{FUNCTION}/update", form)
+            kept = self._call("GET", f"/api/v1/functions/id/{FUNCTION}/valves") or {}
+        else:
+            function, kept = self._call("POST", "/api/v1/functions/create", form), {}
+        active = there.get(FUNCTION, function).get("is_active", False)
+        if not active:
+            self._call("POST", f"/api/v1/functions/id/{FUNCTION}/toggle")
+        self._call("POST", f"/api/v1/functions/id/{FUNCTION}/valves/update", {**kept, **valves})
+
+    def models(self) -> list[dict[str, Any]]:
+        """The function's models as Open WebUI lists them now."""
+        listed = self._call("GET", "/api/models?refresh=true")["data"]
+        return [model for model in listed if model["id"].startswith(f"{FUNCTION}.")]
+
+    def publish(self, model: Mapping[str, Any]) -> None:
+        """Lets every user see the model; without a grant only administrators do."""
+        grant = {"principal_type": "user", "principal_id": "*", "permission": "read"}
+        form = {"id": model["id"], "name": model["name"], "access_grants": [grant]}
+        self._call("POST", "/api/v1/models/model/access/update", form)
+
+    def add_user(self, login: Login, name: str) -> None:
+        form = {"name": name, "email": login.email, "password": login.password, "role": "user"}
+        self._call("POST", "/api/v1/auths/add", form)
+
+
+def set_up(admin: Admin) -> list[str]:
+    """Installs the Pipe and shows its models to everybody; returns their names."""
+    valves = {
+        "BASE_URL": os.environ.get("KTD_BASE_URL", "grpc://127.0.0.1:50051"),
+        "API_KEY": os.environ.get("KTD_API_KEY", ""),
+    }
+    admin.install_pipe(valves)
+    models = admin.models()
+    served = [model for model in models if model["id"] != f"{FUNCTION}.any"]
+    for model in served:
+        admin.publish(model)
+    if not served:
+        reason = models[0]["name"] if models else "the function lists none"
+        print(f"No model yet: {reason}. Start the daemon (make up),")
+        print("then repeat this command, which lets ordinary users see its model.")
+    return [model["name"] for model in served]
+
+
+def start(server: Server) -> None:
+    if server.pid() is None:
+        print(f"Starting Open WebUI (half a minute to a minute; log: {server.log})", flush=True)
+        server.start()
+    server.wait()
+    print("Installing the Pipe", flush=True)
+    names = set_up(Admin(server.url, server.login))
+    print(f"\nOpen WebUI   {server.url}")
+    print(f"login        {server.login.email}   password {server.login.password}")
+    if names:
+        print(f"model        {', '.join(names)}")
+    print("\nmake down    stops it")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("start")
+    commands.add_parser("stop")
+    install = commands.add_parser("install")
+    install.add_argument("url")
+    install.add_argument("email")
+    arguments = parser.parse_args()
+    environment = Path(os.environ.get("KTD_WEBUI_ENV", Path.home() / ".cache/ktd/webui-0.12.4"))
+    server = Server(environment, ROOT / "run" / "webui", int(os.environ.get("KTD_WEBUI_PORT", "8080")))
+    try:
+        if arguments.command == "start":
+            start(server)
+        elif arguments.command == "stop":
+            print("Open WebUI stopped" if server.stop() else "Open WebUI was not running")
+        else:
+            password = os.environ.get("KTD_WEBUI_PASSWORD") or getpass.getpass(
+                f"Password of {arguments.email}: "
+            )
+            names = set_up(Admin(arguments.url.rstrip("/"), Login(arguments.email, password)))
+            print(f"Installed. Models: {', '.join(names) or 'none yet'}")
+    except WebuiError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
