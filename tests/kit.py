@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf as gguf_py
 import numpy as np
 import numpy.typing as npt
+import tokenizers
+
+from ktd.text.pretokenizer import pre_tokenizer
 
 # --- gguf: files and vocabularies ------------------------------------------------------------------------
 
@@ -103,3 +108,78 @@ def random_blocks(ggml_type: int, shape: tuple[int, ...], seed: int = 0) -> npt.
     values, size = gguf_py.GGML_QUANT_SIZES[gguf_py.GGMLQuantizationType(ggml_type)]
     row = shape[-1] // values * size
     return np.random.default_rng(seed).integers(0, 256, (*shape[:-1], row), dtype=np.uint8)
+
+
+# DeepSeek's special tokens; types as llama.cpp's converter assigns them (3 control, 4 user-defined).
+_BOS, _EOS, _PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+_DEEPSEEK_TAGS = {
+    "<｜User｜>": 3,
+    "<｜Assistant｜>": 3,
+    "<think>": 4,
+    "</think>": 4,
+    "<｜tool▁calls▁begin｜>": 3,
+    "<｜tool▁calls▁end｜>": 3,
+    "<｜tool▁call▁begin｜>": 3,
+    "<｜tool▁call▁end｜>": 3,
+    "<｜tool▁outputs▁begin｜>": 3,
+    "<｜tool▁outputs▁end｜>": 3,
+    "<｜tool▁output▁begin｜>": 3,
+    "<｜tool▁output▁end｜>": 3,
+    "<｜tool▁sep｜>": 3,
+}
+#: The shape of R1's template, for tests that are not about templates.
+R1_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+_CORPUS = (
+    "The quick brown fox jumps over the lazy dog. How many letters are there in the word strawberry? "
+    "Let me count them: s-t-r-a-w-b-e-r-r-y, that is ten letters. It's 12345 + 678 = 13023, isn't it?\n\n"
+    "你好,世界!今天的天气怎么样?请用中文回答我的问题。我是一个语言模型,我会先思考再回答。\n"
+    "def main(argv):\n    return sum(int(x) for x in argv[1:])  # answer\n"
+    "Grüße aus Köln, où êtes-vous? こんにちは、世界。안녕하세요 세계\n"
+)
+
+
+@functools.cache
+def _trained_bpe(pre: str, size: int) -> tuple[dict[str, int], list[str]]:
+    """A byte-level BPE of at most `size` tokens trained on _CORPUS: token -> id, and the merges."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([_CORPUS], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [" ".join(merge) for merge in model["merges"]]
+
+
+def tiny_vocab(
+    template: str | None = R1_TEMPLATE,
+    pre: str = "deepseek-v3",
+    tags: Mapping[str, int] | None = None,
+    size: int = 400,
+) -> dict[str, object]:
+    """The `tokenizer.*` metadata of a small vocabulary: a real byte-level BPE with DeepSeek's special tokens.
+
+    Ids 0, 1, 2 are begin, end and padding; then come bytes and merges, `size` of them at most; then `tags`
+    (text -> token type; DeepSeek's unless given).
+    """
+    ids, merges = _trained_bpe(pre, size)
+    tags = _DEEPSEEK_TAGS if tags is None else tags
+    metadata: dict[str, object] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [_BOS, _EOS, _PAD, *sorted(ids, key=ids.__getitem__), *tags],
+        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * len(ids), *tags.values()],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    return metadata if template is None else metadata | {"tokenizer.chat_template": template}
