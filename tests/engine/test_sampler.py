@@ -82,15 +82,27 @@ def test_only_what_the_rules_allow_may_be_drawn(
     expected = allowed_by_the_rules(logits, params)
     weights = np.exp((logits - logits.max()) / np.float32(temperature))
     found = _candidates(weights, top_k, top_p, min_p)
-    ids = list(range(len(values))) if found is None else [int(i) for i in found]
-    # A token whose cumulated mass meets top_p to the last bit may fall on either side.
-    assert abs(len(ids) - len(expected)) <= 1 or found is None
-    common = min(len(ids), len(expected))
     if found is None:
-        assert sorted(ids) == sorted(expected)
-    else:
-        # Values that differ below float32's resolution after scaling are in either order.
-        assert np.allclose(weights[ids[:common]], weights[expected[:common]], rtol=1e-5)
+        assert len(expected) == len(values)
+        return
+    ids = [int(i) for i in found]
+    assert ids == sorted(set(ids))
+    # A token whose cumulated mass meets top_p to the last bit may fall on either side, and values that differ
+    # below float32's resolution after scaling are in either order.
+    assert abs(len(ids) - len(expected)) <= 1
+    common = min(len(ids), len(expected))
+    best = sorted(weights[ids], reverse=True)[:common]
+    assert np.allclose(best, sorted(weights[expected], reverse=True)[:common], rtol=1e-5)
+
+
+def test_a_flat_vocabulary_keeps_its_share_without_sorting() -> None:
+    logits = np.random.default_rng(3).standard_normal(50_000).astype(np.float32)
+    weights = np.exp(logits - logits.max())
+    found = _candidates(weights, 0, 0.95, 0.0)
+    assert found is not None
+    expected = allowed_by_the_rules(logits, SamplingParams(temperature=1.0, top_p=0.95))
+    assert abs(len(found) - len(expected)) <= 1
+    assert len(set(map(int, found)) ^ set(expected)) <= 2
 
 
 def test_same_seed_same_draws_and_another_seed_others() -> None:
@@ -141,4 +153,4 @@ def test_a_row_of_r1_takes_few_milliseconds() -> None:
         begin = perf_counter()
         one.draw(row)
         times.append(perf_counter() - begin)
-    assert sorted(times)[10] < 0.02  # measured 0.001 to 0.003; a full sort takes 0.01
+    assert sorted(times)[10] < 0.02  # measured 0.0005 to 0.002 on one core

@@ -13,6 +13,7 @@ from ktd.errors import EngineFailure
 from ktd.types import GenerationRequest
 
 F32 = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
 
 
 class Sampler:
@@ -75,33 +76,47 @@ class Sampler:
         return place if ids is None else int(ids[place])
 
 
-def _candidates(weights: F32, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.int64] | None:
-    """Ids that may be drawn, likeliest first; None when all may. `weights` are relative to the best, which
-    is 1.
+def _candidates(weights: F32, top_k: int, top_p: float, min_p: float) -> Ids | None:
+    """Ids that may be drawn, ascending; None when all may. `weights` are relative to the best, which is 1."""
+    by_count, by_mass, by_weight = 0 < top_k < len(weights), top_p < 1, min_p > 0
+    if not (by_count or by_mass or by_weight):
+        return None
+    ids: Ids = _largest(weights, top_k) if by_count else np.arange(len(weights))
+    if by_mass:
+        ids = ids[_nucleus(weights[ids], top_p)]
+    if by_weight:
+        ids = ids[weights[ids] >= np.float32(min_p)]
+    return ids
 
-    A threshold cuts the vocabulary down before anything is sorted. For top-p it is (1 - top_p) · sum / vocab:
-    all tokens below it together weigh less than 1 - top_p of the sum, so the nucleus lies above it.
+
+def _largest(weights: F32, count: int) -> Ids:
+    """Places of the `count` largest, ascending; of equals the first."""
+    least = np.partition(weights, len(weights) - count)[len(weights) - count]
+    above = np.flatnonzero(weights > least)
+    equal = np.flatnonzero(weights == least)[: count - len(above)]
+    return np.sort(np.concatenate([above, equal]))
+
+
+def _nucleus(weights: F32, top_p: float) -> Ids:
+    """Places of the fewest weights, largest first, that sum to `top_p` of all; ascending. Sorts almost
+    nothing.
+
+    Weights below (1 - top_p) · sum / n together make less than 1 - top_p of the sum, so none of them is
+    needed. The rest falls into buckets by the upper 16 bits, whose order is that of positive floats; only
+    the bucket in which the sum is reached is sorted.
     """
-    vocab = len(weights)
-    if not 0 < top_k < vocab:
-        top_k = vocab
-        if top_p >= 1 and min_p <= 0:
-            return None
-    threshold = min_p
-    total = None
-    if top_k < vocab:
-        threshold = max(threshold, float(np.partition(weights, vocab - top_k)[vocab - top_k]))
-    elif top_p < 1:
-        total = float(weights.sum(dtype=np.float64))
-        threshold = max(threshold, (1.0 - top_p) * total / vocab)
-    ids = np.flatnonzero(weights >= np.float32(threshold) * np.float32(1 - 1e-6))
-    ids = ids[np.argsort(-weights[ids], kind="stable")][:top_k]
-    kept = weights[ids]
-    count = len(ids)
-    if top_p < 1:
-        cumulated = np.cumsum(kept, dtype=np.float64)
-        mass = cumulated[-1] if total is None else total
-        count = min(count, int(np.searchsorted(cumulated, top_p * mass)) + 1)
-    if min_p > 0:
-        count = min(count, int(np.count_nonzero(kept >= np.float32(min_p))))
-    return ids[: max(count, 1)]
+    total = float(weights.sum(dtype=np.float64))
+    mass = top_p * total
+    places = np.flatnonzero(weights >= np.float32((1.0 - top_p) * total / len(weights) * (1.0 - 1e-6)))
+    kept = weights[places]
+    buckets = kept.view(np.uint32) >> 16
+    sums = np.bincount(buckets, weights=kept)[::-1]
+    from_top = np.cumsum(sums)
+    reached = min(int(np.searchsorted(from_top, mass)), len(sums) - 1)
+    bucket = len(sums) - 1 - reached
+    edge = np.flatnonzero(buckets == bucket)
+    edge = edge[np.argsort(-kept[edge], kind="stable")]
+    so_far = from_top[reached] - sums[reached] + np.cumsum(kept[edge], dtype=np.float64)
+    edge = edge[: int(np.searchsorted(so_far, mass)) + 1]
+    chosen: Ids = places[np.sort(np.concatenate([np.flatnonzero(buckets > bucket), edge]))]
+    return chosen
