@@ -36,7 +36,9 @@ def write_gguf(
     """
     writer = gguf_py.GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        if isinstance(value, bool):
+        if isinstance(value, np.generic):
+            writer.add_key_value(key, value.item(), _NUMPY_KINDS[value.dtype.name])
+        elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
             if -(2**31) <= value < 0:
@@ -49,8 +51,6 @@ def write_gguf(
             writer.add_float32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
-        elif isinstance(value, np.generic):
-            writer.add_key_value(key, value.item(), _NUMPY_KINDS[value.dtype.name])
         else:
             assert isinstance(value, Sequence)
             if value:  # an empty array cannot be written: readers treat it as absent
