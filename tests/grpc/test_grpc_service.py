@@ -102,22 +102,22 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("request_", "said"), WRONG, ids=[said for _, said in WRONG])
-async def test_a_wrong_request_is_told_so(daemon: FakeDaemon, request_: pb.ChatRequest, said: str) -> None:
-    code, details = await refusal(daemon.address, request_)
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert said in details
-    assert details.endswith((".", "!"))
+async def test_a_wrong_request_is_told_so(daemon: FakeDaemon) -> None:
+    for request, said in WRONG:
+        code, details = await refusal(daemon.address, request)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT, said
+        assert said in details
+        assert details.endswith(".")
     assert not daemon.engine.requests
 
 
-@pytest.mark.parametrize("data", [b"\x12\x06\x12\x04\xff\xfe\xfd\xfc", b"\xff\xff\xff", b"\x0a\x7f"])
-async def test_bytes_that_are_no_request(daemon: FakeDaemon, data: bytes) -> None:
+async def test_bytes_that_are_no_request(daemon: FakeDaemon) -> None:
     async with grpc.aio.insecure_channel(daemon.address) as channel:
-        call = channel.unary_stream(f"/{SERVICE}/Chat", response_deserializer=pb.ChatEvent.FromString)
-        with pytest.raises(grpc.aio.AioRpcError, match="is not a ktd") as caught:
-            [event async for event in call(data)]
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        chat = channel.unary_stream(f"/{SERVICE}/Chat", response_deserializer=pb.ChatEvent.FromString)
+        for data in (b"\x12\x06\x12\x04\xff\xfe\xfd\xfc", b"\xff\xff\xff", b"\x0a\x7f"):
+            call = chat(data)
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "is not a ktd.v1.ChatRequest" in str(await call.details())
 
 
 async def test_an_unknown_model(daemon: FakeDaemon) -> None:
@@ -198,13 +198,13 @@ async def test_a_hundred_clients_with_random_cancels_leave_nothing_running(daemo
 
 
 async def test_a_slow_reader_loses_nothing(daemon: FakeDaemon) -> None:
-    text = "/say " + "0123456789" * 300
+    text = "/say " + "0123456789" * 100
     async with grpc.aio.insecure_channel(daemon.address) as channel:
         answer = ""
         async for event in engine_pb2_grpc.EngineStub(channel).Chat(ask(text)):
             answer += event.answer.text
             await asyncio.sleep(0.001)
-    assert answer == "0123456789" * 300
+    assert answer == "0123456789" * 100
 
 
 async def test_models_and_status(daemon: FakeDaemon) -> None:
@@ -294,7 +294,7 @@ def test_the_script_prints_an_address_that_answers() -> None:
     script = Path(__file__).parents[1] / "fake_daemon.py"
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        address = process.stdout.readline().strip().removeprefix("grpc://")
+        address = process.stdout.readline().split()[0].removeprefix("grpc://")
         with grpc.insecure_channel(address) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
             answer = "".join(event.answer.text for event in stub.Chat(ask("hello")))

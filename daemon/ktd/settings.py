@@ -1,0 +1,278 @@
+"""One model of all settings: flags, KTD_ variables, ktd.toml, defaults, in this order of precedence."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import logging
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ktd.errors import SettingsError
+from ktd.tutorial_flags import ALIASES, flag
+
+log = logging.getLogger(__name__)
+
+PREFIX = "KTD_"
+Group = Literal["model", "engine", "answers", "doors", "process"]
+
+# Variables of the build and of the tests, which are no settings.
+_OTHER_VARIABLES = re.compile(r"KTD_(CACHE|CONFIG|WEBUI_\w+|PEERS_\w+|TEST_\w+)")
+
+_SIZES = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_SIZES |= {
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+
+
+def parse_size(value: object) -> object:
+    """Bytes of "60GiB", "60G" (the same), "60GB" (decimal) or a plain number. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if not match or match[2].lower() not in _SIZES:
+        raise ValueError("it should be a size such as 60GiB")
+    return int(float(match[1]) * _SIZES[match[2].lower()])
+
+
+def _setting(group: Group, default: Any, description: str, **limits: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"group": group}, **limits)
+
+
+class Settings(BaseModel):
+    """Every setting of `ktd serve` and `ktd chat`. Immutable; made by `load`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    gguf_path: Path | None = _setting(
+        "model",
+        None,
+        "GGUF to serve: a file, one shard of a split, or a folder (default: the embedded model)",
+    )
+    model_path: Path | None = _setting(
+        "model", None, "Hugging Face folder whose tokenizer and template replace the GGUF's own"
+    )
+    model_name: str | None = _setting(
+        "model", None, "name that clients see (default: the file's name)", min_length=1, max_length=200
+    )
+
+    cpu_infer: int | None = _setting(
+        "engine", None, "threads of the kernels (default: the physical cores)", ge=1, le=4096
+    )
+    isa: Literal["amx", "avx512", "avx2", "scalar"] | None = _setting(
+        "engine", None, "instruction set of the kernels (default: the best that this CPU has)"
+    )
+    ram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(
+        "engine", None, "memory to use, such as 60GiB (default: what is available)", ge=2**20
+    )
+    context: int | None = _setting(
+        "engine", None, "tokens of prompt and answer together (default: what the memory allows)", ge=16
+    )
+    max_sequences: int = _setting("engine", 8, "requests answered at once", ge=1, le=1024)
+    queue_limit: int = _setting("engine", 64, "requests that may wait; one more is refused", ge=0, le=100_000)
+    chunk_tokens: int = _setting("engine", 512, "tokens computed in one step", ge=1, le=65_536)
+    cache_type: Literal["bf16", "f32"] = _setting("engine", "bf16", "number type of the latent cache")
+    use_cuda_graph: bool = _setting("engine", True, "record the decode step of a GPU; no effect without one")
+    optimize_config_path: Path | None = _setting(
+        "engine", None, "placement rules in KTransformers' match/replace YAML"
+    )
+
+    max_new_tokens: int | None = _setting(
+        "answers",
+        None,
+        "length of an answer whose request sets none (default: what the context leaves)",
+        ge=1,
+    )
+    force_think: bool = _setting("answers", False, "open every answer with a thought")
+    temperature: float = _setting("answers", 0.6, "temperature of requests that set none", ge=0, le=5)
+    top_p: float = _setting("answers", 0.95, "top_p of requests that set none", gt=0, le=1)
+
+    host: str = _setting("doors", "127.0.0.1", "address of HTTP; any but the loopback needs an API key")
+    port: int = _setting("doors", 10002, "port of HTTP", ge=0, le=65535)
+    grpc_host: str = _setting("doors", "127.0.0.1", "address of gRPC; any but the loopback needs an API key")
+    grpc_port: int = _setting("doors", 50051, "port of gRPC", ge=0, le=65535)
+    api_key: str | None = _setting("doors", None, "key that clients must send as a bearer token", repr=False)
+    ssl_certfile: Path | None = _setting("doors", None, "certificate chain in PEM, for both doors")
+    ssl_keyfile: Path | None = _setting("doors", None, "private key in PEM, for both doors")
+
+    drain_seconds: float = _setting(
+        "process", 30.0, "how long running answers may finish after a stop", ge=0, le=3600
+    )
+    log_dir: Path | None = _setting("process", None, "folder for a rotating log (default: stderr)")
+    log_file: str = _setting("process", "ktd.log", "name of the log in --log-dir", min_length=1)
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "process", "info", "how much is logged"
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Settings:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("--ssl-certfile and --ssl-keyfile belong together: give both or neither")
+        if self.api_key is None:
+            for given, host in (("--host", self.host), ("--grpc-host", self.grpc_host)):
+                if not is_loopback(host):
+                    raise ValueError(
+                        f"{given} {host} lets other machines in: set an API key with KTD_API_KEY or "
+                        "--api-key, or listen on 127.0.0.1"
+                    )
+        if self.port and self.port == self.grpc_port and self.host == self.grpc_host:
+            raise ValueError(f"HTTP and gRPC cannot share port {self.port}: change --port or --grpc-port")
+        if self.chunk_tokens < self.max_sequences:
+            raise ValueError(
+                f"--chunk-tokens {self.chunk_tokens} is less than the {self.max_sequences} sequences of "
+                "--max-sequences, which write one token each in a step: raise it"
+            )
+        if Path(self.log_file).name != self.log_file:
+            raise ValueError(f"--log-file {self.log_file} is a path: name the folder with --log-dir")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`. A name other than localhost counts as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def add_arguments(parser: argparse.ArgumentParser, *groups: Group) -> None:
+    """Adds `--config` and a flag for every setting of `groups`. Given flags land in the namespace as text."""
+    titles = {
+        "model": "the model",
+        "engine": "the engine",
+        "answers": "answers",
+        "doors": "HTTP and gRPC",
+        "process": "the process",
+    }
+    parser.add_argument(
+        "--config", type=Path, help="settings file (default: ./ktd.toml, then the user's own)"
+    )
+    for group in groups:
+        section = parser.add_argument_group(titles[group])
+        for name, field in Settings.model_fields.items():
+            extra = field.json_schema_extra
+            if not isinstance(extra, dict) or extra["group"] != group:
+                continue
+            names = [name, *(alias for alias, known in ALIASES.items() if known == name)]
+            shown = "" if field.default is None else f" (default: {_shown(field.default)})"
+            options: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            section.add_argument(
+                *map(flag, names),
+                dest=name,
+                default=argparse.SUPPRESS,
+                metavar="true|false" if options else name.rsplit("_", 1)[-1].upper(),
+                help=f"{field.description}{shown}".replace("%", "%%"),
+                **options,
+            )
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def load(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings of one run. Raises SettingsError for an unknown key or a value out of range, saying where
+    it stands and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    labels: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    named = getattr(args, "config", None) or environ.get(f"{PREFIX}CONFIG")
+    path = _find_file(Path(named) if named else None, environ)
+    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = []
+    if path:
+        sources.append((_read_file(path), lambda name: f"{name} in {path}"))
+    sources.append((_read_environment(environ), lambda name: f"{PREFIX}{name.upper()}"))
+    given = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
+    sources.append((given, flag))
+    for source, label in sources:
+        for name, value in source.items():
+            # An empty text is how compose files and shells say "not set".
+            values[name] = None if value == "" else value
+            labels[name] = label(name)
+    values = {name: value for name, value in values.items() if value is not None}
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error, labels)) from None
+
+
+def _find_file(named: Path | None, environ: Mapping[str, str]) -> Path | None:
+    if named:
+        return named
+    home = environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    for path in (Path("ktd.toml"), Path(home) / "ktd" / "ktd.toml"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {path} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"The settings file {path} is not TOML: {error}.") from error
+    values = {}
+    for key, value in table.items():
+        name = canonical(key)
+        if name not in Settings.model_fields:
+            raise SettingsError(f"{path} has the unknown key {key}{suggest(name, Settings.model_fields)}.")
+        if isinstance(value, dict | list):
+            raise SettingsError(f"{key} in {path} is a table or a list, but must be one value.")
+        values[name] = value
+    return values
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    values = {}
+    for variable, value in environ.items():
+        if not variable.startswith(PREFIX) or _OTHER_VARIABLES.fullmatch(variable):
+            continue
+        name = canonical(variable.removeprefix(PREFIX).lower())
+        if name in Settings.model_fields:
+            values[name] = value
+        elif hint := suggest(name, Settings.model_fields, show=lambda n: PREFIX + n.upper()):
+            raise SettingsError(f"The environment has the unknown variable {variable}{hint}.")
+        else:
+            log.warning("The environment variable %s is no setting of ktd and has no effect", variable)
+    return values
+
+
+def canonical(key: str) -> str:
+    """The setting that a flag, variable or key names: `--chunk-size` and `chunk_size` are chunk_tokens."""
+    name = key.replace("-", "_")
+    return ALIASES.get(name, name)
+
+
+def suggest(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
+    """A hint ": did you mean …?" where something known is close; else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.7)
+    return f": did you mean {' or '.join(map(show, close))}?" if close else ""
+
+
+def _sentence(error: ValidationError, labels: Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    message = re.sub(r"^(Value error, |Input )", lambda m: "it " if m[1] == "Input " else "", first["msg"])
+    if not first["loc"]:
+        return f"{message}."
+    name = str(first["loc"][0])
+    shown = "" if name == "api_key" else f" is {first['input']!r}"
+    return f"{labels.get(name, name)}{shown}: {message}."

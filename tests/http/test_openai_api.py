@@ -1,0 +1,318 @@
+"""The HTTP door over a scripted engine: the official client, the tutorials' curl, and bad input."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fake_daemon import FakeDaemon, fake_daemon
+
+from ktd.server.host import State
+
+
+@pytest.fixture
+async def daemon() -> AsyncIterator[FakeDaemon]:
+    async with fake_daemon(step_seconds=0.002) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(daemon: FakeDaemon) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+async def test_a_whole_answer(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model="ktd-fake", messages=user("2+2"))
+    (choice,) = answer.choices
+    assert choice.message.content == "You said [citation:1]: 2+2"
+    assert choice.message.reasoning_content == "The user said: 2+2"  # type: ignore[attr-defined]
+    assert choice.finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 3
+    assert answer.usage.total_tokens == 3 + 63
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 29
+
+
+async def test_a_streamed_answer(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="ktd-fake", messages=user("2+2"), stream=True, stream_options={"include_usage": True}
+    )
+    reasoning = answer = ""
+    reasons, usages = [], []
+    async for chunk in stream:
+        if chunk.usage:
+            assert chunk.choices == []
+            usages.append(chunk.usage.completion_tokens)
+        for choice in chunk.choices:
+            reasoning += getattr(choice.delta, "reasoning_content", None) or ""
+            answer += choice.delta.content or ""
+            assert not (reasoning and not answer and choice.delta.content), "content comes after the thought"
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+    assert (reasoning, answer) == ("The user said: 2+2", "You said [citation:1]: 2+2")
+    assert (reasons, usages) == (["stop"], [63])
+
+
+async def test_usage_is_not_streamed_unasked(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(model="ktd-fake", messages=user("x"), stream=True)
+    assert [chunk.usage async for chunk in stream if chunk.usage] == []
+
+
+async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, daemon: FakeDaemon) -> None:
+    answer = await client.chat.completions.create(
+        model="ktransformers",
+        messages=[{"role": "developer", "content": "Be brief."}, *user("/say one STOP two")],
+        temperature=0,
+        top_p=0.5,
+        seed=2**63,
+        presence_penalty=1.5,
+        frequency_penalty=-1.5,
+        logit_bias={"65": 5},
+        max_completion_tokens=77,
+        stop="STOP",
+        extra_body={"top_k": 9, "min_p": 0.1, "repeat_penalty": 1.25, "thinking": {"type": "disabled"}},
+    )
+    assert answer.choices[0].message.content == "one "
+    sampling = daemon.engine.requests[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.top_k) == (0, 0.5, 2**63, 9)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -1.5)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.logit_bias) == (0.1, 1.25, {65: 5})
+    assert daemon.engine.requests[0].max_tokens == 77
+
+
+async def test_parts_history_and_continuation(client: openai.AsyncOpenAI, daemon: FakeDaemon) -> None:
+    messages: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "reasoning_content": "d"},
+    ]
+    await client.chat.completions.create(model="ktd-fake", messages=messages)
+    assert "".join(map(chr, daemon.engine.requests[0].prompt)) == "\nc"
+
+
+R1_CALL = (
+    "/say <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>time\\n```json\\n{}\\n```"
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+
+
+async def test_tool_calls(client: openai.AsyncOpenAI) -> None:
+    tools: list[Any] = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}]
+    answer = await client.chat.completions.create(model="ktd-fake", messages=user(R1_CALL), tools=tools)
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, call.function.arguments) == ("time", "{}")
+    assert answer.choices[0].finish_reason == "tool_calls"
+    stream = await client.chat.completions.create(
+        model="ktd-fake", messages=user(R1_CALL), tools=tools, stream=True
+    )
+    deltas = [
+        chunk.choices[0].delta.tool_calls async for chunk in stream if chunk.choices[0].delta.tool_calls
+    ]
+    assert [call.function.name for (call,) in deltas if call.function] == ["time"]
+
+
+async def test_the_tutorials_curl() -> None:
+    """As printed, but for the port."""
+    async with fake_daemon() as daemon:
+        line = (
+            f"curl -sN -X POST {daemon.url}/v1/chat/completions -H 'accept: application/json' "
+            "-H 'Content-Type: application/json' "
+            '-d \'{"messages":[{"content":"tell a joke","role":"user"}],'
+            '"model":"ktransformers","stream":true}\''
+        )
+        process = await asyncio.create_subprocess_exec(*shlex.split(line), stdout=asyncio.subprocess.PIPE)
+        out, _ = await process.communicate()
+    frames = [frame.removeprefix("data: ") for frame in out.decode().split("\n\n") if frame]
+    assert frames[-1] == "[DONE]"
+    deltas = [json.loads(frame)["choices"][0]["delta"] for frame in frames[:-1]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "You said [citation:1]: tell a joke"
+
+
+async def test_models(client: openai.AsyncOpenAI) -> None:
+    assert [model.id async for model in client.models.list()] == ["ktd-fake"]
+    assert (await client.models.retrieve("fake-Q8_0.gguf")).id == "ktd-fake"
+    with pytest.raises(openai.NotFoundError, match='ask for "ktd-fake"'):
+        await client.models.retrieve("gpt-4")
+
+
+async def test_an_unknown_model(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.chat.completions.create(model="gpt-4", messages=user("x"))
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["code"] == "model_not_found"
+    assert caught.value.body["param"] == "model"
+
+
+WRONG: list[tuple[Any, str]] = [
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b"\xff\xfe", "not JSON in UTF-8"),
+    (b'{"messages":[{"role":"user","content":"\xff"}]}', "not JSON in UTF-8"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"messages":[{"role":"user","content":"\\ud800"}]}', "surrogate"),
+    ([], "not a JSON object"),
+    ({}, "no messages"),
+    ({"messages": []}, "no messages"),
+    ({"messages": "hello"}, "messages must be a list"),
+    ({"messages": ["hello"]}, "messages[0] is not a JSON object"),
+    ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content is missing or is not a text"),
+    ({"messages": [{"role": "owl", "content": "x"}]}, 'the role "owl"'),
+    ({"messages": user("")}, "last message is empty"),
+    ({"messages": user("a" * 9000)}, "9000 tokens and the context holds 8192"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text only"),
+    ({"max_tokens": -1}, "max_tokens is -1"),
+    ({"max_tokens": 1.5}, "max_tokens is 1.5, but must be a whole number"),
+    ({"max_tokens": 10**30}, "more than 64 bits"),
+    ({"temperature": "hot"}, "temperature is \"hot\", but must be a number"),
+    ({"temperature": True}, "temperature is true"),
+    ({"temperature": 6}, "temperature is 6, but must be a number from 0 to 5"),
+    (b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}', "temperature is nan"),
+    ({"seed": -1}, "seed is -1"),
+    ({"stop": 5}, "stop must be a text or a list"),
+    ({"stop": [""]}, "stop string is empty"),
+    ({"n": 2}, "n must be 1"),
+    ({"logprobs": True}, "logprobs are not supported"),
+    ({"logit_bias": {"the": 1}}, "no token id"),
+    ({"logit_bias": {"9999999": 1}}, "vocabulary ends at"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "function"}]}, "tools[0] is no function"),
+    ({"temprature": 1}, "did you mean temperature?"),
+    ({"stream": "yes"}, "stream must be true or false"),
+    ({"thinking": "hard"}, "thinking must be"),
+    ({"continue_final_message": True}, "continue_final_message is set"),
+]  # fmt: skip
+
+
+async def test_a_wrong_request_is_told_so(daemon: FakeDaemon) -> None:
+    async with httpx.AsyncClient() as http:
+        for body, said in WRONG:
+            if isinstance(body, dict) and "messages" not in body and body:
+                body = {"messages": user("x"), **body}
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            for sent in (data, data.replace(b'{"', b'{"stream":true,"', 1)):
+                answer = await http.post(f"{daemon.url}/v1/chat/completions", content=sent)
+                error = answer.json()["error"]
+                assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), said
+                assert said in error["message"]
+    assert not daemon.engine.requests
+
+
+async def test_unknown_fields_of_other_servers_are_passed_over(daemon: FakeDaemon) -> None:
+    body = {"messages": user("x"), "mirostat_tau": 3, "user": "me", "logprobs": False, "stop": None}
+    async with httpx.AsyncClient() as http:
+        assert (await http.post(f"{daemon.url}/v1/chat/completions", json=body)).status_code == 200
+
+
+async def test_wrong_places(daemon: FakeDaemon) -> None:
+    async with httpx.AsyncClient(base_url=daemon.url) as http:
+        missing = await http.get("/chat/completions")
+        wrong = await http.get("/v1/chat/completions")
+    assert (missing.status_code, wrong.status_code) == (404, 405)
+    assert "under /v1" in missing.json()["error"]["message"]
+    assert "GET is not allowed" in wrong.json()["error"]["message"]
+
+
+async def test_a_failure_in_mid_stream_is_an_error_for_the_client(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(model="ktd-fake", messages=user("/fail"), stream=True)
+    with pytest.raises(openai.APIError, match="The engine failed"):
+        async for _ in stream:
+            pass
+    with pytest.raises(openai.InternalServerError, match="The engine failed"):
+        await client.chat.completions.create(model="ktd-fake", messages=user("/fail"))
+
+
+async def test_an_unforeseen_exception_is_not_told(
+    client: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fakes.FakeText.render", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="its log has the trace"):
+        await client.chat.completions.create(model="ktd-fake", messages=user("x"))
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_full_queue_and_loading() -> None:
+    async with fake_daemon(queue_limit=0) as daemon, httpx.AsyncClient(base_url=daemon.url) as http:
+        answer = await http.post("/v1/chat/completions", json={"messages": user("x"), "stream": True})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert (await http.get("/healthz")).json()["status"] == "ready"
+        daemon.host.turn_away(State.LOADING, "The model is being loaded.")
+        answer = await http.post("/v1/chat/completions", json={"messages": user("x")})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        health = await http.get("/healthz")
+        assert (health.status_code, health.json()["status"]) == (503, "loading")
+
+
+async def test_the_key() -> None:
+    async with fake_daemon(api_key="secret") as daemon, httpx.AsyncClient(base_url=daemon.url) as http:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+            for path in ("/v1/models", "/metrics", "/nowhere"):
+                answer = await http.get(path, headers=headers)
+                assert answer.status_code == 401
+                assert "Bearer <key>" in answer.json()["error"]["message"]
+        assert (await http.get("/healthz")).status_code == 200
+        async with openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="secret") as client:
+            assert (await client.models.list()).data
+        async with openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="wrong") as client:
+            with pytest.raises(openai.AuthenticationError):
+                await client.models.list()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_leaving_frees_the_sequence(daemon: FakeDaemon, stream: bool) -> None:
+    async with httpx.AsyncClient(base_url=daemon.url) as http:
+        task = asyncio.create_task(
+            http.post("/v1/chat/completions", json={"messages": user("/long"), "stream": stream})
+        )
+        await asyncio.sleep(0.1)
+        assert daemon.engine.status().running == 1
+        task.cancel()
+        for _ in range(100):
+            if not daemon.engine.status().running:
+                break
+            await asyncio.sleep(0.01)
+    assert daemon.engine.status().running == 0
+
+
+async def test_a_comment_keeps_the_connection_in_a_long_prefill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ktd.server.openai_api.COMMENT_SECONDS", 0.02)
+    async with (
+        fake_daemon(step_seconds=0.03, prefill_per_step=1) as daemon,
+        httpx.AsyncClient(base_url=daemon.url) as http,
+    ):
+        body = {"messages": user("12345678"), "stream": True, "max_tokens": 1}
+        text = (await http.post("/v1/chat/completions", json=body)).text
+    assert ": prefill " in text
+    assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_metrics(daemon: FakeDaemon, client: openai.AsyncOpenAI) -> None:
+    await client.chat.completions.create(model="ktd-fake", messages=user("x"))
+    async with httpx.AsyncClient(base_url=daemon.url) as http:
+        await http.post("/v1/chat/completions", json={"messages": user("/fail")})
+        text = (await http.get("/metrics")).text
+    for line in (
+        'ktd_requests_total{end="stop"} 1.0',
+        'ktd_requests_total{end="EngineFailure"} 1.0',
+        "ktd_requests_running 0.0",
+        "ktd_requests_waiting 0.0",
+        "ktd_cache_pages 64.0",
+        "ktd_cache_pages_free 64.0",
+        "ktd_time_to_first_token_seconds_count 2.0",
+        "ktd_decode_tokens_per_second_count 1.0",
+    ):
+        assert line in text.splitlines()
+    assert "ktd_completion_tokens_total" in text
