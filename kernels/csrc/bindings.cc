@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 
+#include "bandwidth.h"
 #include "dispatch.h"
 #include "matmul.h"
 #include "moe.h"
@@ -64,6 +65,14 @@ void init_weight(PyWeight* self, Array<const uint8_t> data, int ggml_type, std::
   w.data = data.data();
   w.owner = nb::cast(data, nb::rv_policy::reference);
   new (self) PyWeight(std::move(w));
+}
+
+double py_memory_bandwidth(int threads, double seconds) {
+  if (threads < 1 || threads > 1024)
+    reject("threads is " + std::to_string(threads) + ", but must be from 1 to 1024.");
+  if (!(seconds > 0)) reject("seconds is " + std::to_string(seconds) + ", but must be above 0.");
+  nb::gil_scoped_release released;
+  return memory_bandwidth(threads, seconds);
 }
 
 std::vector<int64_t> weight_shape(const PyWeight& w) {
@@ -177,6 +186,8 @@ NB_MODULE(_C, m) {
 
   m.def("isa_list", &isa_list, "Names of the instruction sets this CPU and system support, best first.");
   m.def("cpu_features", &cpu_features, "CPU features, finer than isa_list, that the system has enabled.");
+  m.def("memory_bandwidth", &py_memory_bandwidth, "threads"_a, "seconds"_a = 0.5,
+        "Bytes a second that `threads` threads together read from memory, measured over `seconds`.");
 
   nb::class_<PyWeight>(m, "Weight",
                        "A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.")

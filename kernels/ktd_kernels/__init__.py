@@ -4,6 +4,6 @@ All arrays are float32 on the CPU unless a method says otherwise; numpy arrays a
 shape, type or layout raises ValueError or TypeError before anything runs; results are written into `out`.
 """
 
-from ktd_kernels._C import Cpu, Weight, cpu_features, isa_list
+from ktd_kernels._C import Cpu, Weight, cpu_features, isa_list, memory_bandwidth
 
-__all__ = ["Cpu", "Weight", "cpu_features", "isa_list"]
+__all__ = ["Cpu", "Weight", "cpu_features", "isa_list", "memory_bandwidth"]
