@@ -9,11 +9,15 @@ from pathlib import Path
 
 import psutil
 
+from ktd.cache import CacheType
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
 from ktd.model.config import ModelConfig
 
 GIB = 1 << 30
+# Tokens in a page of the latent cache: what the last page of a sequence wastes is then under 5 MB for R1.
+PAGE_SIZE = 64
+_VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 # Left to the system and to the Python process (torch, tokenizer, servers) when no budget is given.
 _RESERVE = GIB
 # A default context is never planned below this where the model itself allows it (design: "at least 16,384").
@@ -42,6 +46,11 @@ class Plan:
     from_disk: int
 
     @property
+    def pages(self) -> int:
+        """Pages of the latent cache."""
+        return self.cache_tokens // PAGE_SIZE
+
+    @property
     def cache(self) -> int:
         """Bytes of the latent cache."""
         return self.cache_tokens * self.cache_per_token
@@ -58,9 +67,8 @@ def make_plan(
     ram: int | None,
     context: int | None,
     sequences: int,
-    page_size: int,
     chunk_tokens: int,
-    cache_value_bytes: int = 2,
+    cache_type: CacheType,
 ) -> Plan:
     """Fits weights, latent cache and buffers into `ram` bytes (None: what is available now, less a reserve).
 
@@ -71,7 +79,7 @@ def make_plan(
     budget = ram if ram is not None else max(available_memory() - _RESERVE, 0)
     routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
     dense = gguf.nbytes - routed
-    per_token = config.layers * config.latent * cache_value_bytes
+    per_token = config.layers * config.latent * _VALUE_BYTES[cache_type]
     buffers = _buffers(config, sequences, chunk_tokens)
     # Routed experts may stay on disk; everything that every token reads may not.
     room = budget - dense - buffers
@@ -81,22 +89,22 @@ def make_plan(
             f"A context of {asked} tokens was asked for, but {gguf.name} was made for {config.context}:"
             " ask for less."
         )
-    if room < _paged(asked, page_size) * per_token:
-        fits = max(room // per_token // page_size * page_size, 0)
-        need = dense + buffers + _paged(asked, page_size) * per_token
+    if room < _paged(asked) * per_token:
+        fits = max(room // per_token // PAGE_SIZE * PAGE_SIZE, 0)
+        need = dense + buffers + _paged(asked) * per_token
         raise SettingsError(
-            f"A context of {asked} tokens needs {need / GIB:.1f} GiB beside the routed experts, but the"
-            f" memory budget is {budget / GIB:.1f} GiB: "
+            f"A context of {asked} tokens needs {size_text(need)} beside the routed experts, but the"
+            f" memory budget is {size_text(budget)}: "
             + (f"set --context to at most {fits}, or " if fits else "")
             + "free memory or raise --ram."
         )
     # The rest of the budget after all weights; when they do not fit, the cache stays as small as was asked.
     spare = max(room - routed, 0)
     if context is None:
-        growing = max(spare // per_token // page_size * page_size, asked)
+        growing = max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked)
         asked = min(config.context, growing)
     shared = min(sequences * asked, max(asked, spare // 2 // per_token))
-    cache_tokens = _paged(shared, page_size)
+    cache_tokens = _paged(shared)
     return Plan(
         ram=budget,
         routed=routed,
@@ -109,6 +117,11 @@ def make_plan(
         buffers=buffers,
         from_disk=max(routed + dense + buffers + cache_tokens * per_token - budget, 0),
     )
+
+
+def size_text(size: int) -> str:
+    """Bytes for a person: "3.72 GiB", "12.50 MiB"."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB or size == 0 else f"{size / (1 << 20):.2f} MiB"
 
 
 def available_memory() -> int:
@@ -128,8 +141,8 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _paged(tokens: int, page_size: int) -> int:
-    return math.ceil(tokens / page_size) * page_size
+def _paged(tokens: int) -> int:
+    return math.ceil(tokens / PAGE_SIZE) * PAGE_SIZE
 
 
 def _routed_per_token(routed: int, config: ModelConfig) -> int:
