@@ -1142,6 +1142,10 @@ class Links:
             kept = self._kept[key] = (loop, make(target))
         return kept[1]
 
+    def forget(self, target: Target) -> None:
+        """Lets go of a target's link; whoever still uses it keeps it until then."""
+        self._kept.pop((target.url, target.certificates), None)
+
     async def close(self) -> None:
         """Closes what belongs to the running loop."""
         loop = asyncio.get_running_loop()
@@ -1292,7 +1296,12 @@ def _wire() -> Wire:
 async def connected_channel(links: Links, target: Target, patience: float) -> Any:
     """The target's channel, ready to use; PipeError after `patience` seconds."""
     channel = links.get(target, open_channel)
-    if channel.get_state(try_to_connect=True) is not grpc.ChannelConnectivity.READY:
+    state = channel.get_state(try_to_connect=True)
+    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+        # It waits out its back-off; a new one tries at once.
+        links.forget(target)
+        channel = links.get(target, open_channel)
+    if state is not grpc.ChannelConnectivity.READY:
         try:
             async with asyncio.timeout(patience):
                 await channel.channel_ready()

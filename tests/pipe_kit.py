@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sys
 import types
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,3 +95,84 @@ async def ask(pipe: Any, body: dict[str, Any], **extra: Any) -> Shown:
     async for chunk in answer:
         shown.take(chunk)
     return shown
+
+
+# --- services over HTTP ---
+
+
+@dataclass
+class Reply:
+    """What the scripted service sends: the body in these pieces, each a chunk and a write of its own."""
+
+    pieces: list[bytes]
+    status: str = "200 OK"
+    content_type: str = "text/event-stream"
+    cut: bool = False  # close the connection without ending the body
+    pause: float = 0.0  # seconds between pieces
+
+
+@dataclass
+class VendorServer:
+    url: str
+    requests: list[dict[str, Any]] = field(default_factory=list)  # parsed JSON bodies, with "path" and "key"
+    left_early: asyncio.Event = field(default_factory=asyncio.Event)  # a client closed before the end
+
+
+@asynccontextmanager
+async def vendor_server(reply: Callable[[dict[str, Any]], Reply]) -> AsyncIterator[VendorServer]:
+    """A real HTTP/1.1 server on a free port of the loopback; `reply` scripts it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            lines = head.split("\r\n")
+            lengths = [line[15:] for line in lines if line.lower().startswith("content-length:")]
+            body = await reader.readexactly(int(lengths[0])) if lengths else b"{}"
+            keys = [line[15:] for line in lines if line.lower().startswith("authorization:")]
+            request: dict[str, Any] = json.loads(body)
+            request |= {"path": head.split(" ")[1], "key": "".join(keys).strip()}
+            server.requests.append(request)
+            answer = reply(request)
+            writer.write(
+                f"HTTP/1.1 {answer.status}\r\nContent-Type: {answer.content_type}\r\n"
+                "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode()
+            )
+            gone = asyncio.create_task(reader.read(1))
+            for piece in answer.pieces:
+                writer.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+                await writer.drain()
+                await asyncio.sleep(answer.pause)
+                if gone.done():
+                    server.left_early.set()
+                    return
+            gone.cancel()
+            if not answer.cut:
+                writer.write(b"0\r\n\r\n")
+                await writer.drain()
+        except ConnectionError:
+            server.left_early.set()
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = VendorServer(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1")
+    try:
+        yield server
+    finally:
+        listening.close()
+        await listening.wait_closed()
+
+
+def sse(*chunks: Mapping[str, Any] | str, end: str = "\n\n") -> bytes:
+    """Chunks as a server-sent event stream with [DONE]."""
+    lines = [chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False) for chunk in chunks]
+    return "".join(f"data: {line}{end}" for line in [*lines, "[DONE]"]).encode()
+
+
+def delta(content: str | None = None, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    """An OpenAI chunk; keyword arguments that a delta knows go there, the rest to the top."""
+    inner = {
+        name: more.pop(name) for name in ("reasoning_content", "reasoning", "annotations") if name in more
+    }
+    choice = {"index": 0, "delta": {"content": content, **inner}, "finish_reason": finish}
+    return {"id": "1", "object": "chat.completion.chunk", "choices": [choice], **more}

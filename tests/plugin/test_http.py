@@ -1,0 +1,389 @@
+"""The Pipe against OpenAI-compatible services: vendors' shapes over real sockets, cut anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from fake_daemon import fake_daemon
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pipe_kit import (
+    Reply,
+    Shown,
+    VendorServer,
+    ask,
+    browser_body,
+    delta,
+    load_pipe_module,
+    sse,
+    vendor_server,
+)
+
+module: Any = load_pipe_module()
+
+USAGE = {"prompt_tokens": 9, "completion_tokens": 20, "total_tokens": 29}
+WEB = [
+    {"title": "One", "url": "https://one.example/a", "snippet": "first", "summary": "first"},
+    {"title": "Two", "url": "https://two.example/b", "snippet": "second", "summary": "second"},
+]
+LINKS = [item["url"] for item in WEB]
+LISTED = {"citations": LINKS, "search_results": WEB, "usage": USAGE}
+LATE = [{"name": item["title"], "url": item["url"]} for item in WEB]
+NOTES = [
+    {"type": "url_citation", "url_citation": {"title": item["title"], "url": item["url"]}} for item in WEB
+]
+TIMINGS = {"prompt_per_second": 50.5, "predicted_per_second": 7.25}
+LAST = b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode() + b"\n\n"
+TAGGED = sse(
+    delta("<thi"), delta("nk>\nI `</think>` on\n</th"), delta("ink>\n\nDone <think>."), delta(None, "stop")
+)
+
+# name -> (bytes of the stream, thought, text, titles of the sources)
+VENDORS: dict[str, tuple[bytes, str, str, list[str]]] = {
+    "deepseek": (
+        sse(
+            delta(reasoning_content="Hm, "),
+            delta(reasoning_content="well 🐟.\n"),
+            delta("\n\nYes"),
+            delta(" 是的"),
+            delta(".", "stop", usage=USAGE),
+        ),
+        "Hm, well 🐟.\n",
+        "Yes 是的.",
+        [],
+    ),
+    "ark bot": (
+        sse(
+            delta("", references=WEB),
+            delta(reasoning_content="想", references=None),
+            delta("据摘要1、"),
+            delta("2报道。"),
+            delta("完", "stop", references=[], usage=USAGE),
+        ),
+        "想",
+        "据[1][2]报道。完",
+        ["One", "Two"],
+    ),
+    "perplexity": (
+        sse(
+            delta("<think>\nlook</think>\nIt is", **LISTED),
+            delta(" so[1", **LISTED),
+            delta("][2] [9].", "stop", **LISTED),
+            end="\r\n\r\n",
+        ),
+        "look",
+        "It is so[1][2] .",
+        ["One", "Two"],
+    ),
+    "perplexity without details": (
+        sse(delta("So[2].", "stop", citations=LINKS, search_results=None, usage=USAGE)),
+        "",
+        "So[2].",
+        ["one.example", "two.example"],
+    ),
+    "siliconflow": (
+        sse(
+            {"choices": [{"index": 0, "delta": {"type": "search_result", "search_results": WEB}}]},
+            delta(reasoning_content="x"),
+            delta("See [citation:2]"),
+            delta("[citation:1].", "stop", usage=USAGE),
+        ),
+        "x",
+        "See [2][1].",
+        ["One", "Two"],
+    ),
+    "sources last": (
+        sse(
+            delta("See [citation:2]."),
+            delta(None, "stop", reference=LATE, usage=USAGE),
+        ),
+        "",
+        "See [2].",
+        ["One", "Two"],
+    ),
+    "annotations": (
+        sse(
+            delta("So [1]", annotations=NOTES[:1]),
+            delta(" [2].", annotations=NOTES[1:]),
+            delta("", "stop", usage=USAGE),
+        ),
+        "",
+        "So [1] [2].",
+        ["One", "Two"],
+    ),
+    "tags and keep-alives": (
+        b": keep-alive\n\n"
+        + TAGGED.replace(b"data: {", b"event: message\nid: 1\ndata:{", 1)
+        .replace(b"data: [DONE]", b": bye\n\n" + LAST + b"data: [DONE]"),
+        "I `</think>` on",
+        "Done <think>.",
+        [],
+    ),
+    "ollama": (
+        sse(delta("", reasoning="a"), delta("", reasoning="b"), delta("c", "stop", usage=USAGE), end="\n"),
+        "ab",
+        "c",
+        [],
+    ),
+    "llama-server": (
+        sse(
+            delta("one\u2028two"),
+            delta(None, "stop", timings=TIMINGS, usage=USAGE),
+        ),
+        "",
+        "one\u2028two",
+        [],
+    ),
+}  # fmt: skip
+
+
+@asynccontextmanager
+async def pipe_to(url: str, **valves: Any) -> AsyncIterator[Any]:
+    pipe = module.Pipe()
+    pipe.valves = pipe.Valves(**{"BASE_URL": url, "API_KEY": "k", "MODELS": "r1", **valves})
+    try:
+        yield pipe
+    finally:
+        await pipe._links.close()
+
+
+async def converse(reply: Reply, **valves: Any) -> tuple[Shown, VendorServer]:
+    async with vendor_server(lambda request: reply) as server, pipe_to(server.url, **valves) as pipe:
+        return await ask(pipe, browser_body("hello", model="ktd.r1")), server
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_every_vendor_gives_the_same_page_however_its_bytes_are_cut(vendor: str, data: Any) -> None:
+    stream, thought, text, titles = VENDORS[vendor]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(stream) - 1), max_size=12)))
+    pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    shown, _ = asyncio.run(converse(Reply(pieces)))
+    assert shown.error is None
+    assert (shown.thought, shown.text) == (thought, text)
+    assert [source["source"]["name"] for source in shown.sources] == titles
+    assert shown.finish_reason == "stop"
+    assert shown.usage is not None
+    assert shown.usage["completion_tokens"] == 20
+
+
+def read_all(pieces: Iterable[bytes]) -> tuple[str, str]:
+    decoder, reader = module.SseDecoder(), module.ReplyReader("host", opens_thought=False)
+    data = [text for piece in pieces for text in decoder.push(piece)] + decoder.flush()
+    events = [event for text in data for event in reader.read(text)] + reader.end()
+    kinds = (module.Reasoning, module.Answer)
+    thought, answer = ("".join(e.text for e in events if isinstance(e, kind)) for kind in kinds)
+    return thought, answer
+
+
+def test_byte_by_byte() -> None:
+    for stream, *_ in VENDORS.values():
+        assert read_all(stream[at : at + 1] for at in range(len(stream))) == read_all([stream])
+
+
+async def test_the_servers_own_rates_are_shown() -> None:
+    shown, _ = await converse(Reply([VENDORS["llama-server"][0]]))
+    assert shown.usage is not None
+    assert shown.usage["completion_tokens_per_second"] == 7.25
+    assert shown.usage["prompt_tokens_per_second"] == 50.5
+
+
+async def test_search_results_become_a_status_and_source_events() -> None:
+    shown, _ = await converse(Reply([VENDORS["siliconflow"][0]]))
+    assert shown.order == ["source", "status", "thought", "text"]
+    assert shown.statuses[-1]["items"] == [{"title": item["title"], "link": item["url"]} for item in WEB]
+    assert shown.sources[0]["document"] == ["first"]
+    assert shown.sources[0]["metadata"] == [{"source": LINKS[0], "name": "One", "external": True}]
+
+
+async def test_a_services_sources_follow_open_webuis() -> None:
+    given_sources = [{"source": {"id": "f", "name": "F"}, "document": ["x"], "metadata": [{"source": "f"}]}]
+    stream = VENDORS["perplexity"][0]
+    async with vendor_server(lambda request: Reply([stream])) as server, pipe_to(server.url) as pipe:
+        about = {"sources": given_sources, "base_user_prompt": "hello"}
+        shown = await ask(pipe, browser_body("hello", model="ktd.r1"), metadata=about)
+    assert shown.text == "It is so[2][3] ."
+
+
+async def test_grpc_and_http_give_the_same_page() -> None:
+    answer = "<think>\nA `</think>` tag\n</think>\n\nThe [citation:2] and `[citation:1]`."
+    pieces = [answer[at : at + 3] for at in range(0, len(answer), 3)]
+    stream = sse(*(delta(piece) for piece in pieces), delta(None, "stop"))
+    sources = [
+        {"source": {"id": name, "name": name}, "document": [name], "metadata": [{"source": name}]}
+        for name in "ab"
+    ]
+    about = {"sources": sources, "base_user_prompt": "?"}
+    pages = []
+    async with (
+        fake_daemon(lambda prompt: answer) as daemon,
+        vendor_server(lambda r: Reply([stream])) as server,
+    ):
+        for url in (f"grpc://{daemon.address}", server.url):
+            async with pipe_to(url) as pipe:
+                pipe.valves.MODELS = ""
+                shown = await ask(pipe, browser_body("hello", model="ktd.any"), metadata=about)
+                pages.append((shown.thought, shown.text, shown.finish_reason, shown.error))
+    assert pages[0] == pages[1] == ("A `</think>` tag", "The [2] and `[citation:1]`.", "stop", None)
+
+
+async def test_what_the_service_is_sent() -> None:
+    stream = sse(delta("x", "stop"))
+    async with vendor_server(lambda request: Reply([stream])) as server, pipe_to(server.url) as pipe:
+        picture = {"type": "image_url", "image_url": {"url": "data:x"}}
+        messages = [
+            {"role": "user", "content": "a"},
+            {"role": "user", "content": None},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "c", "reasoning_content": "old thought"},
+            {"role": "user", "content": [{"type": "text", "text": "d"}, picture]},
+        ]  # fmt: skip
+        body = browser_body("", model="ktd.r1", temperature=0.3, num_ctx=4096, repeat_penalty="1.1", top_k=5)
+        user = {"valves": pipe.UserValves(THINKING="off", THINKING_BUDGET=512)}
+        await ask(pipe, body | {"messages": messages}, __user__=user)
+    (request,) = server.requests
+    assert request.pop("path") == "/v1/chat/completions"
+    assert request.pop("key") == "Bearer k"
+    assert request.pop("messages") == [
+        {"role": "user", "content": "a\n\nb"},
+        {"role": "assistant", "content": "c"},
+        messages[-1],
+    ]
+    assert request == {
+        "model": "r1",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0.3,
+        "repetition_penalty": 1.1,
+        "top_k": 5,
+        "thinking_budget": 512,
+        "chat_template_kwargs": {"thinking": False, "enable_thinking": False},
+    }
+
+
+async def test_thoughts_whose_opening_tag_is_missing() -> None:
+    stream = sse(delta("I think\n</thi"), delta("nk>\n\nSo."), delta(None, "stop"))
+    shown, _ = await converse(Reply([stream]), OPENS_THOUGHT=True)
+    assert (shown.thought, shown.text) == ("I think", "So.")
+
+
+async def test_a_service_that_does_not_stream() -> None:
+    message = {"role": "assistant", "reasoning_content": "t", "content": "x [citation:1]", "annotations": []}
+    reply = {"choices": [{"message": message, "finish_reason": "length"}], "usage": USAGE, "references": WEB}
+    pieces = [json.dumps(reply).encode()]
+    shown, _ = await converse(Reply(pieces, content_type="application/json; charset=utf-8"))
+    assert (shown.thought, shown.text, shown.finish_reason) == ("t", "x [1]", "length")
+    assert shown.statuses[-1]["description"].startswith("Cut off")
+
+
+ERROR = {"error": {"message": "Rate limit.", "type": "limit", "code": "rate"}}
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "words", "code"),
+    [
+        (
+            Reply([json.dumps(ERROR).encode()], "429 Too Many", "application/json"),
+            "",
+            "429: Rate limit.",
+            429,
+        ),
+        (Reply([b'{"error":"no such key"}'], "401 Unauthorized", "application/json"), "", "API_KEY", 401),
+        (Reply([b"<h1>Bad\ngateway</h1>"], "500 Oops", "text/html"), "", "Bad gateway", 500),
+        (Reply([sse(delta("half "), ERROR)]), "half ", "Rate limit.", "rate"),
+        (
+            Reply([sse({"code": 20012, "message": "Model does not exist", "data": None})]),
+            "",
+            "does not exist",
+            20012,
+        ),
+        (Reply([sse(delta("half "), "{broken")]), "half ", "cannot be read", None),
+        (Reply([sse(delta("half "))[:-14], b": ping\n\n"], cut=True), "half ", "broke off", 502),
+        (Reply([sse(delta("half ")).replace(b"data: [DONE]\n\n", b"")]), "half ", "ended early", 502),
+    ],
+)
+async def test_errors_are_shown_and_the_text_is_kept(
+    reply: Reply, text: str, words: str, code: int | str
+) -> None:
+    shown, _ = await converse(reply)
+    assert shown.text == text
+    assert shown.error is not None
+    assert words in shown.error["message"]
+    assert shown.error.get("code") == code
+
+
+async def test_unreachable_and_busy_services(unused_tcp_port: int) -> None:
+    async with pipe_to(f"http://127.0.0.1:{unused_tcp_port}/v1") as pipe:
+        shown = await ask(pipe, browser_body("hello", model="ktd.r1"))
+        assert f"127.0.0.1:{unused_tcp_port}" in shown.error["message"]  # type: ignore[index]
+    replies = [Reply([b"{}"], "503 Busy", "application/json"), Reply([sse(delta("x", "stop"))])]
+    async with vendor_server(lambda request: replies.pop(0)) as server, pipe_to(server.url) as pipe:
+        shown = await ask(pipe, browser_body("hello", model="ktd.r1"))
+        assert (shown.text, shown.error) == ("x", None)
+
+
+async def test_stop_closes_the_connection() -> None:
+    stream = sse(*(delta(f"{n} ") for n in range(500)))
+    pieces = [stream[at : at + 100] for at in range(0, len(stream), 100)]
+    async with (
+        vendor_server(lambda request: Reply(pieces, pause=0.02)) as server,
+        pipe_to(server.url) as pipe,
+    ):
+        answer = await pipe.pipe(browser_body("hello", model="ktd.r1"))
+        await anext(answer)
+        await answer.aclose()
+        await asyncio.wait_for(server.left_early.wait(), 2)
+
+
+async def test_models_are_listed_and_kept() -> None:
+    listing = json.dumps(
+        {"object": "list", "data": [{"id": "deepseek-r1:671b"}, {"id": "v3", "name": "V3"}]}
+    ).encode()
+    async with vendor_server(lambda request: Reply([listing], content_type="application/json")) as server:
+        async with pipe_to(server.url, MODELS="") as pipe:
+            expected = [{"id": "deepseek-r1:671b", "name": "deepseek-r1:671b"}, {"id": "v3", "name": "V3"}]
+            assert await pipe.pipes() == expected
+            assert await pipe.pipes() == expected
+        assert [request["path"] for request in server.requests] == ["/v1/models"]
+
+
+async def test_a_hanging_service_holds_nobody_up() -> None:
+    reply = Reply([b" "] * 100, content_type="application/json", pause=0.1)
+    async with vendor_server(lambda request: reply) as server, pipe_to(server.url, MODELS="") as pipe:
+        begun = asyncio.get_running_loop().time()
+        (entry,) = await pipe.pipes()
+        assert asyncio.get_running_loop().time() - begun < 0.5
+        assert "does not answer" in entry["name"]
+
+
+def job(url: str, model: str, thinking: bool | None = None) -> Any:
+    target = module.Target(url, "", (), ("", "", ""))
+    messages: tuple[Mapping[str, Any], ...] = ({"role": "user", "content": "q"},)
+    return module.Job(target, model, messages, {}, thinking, False, False, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("url", "model", "path", "switch"),
+    [
+        ("https://api.deepseek.com/v1", "m", "/v1/chat/completions", {"thinking": {"type": "enabled"}}),
+        (
+            "https://ark.cn.volces.com/api/v3",
+            "bot-1",
+            "/api/v3/bots/chat/completions",
+            {"thinking": {"type": "enabled"}},
+        ),
+        ("https://api.siliconflow.cn/v1/", "m", "/v1/chat/completions", {"enable_thinking": True}),
+    ],
+)
+def test_each_service_is_told_in_its_own_words(
+    url: str, model: str, path: str, switch: dict[str, Any]
+) -> None:
+    asked = job(url, model, thinking=True)
+    assert module._chat_url(asked).endswith(path)
+    assert module.http_payload(asked, {}).items() >= switch.items()
