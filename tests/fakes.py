@@ -165,10 +165,10 @@ class FakeEngine:
                 steps_total=self._steps,
             )
 
-    def drain(self, seconds: float) -> None:
+    def drain(self, seconds: float) -> bool:
         with self._changed:
             self._accepting = False
-            self._changed.wait_for(lambda: not self._waiting and not self._running, seconds)
+            return self._changed.wait_for(lambda: not self._waiting and not self._running, seconds)
 
     def stop(self) -> None:
         with self._changed:

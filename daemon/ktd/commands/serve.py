@@ -1,0 +1,88 @@
+"""`ktd serve`: the daemon in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ktd.errors import UserError
+from ktd.settings import Settings, add_arguments, load
+
+if TYPE_CHECKING:
+    from ktd.server.host import Loaded
+
+NAME = "serve"
+HELP = "serve a model over gRPC and HTTP (without arguments: the embedded one)"
+
+log = logging.getLogger(__name__)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktd serve`: all settings."""
+    add_arguments(parser, "model", "engine", "answers", "doors", "process")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until a signal. Raises UserError for what the user can mend, which is not to be retried."""
+    from ktd.server import logs
+    from ktd.server.run_record import RunRecordFile
+
+    settings = load(args)
+    logs.configure(settings)
+    file = RunRecordFile(settings.grpc_port)
+    last = file.read()
+    if last and last.alive and last.stage != "stopped":
+        # That daemon's record stays as it is; this one will find its port taken.
+        return _serve(settings, lambda: None)
+    record = file.begin()
+    # Until the event loop handles it, SIGTERM just ends the process: that is no crash.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        if record.pause:
+            log.warning("%d crashes in ten minutes: starting in %g s", len(record.crashes), record.pause)
+            file.write(record.now("pausing", f"It crashed {len(record.crashes)} times in ten minutes."))
+            time.sleep(record.pause)
+        file.write(record.now("starting"))
+        code = _serve(settings, lambda: file.write(record.now("ready")))
+    except UserError as error:
+        file.write(record.now("refused", str(error)))
+        logs.last_words(str(error))
+        raise
+    except Exception as error:
+        file.write(record.now("failed", str(error)))
+        raise
+    except (SystemExit, KeyboardInterrupt):
+        file.write(record.now("stopped"))
+        raise
+    file.write(record.now("stopped"))
+    return code
+
+
+def _serve(settings: Settings, on_ready: Callable[[], None]) -> int:
+    from ktd import launch
+    from ktd.server.lifecycle import Lifecycle
+
+    prepared = launch.prepare(settings)
+    log.info("%s", launch.describe(prepared))
+
+    def load_model(progress: Callable[[float], None]) -> Loaded:
+        tell = launch.Progress("Loading")
+
+        def both(fraction: float) -> None:
+            progress(fraction)
+            tell(fraction)
+
+        return launch.load(prepared, both)
+
+    async def live() -> None:
+        defaults = launch.request_defaults(settings)
+        await Lifecycle(settings, prepared.served, defaults, load_model, on_ready).run()
+
+    asyncio.run(live())
+    return 0

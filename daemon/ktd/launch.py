@@ -1,0 +1,163 @@
+"""From settings to a model that answers: first everything is checked, then the model is loaded."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from math import prod
+from pathlib import Path
+
+from ktd.chat import ChatService, ServedModel
+from ktd.chat.request import RequestDefaults
+from ktd.engine import Engine, EngineConfig
+from ktd.errors import SettingsError
+from ktd.gguf import GgufFile
+from ktd.ktransformers_rules import first_not_honoured
+from ktd.model import ModelConfig, load_model
+from ktd.plan import GIB, PAGE_SIZE, Plan, make_plan
+from ktd.server.host import Loaded
+from ktd.settings import Settings
+from ktd.text import TextModel
+from ktd.types import SamplingParams
+from ktd_kernels import Cpu
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "ktd-demo-Q8_0.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that was checked and not loaded. Holds the mapped file."""
+
+    settings: Settings
+    gguf: GgufFile
+    text: TextModel
+    cpu: Cpu
+    plan: Plan
+    served: ServedModel
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Checks what can be checked without loading: the file's headers, tokenizer, memory, instruction set,
+    rules.
+
+    Raises GgufError or SettingsError with what is wrong and what to do.
+    """
+    _check_rules(settings)
+    try:
+        cpu = Cpu(threads=settings.cpu_infer, isa=settings.isa)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    gguf = GgufFile.open(settings.gguf_path or embedded_model())
+    config = ModelConfig.from_gguf(gguf)
+    plan = make_plan(
+        gguf,
+        config,
+        ram=settings.ram,
+        context=settings.context,
+        sequences=settings.max_sequences,
+        chunk_tokens=settings.chunk_tokens,
+        cache_type=settings.cache_type,
+    )
+    text = TextModel.from_gguf(gguf, settings.model_path)
+    return Prepared(settings, gguf, text, cpu, plan, _served(settings, gguf, plan))
+
+
+def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
+    """Loads the model and starts its engine; minutes for a large file. `progress` is told fractions from 0
+    to 1.
+
+    Raises GgufError for what only the tensors themselves show.
+    """
+    settings, plan = prepared.settings, prepared.plan
+    model = load_model(prepared.gguf, prepared.cpu, context=plan.context, progress=progress)
+    engine = Engine(
+        model,
+        EngineConfig(
+            context=plan.context,
+            max_sequences=settings.max_sequences,
+            page_size=PAGE_SIZE,
+            pages=plan.pages,
+            chunk_tokens=settings.chunk_tokens,
+            queue_limit=settings.queue_limit,
+            cache_type=settings.cache_type,
+        ),
+    )
+    engine.start()
+    chat = ChatService(engine, prepared.text, prepared.served)
+    return Loaded(chat, engine, prepared.cpu.isa, prepared.cpu.threads)
+
+
+def request_defaults(settings: Settings) -> RequestDefaults:
+    """What requests get that leave a field out."""
+    return RequestDefaults(
+        sampling=SamplingParams(temperature=settings.temperature, top_p=settings.top_p),
+        max_tokens=settings.max_new_tokens,
+        thinking=True if settings.force_think else None,
+    )
+
+
+def embedded_model() -> Path:
+    """The model that comes with ktd. Raises SettingsError where the package was built without it."""
+    path = Path(str(resources.files("ktd") / "data" / EMBEDDED))
+    if not path.is_file():
+        raise SettingsError("This build of ktd has no embedded model: name a file with --gguf-path.")
+    return path
+
+
+def describe(prepared: Prepared) -> str:
+    """One line about the model and what it gets of this machine."""
+    served, plan, settings = prepared.served, prepared.plan, prepared.settings
+    disk = f", {plan.from_disk / GIB:.1f} GiB read from disk as needed" if plan.from_disk else ""
+    return (
+        f"{served.name}: {served.parameters / 1e9:.3g} B parameters, mostly {served.quantisation}; "
+        f"weights {(plan.routed + plan.dense) / GIB:.2f} GiB{disk}, cache {plan.cache / GIB:.2f} GiB for "
+        f"{plan.cache_tokens} tokens; context {plan.context}, {settings.max_sequences} sequences; "
+        f"{prepared.cpu.isa} on {prepared.cpu.threads} threads"
+    )
+
+
+def _served(settings: Settings, gguf: GgufFile, plan: Plan) -> ServedModel:
+    path = gguf.paths[0]
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.name.removesuffix(".gguf"))
+    bytes_of = Counter[str]()
+    for tensor in gguf.tensors.values():
+        bytes_of[tensor.ggml_type.name] += tensor.nbytes
+    return ServedModel(
+        name=settings.model_name or stem,
+        file_name=path.name,
+        architecture=gguf.require("general.architecture", str),
+        parameters=sum(prod(tensor.shape) for tensor in gguf.tensors.values()),
+        context=plan.context,
+        quantisation=bytes_of.most_common(1)[0][0],
+        created=int(path.stat().st_mtime),
+    )
+
+
+def _check_rules(settings: Settings) -> None:
+    if settings.optimize_config_path is None:
+        return
+    rule = first_not_honoured(settings.optimize_config_path)
+    if rule:
+        log.warning("%s: everything is computed on the CPU, so this rule has no effect", rule)
+
+
+class Progress:
+    """Tells a log how far a load is, every ten percent and at most once in two seconds."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._told = 0
+        self._at = time.monotonic()
+
+    def __call__(self, fraction: float) -> None:
+        tenth = int(fraction * 10)
+        if tenth > self._told and time.monotonic() - self._at > 2:
+            self._told, self._at = tenth, time.monotonic()
+            log.info("%s: %.0f %%", self._what, fraction * 100)
