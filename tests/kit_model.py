@@ -42,6 +42,7 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": CONTEXT,
     "initializer_range": 0.06,
     "attn_implementation": "eager",
+    "experts_implementation": "eager",
 }
 
 
@@ -152,13 +153,11 @@ def write_model(
     config: Any,
     tensors: Mapping[str, Tensor],
     kv_b: KvB = "split",
-    without: Sequence[str] = (),
     extra: Mapping[str, object] | None = None,
 ) -> Path:
-    """A GGUF file of the model; keys whose name ends with one of `without` are left out."""
+    """A GGUF file of the model with a tokenizer; `extra` metadata goes over its own."""
     metadata: dict[str, object] = dict(hf_metadata(config, kv_b=kv_b))
     del metadata["general.architecture"]
-    metadata = {k: v for k, v in metadata.items() if not k.endswith(tuple(without))} if without else metadata
     return write_gguf(path, metadata | vocabulary_metadata(config.vocab_size) | dict(extra or {}), tensors)
 
 
@@ -189,7 +188,7 @@ def quantise(
 
 
 def load_values(model: torch.nn.Module, config: Any, values: Mapping[str, F32]) -> None:
-    """Puts the values of GGUF tensors (new kv_b form) into a Hugging Face model: hf_tensors backwards."""
+    """Puts the values of GGUF tensors into a Hugging Face model: hf_tensors backwards."""
     names = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
@@ -224,8 +223,11 @@ def load_values(model: torch.nn.Module, config: Any, values: Mapping[str, F32]) 
             state[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = array
     for layer in range(config.num_hidden_layers):
         blk, hf = f"blk.{layer}.", f"model.layers.{layer}."
-        k = values[f"{blk}attn_k_b.weight"].transpose(0, 2, 1)
-        both = np.concatenate([k, values[f"{blk}attn_v_b.weight"]], axis=1)
+        if f"{blk}attn_kv_b.weight" in values:
+            both = values[f"{blk}attn_kv_b.weight"]
+        else:
+            k = values[f"{blk}attn_k_b.weight"].transpose(0, 2, 1)
+            both = np.concatenate([k, values[f"{blk}attn_v_b.weight"]], axis=1)
         state[f"{hf}self_attn.kv_b_proj.weight"] = both.reshape(-1, config.kv_lora_rank)
         if f"{blk}ffn_gate_exps.weight" in values:
             gate, up = values[f"{blk}ffn_gate_exps.weight"], values[f"{blk}ffn_up_exps.weight"]
@@ -236,6 +238,28 @@ def load_values(model: torch.nn.Module, config: Any, values: Mapping[str, F32]) 
 
 def load_gguf_model(path: Path, cpu: Cpu, context: int = CONTEXT) -> Model:
     return load_model(GgufFile.open(path), cpu, context=context, progress=lambda fraction: None)
+
+
+# What large files hold in which tensor; the last entry is for all others. Rows of k_b are too short for K
+# types.
+MIXES: dict[str, dict[str, Q]] = {
+    "q8_0": {"": Q.Q8_0},
+    "q4_0": {"attn_k_b": Q.Q8_0, "output.weight": Q.Q8_0, "": Q.Q4_0},
+    "bf16": {"": Q.BF16},
+    "ud-iq1_s": {
+        "attn_k_b": Q.Q8_0, "attn_kv": Q.Q6_K, "attn_": Q.Q4_K, "token_embd": Q.Q4_K, "output.weight": Q.Q6_K,
+        "down_exps": Q.IQ2_XXS, "_exps": Q.IQ1_S, "_shexp": Q.Q5_K, "": Q.Q6_K,
+    },
+    "ud-q2_k": {
+        "attn_k_b": Q.Q4_0, "attn_v_b": Q.Q3_K, "attn_": Q.IQ4_XS, "token_embd": Q.Q2_K,
+        "output.weight": Q.Q6_K, "down_exps": Q.Q3_K, "_exps": Q.Q2_K, "_shexp": Q.IQ3_S, "": Q.Q4_K,
+    },
+}  # fmt: skip
+
+
+def mix(name: str) -> Callable[[str], Q]:
+    """The type of each tensor: the first entry whose key is part of its name."""
+    return lambda tensor: next(kind for part, kind in MIXES[name].items() if part in tensor)
 
 
 class Bench:
