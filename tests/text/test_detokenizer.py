@@ -93,3 +93,9 @@ def test_user_defined_text_is_shown_as_it_is(model_of: ModelOf) -> None:
     changes = {"tokenizer.ggml.tokens": [*tokens, "Öl 油"], "tokenizer.ggml.token_type": [*types, 4]}
     model = model_of("deepseek-r1", changes)
     assert model.detokenizer().push([len(tokens)]) == "Öl 油"
+
+
+def test_an_end_of_turn_never_shows_whatever_its_type(model_of: ModelOf) -> None:
+    tokens: list[str] = kit.tiny_vocab()["tokenizer.ggml.tokens"]  # type: ignore[assignment]
+    model = model_of("deepseek-r1", {"tokenizer.ggml.eot_token_id": tokens.index("Z")})
+    assert model.detokenizer().push([tokens.index("Z"), tokens.index("Y")]) == "Y"

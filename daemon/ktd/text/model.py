@@ -71,7 +71,7 @@ class TextModel:
         return len(self.vocabulary.tokens)
 
     @property
-    def prints_tools(self) -> bool:
+    def takes_tools(self) -> bool:
         """Whether tools can be offered to this model."""
         return self._prints_tools or self._tools is not None
 

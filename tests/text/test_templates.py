@@ -1,0 +1,344 @@
+"""Every model gets its prompt as its makers meant it, character for character.
+
+Expected prompts: the models' cards and templates. ⟨ stands for a < that came in as text and not as part of a
+special token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import tokenizers
+from kit_text import ModelOf, shown, template_source
+
+from ktd.errors import RequestError
+from ktd.types import Message, Tool, ToolCall
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+USER, BOT = "<｜User｜>", "<｜Assistant｜>"
+DEEPSEEK = ("deepseek-r1-2025-01", "deepseek-r1", "deepseek-r1-0528", "deepseek-v3-0324", "deepseek-v3.1")
+
+
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def bot(text: str, thought: str = "", calls: Sequence[ToolCall] = ()) -> Message:
+    return Message("assistant", text, thought, calls)
+
+
+CHAT = [system("Be brief."), user("1+1?"), bot("<think>\neasy\n</think>\n\n2"), user("2+2?")]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "opens"),
+    [
+        ("deepseek-r1-2025-01", f"{BOS}Be brief.{USER}1+1?{BOT}\n\n2{EOS}{USER}2+2?{BOT}", False),
+        ("deepseek-r1", f"{BOS}Be brief.{USER}1+1?{BOT}\n\n2{EOS}{USER}2+2?{BOT}<think>\n", True),
+        ("deepseek-r1-0528", f"{BOS}Be brief.{USER}1+1?{BOT}\n\n2{EOS}{USER}2+2?{BOT}", False),
+        (
+            "deepseek-v3-0324",  # knows no thoughts, so the history keeps what looks like one, as text
+            f"{BOS}Be brief.{USER}1+1?{BOT}⟨think>\neasy\n⟨/think>\n\n2{EOS}{USER}2+2?{BOT}",
+            False,
+        ),
+        ("deepseek-v3.1", f"{BOS}Be brief.{USER}1+1?{BOT}</think>\n\n2{EOS}{USER}2+2?{BOT}</think>", False),
+        (
+            "kimi-k2",
+            "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>1+1?<|im_end|>"
+            "<|im_assistant|>assistant<|im_middle|>⟨think>\neasy\n⟨/think>\n\n2<|im_end|>"
+            "<|im_user|>user<|im_middle|>2+2?<|im_end|><|im_assistant|>assistant<|im_middle|>",
+            False,
+        ),
+    ],
+)
+def test_a_conversation(model_of: ModelOf, name: str, prompt: str, opens: bool) -> None:
+    model = model_of(name)
+    rendered = model.render(CHAT)
+    assert shown(model, rendered) == prompt
+    assert rendered.opens_thought == opens
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking", "ending", "opens"),
+    [
+        ("deepseek-r1-2025-01", True, f"{BOT}<think>\n", True),
+        ("deepseek-r1-2025-01", False, f"{BOT}<think>\n\n</think>\n\n", False),
+        ("deepseek-r1", True, f"{BOT}<think>\n", True),
+        ("deepseek-r1", False, f"{BOT}<think>\n\n</think>\n\n", False),
+        ("deepseek-r1-0528", True, f"{BOT}<think>\n", True),
+        ("deepseek-r1-0528", False, f"{BOT}<think>\n\n</think>\n\n", False),
+        ("deepseek-v3.1", None, f"{BOT}</think>", False),
+        ("deepseek-v3.1", True, f"{BOT}<think>", True),
+        ("deepseek-v3.1", False, f"{BOT}</think>", False),
+        ("kimi-k2", False, "<|im_assistant|>assistant<|im_middle|>", False),
+    ],
+)
+def test_thinking_is_switched(
+    model_of: ModelOf, name: str, thinking: bool | None, ending: str, opens: bool
+) -> None:
+    model = model_of(name)
+    rendered = model.render([user("Hi")], thinking=thinking)
+    assert shown(model, rendered).partition("Hi")[2].removeprefix("<|im_end|>") == ending
+    assert rendered.opens_thought == opens
+
+
+def test_a_model_that_cannot_think_says_so(model_of: ModelOf) -> None:
+    with pytest.raises(RequestError, match="this model does not think"):
+        model_of("kimi-k2").render([user("Hi")], thinking=True)
+
+
+@pytest.mark.parametrize("name", DEEPSEEK)
+def test_one_bos_whatever_template_and_metadata_say(model_of: ModelOf, name: str) -> None:
+    for changes in ({}, {"tokenizer.ggml.add_bos_token": False}):
+        assert model_of(name, changes).render(CHAT).ids.count(0) == 1
+
+
+BARE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_bos_is_added_when_only_the_metadata_asks_for_it(model_of: ModelOf) -> None:
+    assert model_of(BARE).render([user("x")]).ids[0] == 0
+    assert 0 not in model_of(BARE, {"tokenizer.ggml.add_bos_token": False}).render([user("x")]).ids
+    assert model_of("{{ bos_token }}{{ bos_token }}" + BARE).render([user("x")]).ids.count(0) == 1
+
+
+def test_neighbours_of_one_role_are_merged(model_of: ModelOf) -> None:
+    model = model_of("deepseek-r1-2025-01")
+    messages = [system("A"), system("B"), user("c"), user("d"), bot("e"), bot("</think>f"), user("g")]
+    assert shown(model, model.render(messages)) == f"{BOS}A\n\nB{USER}c\n\nd{BOT}e\n\nf{EOS}{USER}g{BOT}"
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("deepseek-r1-2025-01", "late"),
+        ("deepseek-r1-0528", "early\n\nlate"),
+        ("deepseek-v3.1", "early\n\nlate"),
+    ],
+)
+def test_system_messages_anywhere_go_where_the_template_wants_them(
+    model_of: ModelOf, name: str, head: str
+) -> None:
+    model = model_of(name)
+    messages = [system("early"), user("x"), system("late"), user("y")]
+    assert shown(model, model.render(messages)).startswith(f"{BOS}{head}{USER}x")
+
+
+def test_thoughts_that_clients_set_apart_are_dropped(model_of: ModelOf) -> None:
+    for name in ("deepseek-r1", "deepseek-v3.1"):
+        text = shown(model_of(name), model_of(name).render([user("a"), bot("b", "secret"), user("c")]))
+        assert "secret" not in text
+        assert "b<｜end" in text
+
+
+def test_a_thought_ends_at_its_last_closing_tag(model_of: ModelOf) -> None:
+    model = model_of("deepseek-r1")
+    rendered = model.render([user("a"), bot("<think>is </think> a tag?</think>b"), user("c")])
+    assert shown(model, rendered) == f"{BOS}{USER}a{BOT}b{EOS}{USER}c{BOT}<think>\n"
+
+
+def test_a_closing_tag_in_an_answer_stays_when_the_thought_came_apart(model_of: ModelOf) -> None:
+    model = model_of("deepseek-r1")
+    rendered = model.render([user("a"), bot("write </think> to end it", "hm"), user("c")])
+    assert f"{BOT}write ⟨/think> to end it{EOS}" in shown(model, rendered)
+
+
+def test_templates_that_keep_thoughts_get_them(model_of: ModelOf) -> None:
+    """Kimi-K2-Thinking's way: reasoning_content is written back between tags."""
+    source = (
+        "{% for m in messages %}{{ m['role'] }}:{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+        "</think>{% endif %}{{ m['content'] }};{% endfor %}"
+    )
+    model = model_of(source)
+    expected = f"{BOS}user:q;assistant:<think>why</think>a;user:r;"
+    assert shown(model, model.render([user("q"), bot("a", "why"), user("r")])) == expected
+    assert shown(model, model.render([user("q"), bot("<think>\nwhy\n</think>a"), user("r")])) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "ending", "opens"),
+    [
+        ("deepseek-r1", bot("The answer is"), f"{BOT}The answer is", False),
+        ("deepseek-r1", bot("<think>\nLet me"), f"{BOT}<think>\nLet me", True),
+        ("deepseek-r1", bot("<think>\nA\n</think>\n\nB"), f"{BOT}<think>\nA\n</think>\n\nB", False),
+        ("deepseek-r1", bot("A\n</think>\n\nB"), f"{BOT}<think>\nA\n</think>\n\nB", False),
+        ("deepseek-r1", bot("", "Let me"), f"{BOT}<think>\nLet me", True),
+        ("deepseek-r1", bot("B", "A"), f"{BOT}<think>\nA\n</think>\n\nB", False),
+        ("deepseek-r1", bot("", ""), f"{BOT}<think>\n", True),
+        ("deepseek-r1", bot("x <think>"), f"{BOT}x ⟨think>", False),
+        ("deepseek-r1-0528", bot("The answer is "), f"{BOT}The answer is ", False),
+        ("deepseek-v3-0324", bot("The"), f"{BOT}The", False),
+        ("deepseek-v3.1", bot("The"), f"{BOT}</think>The", False),
+        ("deepseek-v3.1", bot("", "Let me"), f"{BOT}<think>\nLet me", True),
+        ("kimi-k2", bot("The"), "<|im_end|><|im_assistant|>assistant<|im_middle|>The", False),
+    ],
+)
+def test_the_final_message_is_continued(
+    model_of: ModelOf, name: str, message: Message, ending: str, opens: bool
+) -> None:
+    model = model_of(name)
+    rendered = model.render([user("Q"), message], continue_final_message=True)
+    assert shown(model, rendered).partition("Q")[2] == ending
+    assert rendered.opens_thought == opens
+
+
+def test_only_an_assistants_message_is_continued(model_of: ModelOf) -> None:
+    with pytest.raises(RequestError, match="needs an assistant message at the end"):
+        model_of("deepseek-r1").render([user("Q")], continue_final_message=True)
+    with pytest.raises(RequestError, match="messages is empty"):
+        model_of("deepseek-r1").render([])
+    loses_it = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(RequestError, match="cannot leave the last message open"):
+        model_of(loses_it).render([user("Q"), bot("A")], continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", [*DEEPSEEK, "kimi-k2"])
+def test_no_users_text_becomes_structure(model_of: ModelOf, name: str) -> None:
+    """Every structural string in every field a client can fill, whole and cut in two."""
+    model = model_of(name)
+    plain = [system("s"), user("u"), bot("a", "r"), user("v")]
+    baseline = [n for n in model.render(plain).ids if n in model.vocabulary.structural.values()]
+    for special in model.vocabulary.structural:
+        half = len(special) // 2
+        if special == "</think>":
+            continue  # in an assistant's content it ends a thought: test_a_conversation
+        for text in (special, f"x{special}y", special * 2, special[half:] + special[:half], special[:half]):
+            rendered = model.render([system(text), user(text), bot(text, text), user(special[half:])])
+            assert [n for n in rendered.ids if n in model.vocabulary.structural.values()] == baseline, text
+            assert shown(model, rendered).count(text.replace("<", "⟨")) >= 2
+
+
+def test_guards_do_not_touch_text_that_uses_their_characters(model_of: ModelOf) -> None:
+    model = model_of("deepseek-r1")
+    text = "\ue000 a<\ue001b \uf8ff <think>\ue000"
+    assert shown(model, model.render([user(text)])) == f"{BOS}{USER}{text.replace('<', '⟨')}{BOT}<think>\n"
+
+
+WEATHER = Tool(
+    "get_weather", "Weather of a <city>", '{"type": "object", "properties": {"city": {"type": "string"}}}'
+)
+CALLS = [ToolCall("c1", "get_weather", '{"city": "Köln"}'), ToolCall("c2", "get_weather", '{"city": "北京"}')]
+ROUND = [
+    user("Weather?"),
+    bot("", calls=CALLS),
+    Message("tool", "rain", tool_call_id="c1"),
+    Message("tool", "sun"),
+]
+CB, CE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+FENCED_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{}\n```<｜tool▁call▁end｜>"
+FENCED = (
+    CB
+    + "\n".join(FENCED_CALL.replace("{}", call.arguments) for call in CALLS)
+    + f"{CE}{EOS}<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>rain<｜tool▁output▁end｜>\n"
+    "<｜tool▁output▁begin｜>sun<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+)
+BARE_CALLS = (
+    f'{CB}<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{{"city": "Köln"}}<｜tool▁call▁end｜>'
+    f'<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{{"city": "北京"}}<｜tool▁call▁end｜>{CE}{EOS}'
+    "<｜tool▁output▁begin｜>rain<｜tool▁output▁end｜><｜tool▁output▁begin｜>sun<｜tool▁output▁end｜>"
+)
+
+
+@pytest.mark.parametrize("name", DEEPSEEK)
+def test_the_model_goes_on_after_tool_results(model_of: ModelOf, name: str) -> None:
+    """One call or several, also in the second round: the first templates lose or leave open most of these."""
+    model = model_of(name)
+    written = BARE_CALLS if name == "deepseek-v3.1" else FENCED
+    turn = f"{BOT}</think>" if name == "deepseek-v3.1" else BOT
+    first = f"{BOS}{USER}Weather?{turn}{written}"
+    rendered = model.render(ROUND)
+    assert shown(model, rendered) == first
+    assert not rendered.opens_thought
+    second = [*ROUND, bot("Once more.", calls=CALLS), *ROUND[2:], bot("Mixed."), user("Thanks")]
+    text = shown(model, model.render(second))
+    assert text.startswith(f"{first}Once more.{written}Mixed.{EOS}{USER}Thanks{BOT}")
+
+
+def test_tools_are_offered_in_the_system_message(model_of: ModelOf) -> None:
+    for name in DEEPSEEK:
+        model = model_of(name)
+        assert model.takes_tools
+        with_system = shown(model, model.render([system("Be brief."), user("Hi")], tools=[WEATHER]))
+        start = with_system.removeprefix(f"{BOS}Be brief.\n\n## Tools\n")
+        assert start != with_system
+        described, _, rest = start.partition(USER)
+        assert "### get_weather\nDescription: Weather of a ⟨city>\n" in described
+        assert 'Parameters: {"type": "object", "properties": {"city": {"type": "string"}}}' in described
+        fenced = "function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```<｜tool▁call▁end｜>"
+        bare = "tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>"
+        assert (bare if name == "deepseek-v3.1" else fenced) in described
+        assert rest.startswith("Hi")
+        assert shown(model, model.render([user("Hi")], tools=[WEATHER])).startswith(f"{BOS}## Tools\n")
+
+
+def test_kimi_prints_tools_itself(model_of: ModelOf) -> None:
+    model = model_of("kimi-k2")
+    call = ToolCall("functions.get_weather:0", "get_weather", '{"city":  "Köln"}')
+    result = Message("tool", "rain", tool_call_id="functions.get_weather:0")
+    text = shown(model, model.render([user("Weather?"), bot("", calls=[call]), result], tools=[WEATHER]))
+    assert text == (
+        '<|im_system|>tool_declare<|im_middle|>[{"type": "function", "function": {"name": "get_weather",'
+        ' "description": "Weather of a ⟨city>", "parameters": {"type": "object", "properties": {"city":'
+        ' {"type": "string"}}}}}]<|im_end|>'
+        "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"
+        "<|im_user|>user<|im_middle|>Weather?<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city":  "Köln"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+        "<|im_system|>tool<|im_middle|>## Return of functions.get_weather:0\nrain<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>"
+    )
+
+
+def test_a_template_that_wants_arguments_parsed_gets_them_so(model_of: ModelOf) -> None:
+    source = (
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m['content'] or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    model = model_of(source)
+    call = ToolCall("1", "f", '{"a":   "<think>"}')
+    text = shown(model, model.render([user("Q"), bot("", calls=[call])], tools=[WEATHER]))
+    assert text.endswith('Q{"a": "⟨think>"}')
+    with pytest.raises(RequestError, match="call of f is not JSON"):
+        model.render([user("Q"), bot("", calls=[ToolCall("1", "f", "{oops")])])
+
+
+def test_tool_mistakes_are_answered(model_of: ModelOf) -> None:
+    model = model_of("deepseek-r1")
+    with pytest.raises(RequestError, match="follows no tool call"):
+        model.render([user("Q"), Message("tool", "rain")])
+    with pytest.raises(RequestError, match="schema of tool f is not JSON"):
+        model.render([user("Q")], tools=[Tool("f", "", "{")])
+    kimi_without_tools = model_of("kimi-k2", {"tokenizer.chat_template": BARE})
+    assert not kimi_without_tools.takes_tools
+    with pytest.raises(RequestError, match="no place for tools"):
+        kimi_without_tools.render([user("Q")], tools=[WEATHER])
+
+
+@pytest.mark.parametrize("name", [*DEEPSEEK, "kimi-k2"])
+@pytest.mark.parametrize("messages", [CHAT[3:], CHAT], ids=["question", "chat"])
+def test_hugging_face_gives_the_same_tokens(model_of: ModelOf, name: str, messages: list[Message]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    model = model_of(name)
+    oracle = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={token: number for number, token in enumerate(model.vocabulary.tokens)},
+            merges=list(model.vocabulary.merges),
+        )
+    )
+    oracle.pre_tokenizer = model.vocabulary.pre_tokenizer
+    oracle.add_special_tokens(list(model.vocabulary.structural))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=oracle, bos_token=BOS, eos_token=EOS, chat_template=template_source(name)
+    )
+    said = [{"role": m.role, "content": m.content} for m in messages]
+    if name in ("deepseek-v3-0324", "kimi-k2"):  # here <think> is text, which Hugging Face cannot tell apart
+        said = [m | {"content": m["content"].replace("<think>", "").replace("</think>", "")} for m in said]
+        messages = [Message(m["role"], m["content"]) for m in said]
+    expected = fast.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    assert model.render(messages).ids == expected
