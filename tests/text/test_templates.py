@@ -333,7 +333,7 @@ def test_hugging_face_gives_the_same_tokens(model_of: ModelOf, name: str, messag
     )
     oracle.pre_tokenizer = model.vocabulary.pre_tokenizer
     oracle.add_special_tokens(list(model.vocabulary.structural))
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=oracle, bos_token=BOS, eos_token=EOS, chat_template=template_source(name)
     )
     said = [{"role": m.role, "content": m.content} for m in messages]
