@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -10,6 +10,7 @@ import kit
 
 from ktd.gguf import GgufFile
 from ktd.text import Prompt, TextModel
+from ktd.types import Message, ToolCall
 
 TEMPLATES = Path(__file__).parent / "text" / "templates"
 KIMI_TAGS = {
@@ -26,6 +27,25 @@ KIMI_TAGS = {
     "<|tool_call_argument_begin|>": 3,
     "<|tool_call_end|>": 3,
 }
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+USER, BOT = "<｜User｜>", "<｜Assistant｜>"
+#: DeepSeek's templates, by name
+DEEPSEEK = ("deepseek-r1-2025-01", "deepseek-r1", "deepseek-r1-0528", "deepseek-v3-0324", "deepseek-v3.1")
+#: A template that writes contents and nothing else.
+BARE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def bot(text: str, thought: str = "", calls: Sequence[ToolCall] = ()) -> Message:
+    return Message("assistant", text, thought, calls)
 
 
 def template_source(name: str) -> str:
