@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        sentence = message[0].upper() + message[1:].rstrip(".")
-        raise UserError(f"{sentence} (see {self.prog} --help).")
+        sentence = message[0].upper() + message[1:].rstrip(".?")
+        raise UserError(f"{sentence}{'?' if message.endswith('?') else '.'} See {self.prog} --help.")
 
     def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
         """The parsed arguments. Raises UserError."""
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
             from ktd.settings import suggest
 
             name = unknown[0].split("=")[0]
-            self.error(f"unknown argument {name}{suggest(name, self._option_string_actions).rstrip('?')}")
+            self.error(f"unknown argument {name}{suggest(name, self._option_string_actions)}")
         return args
 
 

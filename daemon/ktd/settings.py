@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 PREFIX = "KTD_"
 Group = Literal["model", "engine", "answers", "doors", "process"]
 
-# Variables of the build and of the tests, which are no settings.
-_OTHER_VARIABLES = re.compile(r"KTD_(CACHE|CONFIG|WEBUI_\w+|PEERS_\w+|TEST_\w+)")
+# Variables of the build, the tests and the Pipe, which are no settings of the daemon.
+_OTHER_VARIABLES = re.compile(r"KTD_(CACHE|CONFIG|BASE_URL|MODELS|WEBUI_\w+|PEERS_\w+|TEST_\w+)")
 
 _SIZES = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _SIZES |= {
@@ -73,7 +73,7 @@ class Settings(BaseModel):
     cpu_infer: int | None = _setting(
         "engine", None, "threads of the kernels (default: the physical cores)", ge=1, le=4096
     )
-    isa: Literal["amx", "avx512", "avx2", "scalar"] | None = _setting(
+    isa: str | None = _setting(
         "engine", None, "instruction set of the kernels (default: the best that this CPU has)"
     )
     ram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(

@@ -10,7 +10,6 @@ import grpc
 from ktd.errors import (
     Busy,
     ContextExceeded,
-    EngineFailure,
     KtdError,
     RequestError,
     Unavailable,
@@ -50,7 +49,8 @@ def status_of(error: Exception) -> Status:
 
 
 def sentence_of(error: Exception) -> str:
-    """What to tell the client; a fault of ours goes to the log with its trace, and not to the client."""
-    if isinstance(error, EngineFailure) or not isinstance(error, KtdError):
-        log.error("A request failed", exc_info=error)
-    return str(error) if isinstance(error, KtdError) else "The daemon failed: its log has the trace."
+    """What to tell the client; what nobody foresaw goes to the log instead."""
+    if isinstance(error, KtdError):
+        return str(error)
+    log.error("A request failed", exc_info=error)
+    return "The daemon failed: its log has the trace."

@@ -1,0 +1,198 @@
+"""The checks of `ktd doctor`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from ktd.errors import UserError
+from ktd.launch import embedded_model
+from ktd.plan import GIB, available_memory
+from ktd.server.run_record import RunRecordFile
+from ktd.settings import Settings
+from ktd_kernels import Cpu, cpu_features, isa_list, memory_bandwidth
+
+# Below this a 1.58-bit R1 (4 GB of experts a token) writes less than a token in two seconds.
+_SLOW_BANDWIDTH = 8e9
+_NVIDIA_QUERY = "--query-gpu=name,memory.total,memory.free,driver_version,compute_cap"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found. `remedy` says what to do, where there is something to do."""
+
+    name: str
+    verdict: Literal["ok", "note", "bad"]
+    found: str
+    remedy: str = ""
+
+
+def all_checks(settings: Settings) -> list[Check]:
+    """Every check, in the order in which they are worth reading."""
+    checks: tuple[Callable[[Settings], Iterator[Check]], ...] = (
+        _instruction_set,
+        _cores,
+        _bandwidth,
+        _memory,
+        _gpu,
+        _model,
+        _disk,
+        _ports,
+        _supervisor,
+    )
+    return [check for look in checks for check in look(settings)]
+
+
+def _instruction_set(settings: Settings) -> Iterator[Check]:
+    best, features = isa_list()[0], " ".join(cpu_features()) or "none"
+    try:
+        chosen = Cpu(1, settings.isa).isa
+    except ValueError as error:
+        yield Check("instruction set", "bad", str(error), "leave --isa and KTD_ISA unset")
+        return
+    if chosen != best:
+        yield Check(
+            "instruction set",
+            "note",
+            f"{chosen}, as --isa or KTD_ISA asks; this CPU has {best} ({features})",
+            "leave --isa and KTD_ISA unset for full speed",
+        )
+    elif best == "scalar":
+        yield Check("instruction set", "note", f"scalar: AVX2 is missing ({features})", "use a CPU with AVX2")
+    else:
+        yield Check("instruction set", "ok", f"{best}, the best this CPU and system have ({features})")
+
+
+def _cores(settings: Settings) -> Iterator[Check]:
+    physical, allowed = psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+    threads = Cpu(settings.cpu_infer, None).threads
+    found = f"{physical} physical, {allowed} allowed, NUMA nodes: {nodes}; {threads} threads used"
+    quota = _cpu_quota()
+    if quota and quota < threads:
+        yield Check(
+            "cores",
+            "note",
+            f"{found}, but the container may use only {quota:g}",
+            f"raise its CPU limit, or set --cpu-infer {max(int(quota), 1)}",
+        )
+    elif threads > allowed:
+        yield Check("cores", "note", found, f"set --cpu-infer to at most {allowed}")
+    else:
+        yield Check("cores", "ok", found)
+
+
+def _cpu_quota() -> float | None:
+    """Cores that the cgroup grants, None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _bandwidth(settings: Settings) -> Iterator[Check]:
+    measured = memory_bandwidth(Cpu(settings.cpu_infer, None).threads, 0.5)
+    found = f"{measured / 1e9:.1f} GB/s read by all threads"
+    if measured < _SLOW_BANDWIDTH:
+        remedy = "writing speed is this number over the bytes of a token: fill all memory channels"
+        yield Check("memory bandwidth", "note", found, remedy)
+    else:
+        yield Check("memory bandwidth", "ok", found)
+
+
+def _memory(settings: Settings) -> Iterator[Check]:
+    total, available = psutil.virtual_memory().total, available_memory()
+    found = f"{available / GIB:.1f} GiB of {total / GIB:.1f} GiB available"
+    if settings.ram and settings.ram > available:
+        asked = f"--ram asks for {settings.ram / GIB:.1f} GiB"
+        yield Check("memory", "bad", f"{found}, but {asked}", "free memory, or ask for less with --ram")
+    elif available < 2 * GIB:
+        yield Check("memory", "note", found, "free memory: only small models fit")
+    else:
+        yield Check("memory", "ok", found)
+
+
+def _gpu(settings: Settings) -> Iterator[Check]:
+    try:
+        query = subprocess.run(
+            ["nvidia-smi", _NVIDIA_QUERY, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except FileNotFoundError:
+        yield Check("GPU", "ok", "no NVIDIA driver; everything is computed on the CPU")
+    except (subprocess.SubprocessError, OSError) as error:
+        yield Check("GPU", "note", f"nvidia-smi fails: {error}", "reinstall the NVIDIA driver, or reboot")
+    else:
+        for line in query.stdout.splitlines():
+            name, memory, free, driver, capability = (part.strip() for part in line.split(","))
+            yield Check("GPU", "ok", f"{name}, {free} of {memory} free, driver {driver}, sm {capability}")
+
+
+def _model(settings: Settings) -> Iterator[Check]:
+    from ktd.gguf import GgufFile
+    from ktd.model import ModelConfig
+
+    try:
+        path = settings.gguf_path or embedded_model()
+        with GgufFile.open(path) as gguf:
+            config = ModelConfig.from_gguf(gguf)
+            found = f"{gguf.name}, {gguf.nbytes / GIB:.2f} GiB, context up to {config.context}"
+    except UserError as error:
+        yield Check("model", "bad", str(error), "name a GGUF that ktd runs with --gguf-path")
+    else:
+        yield Check("model", "ok", found)
+
+
+def _disk(settings: Settings) -> Iterator[Check]:
+    place = settings.gguf_path if settings.gguf_path and settings.gguf_path.exists() else Path.cwd()
+    usage = shutil.disk_usage(place)
+    yield Check("disk", "ok", f"{usage.free / GIB:.1f} GiB of {usage.total / GIB:.1f} GiB free at {place}")
+
+
+def _ports(settings: Settings) -> Iterator[Check]:
+    record = RunRecordFile(settings.grpc_port).read()
+    ours = record if record and record.alive else None
+    for door, host, port in (
+        ("gRPC", settings.grpc_host, settings.grpc_port),
+        ("HTTP", settings.host, settings.port),
+    ):
+        name = f"port of {door}"
+        if not _listening(host, port):
+            yield Check(name, "ok", f"{host}:{port} is free")
+        elif ours:
+            yield Check(name, "ok", f"{host}:{port} is served by the ktd of process {ours.pid}")
+        else:
+            flag = "--grpc-port" if door == "gRPC" else "--port"
+            yield Check(
+                name, "bad", f"{host}:{port} is taken by another program", f"choose another with {flag}"
+            )
+
+
+def _listening(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host.strip("[]"), port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _supervisor(settings: Settings) -> Iterator[Check]:
+    beside = str(Path(sys.executable).parent)
+    if found := shutil.which("supervisord") or shutil.which("supervisord", path=beside):
+        yield Check("supervisor", "ok", found)
+    else:
+        remedy = "pip install supervisor, or start `ktd serve` by other means"
+        yield Check("supervisor", "note", "supervisord is not on the PATH", remedy)

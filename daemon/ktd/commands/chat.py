@@ -1,0 +1,70 @@
+"""`ktd chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import threading
+
+from ktd.settings import Settings, add_arguments, load
+
+NAME = "chat"
+HELP = "chat in the terminal, with a model loaded here or with a running daemon (--connect)"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `ktd chat`."""
+    parser.add_argument(
+        "--connect", metavar="ADDRESS", help="use the daemon at grpc://host:port instead of loading a model"
+    )
+    add_arguments(parser, "model", "engine", "answers")
+    parser.add_argument(
+        "--api-key", dest="api_key", default=argparse.SUPPRESS, help="key of the daemon (better: KTD_API_KEY)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Chats until the end of the input. Raises UserError as `ktd serve` does."""
+    settings = load(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return asyncio.run(_remote(settings, args.connect) if args.connect else _local(settings))
+
+
+async def _remote(settings: Settings, address: str) -> int:
+    from ktd.client import Address, Client
+    from ktd.launch import request_defaults
+    from ktd.terminal import Terminal
+
+    async with Client(Address.parse(address), settings.api_key, settings.ssl_certfile) as client:
+        (model,) = await client.models()
+        print(f"{model.id} at {address}, context {model.context_length}", file=sys.stderr)
+        await Terminal(client.chat, request_defaults(settings)).run()
+    return 0
+
+
+async def _local(settings: Settings) -> int:
+    from ktd import launch
+    from ktd.terminal import Terminal, loading_bar
+
+    prepared = launch.prepare(settings)
+    print(launch.describe(prepared), file=sys.stderr)
+    given_up = threading.Event()
+    with loading_bar() as bar:
+
+        def progress(fraction: float) -> None:
+            if given_up.is_set():
+                raise KeyboardInterrupt
+            bar(fraction)
+
+        try:
+            loaded = await asyncio.to_thread(launch.load, prepared, progress)
+        except asyncio.CancelledError:  # Ctrl-C: the loading thread ends at its next step
+            given_up.set()
+            raise
+    try:
+        await Terminal(loaded.chat.chat, launch.request_defaults(settings)).run()
+    finally:
+        await asyncio.to_thread(loaded.engine.stop)
+    return 0
