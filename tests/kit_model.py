@@ -101,7 +101,8 @@ def random_hf_model(config: Any, seed: int = 0) -> torch.nn.Module:
     """A float32 model in which norms, router and bias differ from their neutral start values."""
     torch.manual_seed(seed)
     kind = DeepseekV3ForCausalLM if config.model_type == "deepseek_v3" else DeepseekV2ForCausalLM
-    model = kind(config).eval()
+    model: torch.nn.Module = kind(config)
+    model.train(False)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name and name.endswith("weight"):
@@ -221,8 +222,8 @@ def load_values(model: torch.nn.Module, config: Any, values: Mapping[str, F32]) 
             state[f"model.layers.{layer}.{names[short]}.weight"] = array
         elif short == "exp_probs_b.bias":
             state[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = array
-    for layer in range(config.num_hidden_layers):
-        blk, hf = f"blk.{layer}.", f"model.layers.{layer}."
+    for number in range(config.num_hidden_layers):
+        blk, hf = f"blk.{number}.", f"model.layers.{number}."
         if f"{blk}attn_kv_b.weight" in values:
             both = values[f"{blk}attn_kv_b.weight"]
         else:

@@ -32,9 +32,9 @@ R1_OLD: dict[str, object] = {
 }  # fmt: skip
 
 
-def config_of(folder: Path, keys: dict[str, object], **other: str) -> ModelConfig:
+def config_of(folder: Path, keys: dict[str, object], architecture: str = "deepseek2") -> ModelConfig:
     metadata = {f"deepseek2.{key}": value for key, value in keys.items() if value is not None}
-    with GgufFile.open(write_gguf(folder / "m.gguf", metadata, **other)) as gguf:
+    with GgufFile.open(write_gguf(folder / "m.gguf", metadata, architecture=architecture)) as gguf:
         return ModelConfig.from_gguf(gguf)
 
 
@@ -144,4 +144,4 @@ def test_frequencies_are_those_of_hugging_face(family: str, tmp_path: Path) -> N
     np.testing.assert_allclose(table[99, 0::2], factor * np.cos(99 * expected), atol=2e-5)
     np.testing.assert_allclose(table[99, 1::2], factor * np.sin(99 * expected), atol=2e-5)
     scaling = random_hf_model(hf).model.layers[0].self_attn.scaling  # type: ignore[union-attr, index]
-    assert config.attention_scale == pytest.approx(float(scaling), rel=1e-6)  # type: ignore[arg-type]
+    assert config.attention_scale == pytest.approx(float(scaling), rel=1e-6)

@@ -43,7 +43,7 @@ def sensitivity(model: torch.nn.Module, logits: F32) -> float:
     with torch.no_grad():
         for weight in model.parameters():
             sign = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
-            weight *= 1 + sign * 2.0**-24
+            weight.mul_(1 + sign * 2.0**-24)
     return rms(hf_logits(model, TOKENS) - logits)
 
 
