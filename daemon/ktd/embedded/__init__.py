@@ -1,0 +1,1 @@
+"""The demo model that ships with ktd: its corpus, tokenizer, trainer, converter and measurements."""
