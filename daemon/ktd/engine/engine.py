@@ -238,7 +238,7 @@ class Engine:
         for sequence in self._scheduler.running:
             live = self._of(sequence)
             almost = min(done.get(sequence, 0), sequence.prompt_tokens - 1)
-            pass
+            live.prefilled(almost, every=_PREFILL_EVERY)
 
     def _fail(self, requests: Iterable[LiveRequest], error: KtdError) -> None:
         for live in requests:
