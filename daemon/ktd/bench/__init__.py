@@ -1,0 +1,1 @@
+"""Measurements of this machine: kernels against the peer and the wall, and whole models."""

@@ -1,0 +1,68 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ktd.bench.kernels import KernelResult
+from ktd.bench.model import ModelResult
+
+# Width of a table that goes to a file or a pipe.
+_PLAIN_WIDTH = 140
+
+
+def _print(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    console.print(table)
+
+
+def print_kernels(results: Sequence[KernelResult]) -> None:
+    """One line a measurement; the peer's columns appear where it was measured."""
+    names = ["type", "matrix", "tokens", "threads", "isa", "ns/256 weights", "GB/s", "GOP/s", "of wall"]
+    if any(result.speedup is not None for result in results):
+        names += ["llama.cpp GOP/s", "ours/llama.cpp"]
+    rows = []
+    for r in results:
+        row = [r.type, f"{r.rows}x{r.cols}", str(r.tokens), str(r.threads), r.isa, f"{r.ns_per_block:.2f}"]
+        row += [f"{r.gigabytes_per_second:.2f}", f"{r.gigaops_per_second:.1f}", f"{r.wall_percent:.0f} %"]
+        if r.speedup is not None:
+            row += [f"{r.gigaops_per_second / r.speedup:.1f}", f"{r.speedup:.2f}"]
+        rows.append(row)
+    walls = sorted({(r.threads, r.bandwidth) for r in results})
+    wall = ", ".join(f"{bandwidth / 1e9:.1f} GB/s with {threads}" for threads, bandwidth in walls)
+    _print(f"One matrix times its tokens; wall = memory read, measured: {wall} threads", names, rows)
+
+
+def print_model(result: ModelResult) -> None:
+    """Load time, then prompt and answer speed."""
+    print(f"{result.name}: loaded in {result.load_seconds:.2f} s, {result.threads} threads, {result.isa}")
+    _print(
+        "Reading a prompt",
+        ["prompt tokens", "seconds", "tok/s"],
+        [[str(p.tokens), f"{p.seconds:.3f}", f"{p.tokens_per_second:.1f}"] for p in result.prefill],
+    )
+    _print(
+        "Writing, all sequences together",
+        ["sequences", "ms a step", "tok/s", "expert GB/s", "of wall"],
+        [
+            [
+                str(d.sequences),
+                f"{d.seconds_a_step * 1e3:.1f}",
+                f"{d.tokens_per_second:.2f}",
+                f"{d.expert_bytes_a_step / d.seconds_a_step / 1e9:.2f}",
+                f"{100 * d.expert_bytes_a_step / d.seconds_a_step / result.bandwidth:.0f} %",
+            ]
+            for d in result.decode
+        ],
+    )

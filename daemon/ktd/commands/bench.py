@@ -1,0 +1,135 @@
+"""`ktd bench`: how fast this machine is, beside llama.cpp and beside what its memory allows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ktd.bench.ggml import Ggml
+from ktd.bench.kernels import KernelBench
+from ktd.bench.model import ModelBench
+from ktd.bench.report import print_kernels, print_model
+from ktd.errors import UserError
+from ktd_kernels import Cpu, isa_list
+
+NAME = "bench"
+HELP = "measure kernels or a model on this machine"
+
+_TYPES = "Q8_0,Q4_K,Q6_K,IQ1_S,IQ2_XXS"
+
+
+def _numbers(text: str) -> list[int]:
+    """Comma-separated positive integers."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers above 0 such as 1,8,64, not '{text}'")
+    return numbers
+
+
+def _types(text: str) -> list[GGMLQuantizationType]:
+    """Comma-separated GGUF type names."""
+    known = GGMLQuantizationType.__members__
+    for name in text.upper().split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(
+                f"unknown type '{name}': names are those of GGUF, such as {_TYPES}"
+            )
+    return [known[name] for name in text.upper().split(",")]
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 3600:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, not '{text}'")
+    return seconds
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add `kernels` and `model` with their options."""
+    what = parser.add_subparsers(dest="what", required=True, metavar="kernels|model")
+    kernels = what.add_parser("kernels", help="quantised products at the sizes of R1's experts")
+    kernels.add_argument("--types", type=_types, default=_TYPES, help="block types (default: %(default)s)")
+    kernels.add_argument("--tokens", type=_numbers, default="1,16,512", help="tokens (default: %(default)s)")
+    kernels.add_argument("--threads", type=_numbers, help="numbers of threads (default: one per core)")
+    kernels.add_argument(
+        "--isa", default="best", choices=("best", "all", *isa_list()), help="instruction set"
+    )
+    kernels.add_argument(
+        "--seconds", type=_seconds, default="0.5", help="for each measurement (default: 0.5)"
+    )
+    kernels.add_argument("--against", choices=("llama.cpp",), help="measure this peer in turns with ours")
+    kernels.add_argument("--peer-lib", type=Path, help="folder that holds libggml-cpu.so")
+    kernels.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    kernels.set_defaults(run=_run_kernels)
+    model = what.add_parser("model", help="load time, prompt and answer speed of a GGUF")
+    model.add_argument("gguf", type=Path, help="file, shard or folder")
+    model.add_argument("--prompts", type=_numbers, default="128,512", help="lengths (default: %(default)s)")
+    model.add_argument("--sequences", type=_numbers, default="1,4", help="at once (default: %(default)s)")
+    model.add_argument(
+        "--answer", type=int, default=16, help="tokens a sequence writes (default: %(default)s)"
+    )
+    model.add_argument("--chunk-tokens", type=int, default=512, help="prompt tokens a step (default: 512)")
+    model.add_argument("--cpu-infer", type=int, help="threads (default: one per core)")
+    model.add_argument("--json", action="store_true", help="a JSON object instead of tables")
+    model.set_defaults(run=_run_model)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; raises UserError for options that do not fit together."""
+    handler: Callable[[argparse.Namespace], int] = args.run
+    return handler(args)
+
+
+def _run_kernels(args: argparse.Namespace) -> int:
+    if args.peer_lib is not None and args.against is None:
+        raise UserError("--peer-lib needs --against llama.cpp.")
+    isas = isa_list() if args.isa == "all" else [Cpu(threads=1).isa if args.isa == "best" else args.isa]
+    bench = KernelBench(
+        types=args.types,
+        tokens=args.tokens,
+        threads=args.threads or [Cpu().threads],
+        isas=isas,
+        seconds=args.seconds,
+        peer=Ggml(args.peer_lib) if args.against else None,
+    )
+    results = []
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(bench))
+        for result in bench.run():
+            results.append(result)
+            progress.update(task, advance=1, description=f"{result.type} x {result.tokens}")
+            if args.json:
+                print(json.dumps(result.as_json()), flush=True)
+    if not args.json:
+        print_kernels(results)
+    return 0
+
+
+def _run_model(args: argparse.Namespace) -> int:
+    if args.answer < 2:
+        raise UserError(f"--answer must be at least 2 tokens, not {args.answer}.")
+    bench = ModelBench(
+        path=args.gguf,
+        prompts=args.prompts,
+        sequences=args.sequences,
+        answer_tokens=args.answer,
+        chunk_tokens=args.chunk_tokens,
+        threads=args.cpu_infer,
+    )
+    with Console(stderr=True).status("starting") as status:
+        result = bench.run(status.update)
+    if args.json:
+        print(json.dumps(result.as_json()))
+    else:
+        print_model(result)
+    return 0
