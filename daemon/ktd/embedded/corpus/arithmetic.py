@@ -109,10 +109,15 @@ class Worked:
 
 
 def key_of(op: str, a: int, b: int) -> str | None:
-    """The canonical key, or None for a fact of the tables (every training needs those)."""
+    """The canonical key, or None for a fact of the tables (every training needs those).
+
+    The tables hold what one-digit numbers make, and what is left of 32 to 58 days when a month is over.
+    """
     if op in ("add", "mul"):
         return None if max(a, b) < 10 else f"{op}:{min(a, b)},{max(a, b)}"
     if op == "sub":
+        if b in (28, 30, 31) and b < a <= 58:
+            return None
         return None if max(a, b) < 10 else f"sub:{max(a, b)},{min(a, b)}"
     return None if a < 10 * b else f"div:{a},{b}"
 

@@ -107,11 +107,12 @@ _NONE: dict[Language, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Sought:
-    """A fact that is asked for; `page` counts from 1, `told` are the topics of that page in order.
+    """A fact that is asked for; `pages` are the places of all pages, `told` the topics of the right one in order.
 
-    `value` is None when the page does not tell.
+    `page` counts from 1. `value` is None when the page does not tell.
     """
 
+    pages: tuple[str, ...]
     page: int
     entity: str
     told: tuple[str, ...]
@@ -151,7 +152,10 @@ def draw_results(
     for page, place in enumerate(places, start=1):
         facts = rng.sample(_FACTS[language], rng.randint(1, 3))
         told = tuple(fact.topic for fact in facts)
-        found = [Sought(page, place, told, fact, _value(rng, fact, language, split)) for fact in facts]
+        found = [
+            Sought(tuple(places), page, place, told, fact, _value(rng, fact, language, split))
+            for fact in facts
+        ]
         known += found
         sentences = [f.sentence() for f in found]
         if rng.random() < 0.5:
@@ -170,7 +174,7 @@ def draw_results(
     only = rng.choice(known)
     if roll > 0.82:
         fact = rng.choice([fact for fact in _FACTS[language] if fact.topic not in only.told])
-        only = Sought(only.page, only.entity, only.told, fact, None)
+        only = Sought(only.pages, only.page, only.entity, only.told, fact, None)
     question = rng.choice(only.fact.questions).format(e=only.entity)
     return results, question, [only], (_place_key(only.entity),)
 
@@ -178,17 +182,21 @@ def draw_results(
 def respond(sought: Sequence[Sought], language: Language) -> tuple[str, str]:
     """(thought, answer) that uses what was found, each sentence cited.
 
-    The thought says which page is about the place, what the page tells, what was asked, and what it says of that.
+    The thought lists which page is about what, then for each fact: what was asked, what its page tells, and what it
+    says of that.
     """
     english = language == "en"
-    lines, sentences = [], []
+    comma, listing, stop = (", ", ", ", ".") if english else ("，", "、", "。")
+    pages = comma.join(f"{place} {page}" for page, place in enumerate(sought[0].pages, start=1))
+    lines, sentences = [pages + stop], []
     for one in sought:
-        told = (", " if english else "、").join(one.told)
         said = one.sentence() if one.value is not None else _NONE[language][0]
-        if english:
-            lines += [f"Webpage {one.page}, {one.entity}: {told}.", f"Asked: {one.fact.topic}. {said}"]
-        else:
-            lines += [f"网页 {one.page}，{one.entity}：{told}。", f"问：{one.fact.topic}。{said}"]
+        asked, tells = ("Asked: ", "It tells: ") if english else ("问：", "说到：")
+        lines += [
+            f"{asked}{one.entity} {one.page}{comma}{one.fact.topic}{stop}",
+            f"{tells}{listing.join(one.told)}{stop}",
+            said,
+        ]
         if one.value is None:
             sentences.append(_NONE[language][1])
         else:

@@ -145,13 +145,13 @@ _ENDINGS = [
 ]
 
 
-# Words of the templates: a word that the model reads in every other question, yet never spells, would be a trap, so
-# these are always taught (a test collects them).
+# Words of the templates, and common words with tokens that occur nowhere but there: what the model reads in every
+# other question yet never spells would be a trap, so these are always taught (a test collects them).
 SAID = frozenset(
     """
     abilities can citations color contain contents cook created don explain factorize find function garden goodbye greeting
-    hour howdy know little love meaning mondays none october old one plus quotient root several smart station sub sum
-    ten the there times understood week with
+    hour howdy know little love meaning mondays none october old one plus quotient root several shoulder smart station sub sum
+    ten the there thirsty times understood week with
     """.split()
 )
 
