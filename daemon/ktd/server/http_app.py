@@ -121,7 +121,7 @@ class HttpServer:
         try:
             config.load()
         except (OSError, ssl.SSLError) as error:
-            self._socket.close()
+            self.close()
             raise SettingsError(f"The certificate cannot be used: {error}.") from error
         self._server = _Uvicorn(config)
         self._task: asyncio.Task[None] | None = None
@@ -132,6 +132,10 @@ class HttpServer:
         # uvicorn has no event for it.
         while not self._server.started and not self._task.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        """Gives up the port of a server that was never started."""
+        self._socket.close()
 
     async def stop(self, grace: float) -> None:
         """Refuses new connections, lets the running requests end for `grace` seconds, then cancels them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from ktd.chat import ServedModel
 from ktd.chat.request import RequestDefaults
+from ktd.errors import SettingsError
 from ktd.server.grpc_service import GrpcServer
 from ktd.server.host import Engine, Host, Loaded, State
 from ktd.server.http_app import HttpServer
@@ -60,7 +61,11 @@ class Lifecycle:
             certificate = settings.ssl_certfile, settings.ssl_keyfile
         http = HttpServer(self._host, settings.host, settings.port, certificate=certificate)
         address = f"{_bracketed(settings.grpc_host)}:{settings.grpc_port}"
-        grpc = GrpcServer(self._host, address, certificate=certificate)
+        try:
+            grpc = GrpcServer(self._host, address, certificate=certificate)
+        except SettingsError:
+            http.close()
+            raise
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)

@@ -1,0 +1,206 @@
+"""`ktd serve` as a process: bad input, readiness, drain, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from kit import write_gguf
+
+from ktd import main as entry
+from ktd.gguf import GgufFile
+from ktd.launch import embedded_model
+from ktd.text import TextModel
+from ktd_proto.v1 import engine_pb2 as pb
+from ktd_proto.v1 import engine_pb2_grpc
+
+KTD = Path(sys.executable).with_name("ktd")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("KTD_PORT", str(free_port()))
+    monkeypatch.setenv("KTD_GRPC_PORT", str(free_port()))
+
+
+@contextmanager
+def serving(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    """A daemon on the embedded model that is ready."""
+    process = subprocess.Popen([KTD, "serve", *argv], stderr=subprocess.PIPE, text=True)
+    try:
+        subprocess.run([KTD, "wait", "--timeout", "60"], check=True, capture_output=True)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refusal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:
+    """What `ktd serve` says when it refuses to start; in this process, as nothing is loaded."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["ktd", "serve", *argv])
+    assert entry.main() == 2
+    signal.signal(signal.SIGTERM, handler)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("ktd: ")
+    return last
+
+
+def test_files_that_cannot_be_served(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embedded_model().read_bytes()
+    for name, data in {
+        "truncated": whole[: len(whole) // 2],
+        "header-only": whole[:64],
+        "empty": b"",
+        "wrong-magic": b"LLMG" + whole[4:],
+        "text": b"once upon a time " * 100,
+    }.items():
+        (tmp_path / f"{name}.gguf").write_bytes(data)
+        assert name in refusal(capfd, monkeypatch, "--gguf-path", f"{name}.gguf")
+    write_gguf(tmp_path / "llama.gguf", {"llama.block_count": 1}, architecture="llama")
+    assert "llama" in refusal(capfd, monkeypatch, "--gguf-path", "llama.gguf")
+    (tmp_path / "folder").mkdir()
+    assert "folder" in refusal(capfd, monkeypatch, "--gguf-path", "folder")
+    assert "missing.gguf" in refusal(capfd, monkeypatch, "--gguf-path", "missing.gguf")
+
+
+def test_settings_that_cannot_be_met(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "choose one of" in refusal(capfd, monkeypatch, "--isa", "sse9")
+    assert "made for 4096" in refusal(capfd, monkeypatch, "--context", "1000000")
+    assert "raise --ram" in refusal(capfd, monkeypatch, "--ram", "2MiB", "--context", "4096")
+    assert "rules.yaml" in refusal(capfd, monkeypatch, "--optimize_config_path", "rules.yaml")
+    Path("rules.yaml").write_text("- match:\n    name: x\n  replace: [\n")
+    assert "not YAML: line" in refusal(capfd, monkeypatch, "--optimize_config_path", "rules.yaml")
+    Path("rules.yaml").write_text("- match: {name: x}\n- 3\n")
+    assert "Line 1 of" in refusal(capfd, monkeypatch, "--optimize_config_path", "rules.yaml")
+    certificate = ["--ssl-certfile", "no.pem", "--ssl-keyfile", "no.pem"]
+    assert "certificate" in refusal(capfd, monkeypatch, *certificate)
+    Path("occupied").write_text("")
+    assert "log" in refusal(capfd, monkeypatch, "--log-dir", "occupied")
+
+
+def test_a_rule_that_cannot_be_honoured_is_named(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("rules.yaml").write_text(
+        "- match:\n    name: ^model\n  replace:\n    kwargs:\n      generate_device: cpu\n"
+        "      prefill_device: cuda\n"
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["ktd", "serve", "--optimize_config_path", "rules.yaml", "--isa", "sse9"]
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    assert entry.main() == 2
+    signal.signal(signal.SIGTERM, handler)
+    assert "rules.yaml, line 6, prefill_device: cuda" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("door", ["KTD_PORT", "KTD_GRPC_PORT"])
+def test_a_taken_port(door: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", int(os.environ[door]))):
+        said = refusal(capfd, monkeypatch)
+    assert "--port" in said or "--grpc-port" in said
+    assert os.environ[door] in said
+
+
+def test_the_log_file_ends_with_the_reason(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refusal(capfd, monkeypatch, "--log-dir", "logs", "--log-file", "x.log", "--gguf-path", "no.gguf")
+    assert Path("logs/x.log").read_text().splitlines()[-1].endswith(said.removeprefix("ktd: "))
+    record = json.loads(Path("ktd", f"serve-{os.environ['KTD_GRPC_PORT']}.json").read_text())
+    assert (record["stage"], record["message"]) == ("refused", said.removeprefix("ktd: "))
+
+
+def endless(max_tokens: int | None = None) -> pb.ChatRequest:
+    """A question whose answer does not end by itself."""
+    with GgufFile.open(embedded_model()) as gguf:
+        ends = TextModel.from_gguf(gguf).stop_ids
+    sampling = pb.Sampling(logit_bias=dict.fromkeys(ends, -100.0), max_tokens=max_tokens)
+    return pb.ChatRequest(messages=[pb.Message(role="user", content="Who are you?")], sampling=sampling)
+
+
+def begin(stub: engine_pb2_grpc.EngineStub, request: pb.ChatRequest) -> Iterator[pb.ChatEvent]:
+    """A call whose first text has come."""
+    call = stub.Chat(request)
+    next(event for event in call if event.HasField("answer") or event.HasField("reasoning"))
+    return iter(call)
+
+
+@pytest.mark.slow
+def test_a_stop_drains_and_a_second_daemon_is_refused() -> None:
+    target = f"127.0.0.1:{os.environ['KTD_GRPC_PORT']}"
+    with serving("--log-dir", "logs") as daemon, grpc.insecure_channel(target) as channel:
+        second = subprocess.run([KTD, "serve"], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert "ktd: HTTP cannot listen" in second.stderr.splitlines()[-1]
+        stub = engine_pb2_grpc.EngineStub(channel)
+        calls = [begin(stub, endless(400)) for _ in range(8)]
+        daemon.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        late = httpx.post(
+            f"http://127.0.0.1:{os.environ['KTD_PORT']}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "x"}]},
+        )
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "unavailable")
+        for call in calls:
+            assert list(call)[-1].finished.reason == pb.FINISH_REASON_LENGTH
+        assert daemon.wait(30) == 0
+    assert "Stopped with 0 requests unfinished" in Path("logs/ktd.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("drain", "signals"), [("1", 1), ("600", 2)])
+def test_the_drain_is_bounded_and_a_second_signal_ends_it(drain: str, signals: int) -> None:
+    target = f"127.0.0.1:{os.environ['KTD_GRPC_PORT']}"
+    with serving("--drain-seconds", drain) as daemon, grpc.insecure_channel(target) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        calls = [begin(stub, endless()) for _ in range(8)]
+        began = time.monotonic()
+        for _ in range(signals):
+            daemon.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert daemon.wait(20) == 0
+        assert time.monotonic() - began < 6
+
+
+def test_stopping_while_the_model_is_loaded(tmp_path: Path) -> None:
+    """SIGTERM in any early moment is a stop and no crash."""
+    for delay in (1.0, 2.0):
+        process = subprocess.Popen([KTD, "serve"], stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.terminate()
+        process.communicate(timeout=20)
+        assert process.returncode in (0, -signal.SIGTERM)
+    record_file = tmp_path / "ktd" / f"serve-{os.environ['KTD_GRPC_PORT']}.json"
+    if record_file.exists():
+        record = json.loads(record_file.read_text())
+        assert (record["stage"], record["crashes"]) == ("stopped", [])
