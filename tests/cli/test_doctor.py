@@ -1,0 +1,101 @@
+"""`ktd doctor`: each check with its remedy."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktd import checks
+from ktd.main import run
+from ktd.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(checks, "memory_bandwidth", lambda threads, seconds: 50e9)
+
+
+def found(**settings: Any) -> dict[str, checks.Check]:
+    return {check.name: check for check in checks.all_checks(Settings(**settings))}
+
+
+def test_every_check_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    made = found(port=0, grpc_port=0)
+    assert list(made) == [
+        "instruction set", "cores", "memory bandwidth", "memory", "GPU", "model", "disk", "port of gRPC",
+        "port of HTTP", "supervisor",
+    ]  # fmt: skip
+    assert made["memory bandwidth"].found == "50.0 GB/s read by all threads"
+    assert "ktd-demo" in made["model"].found
+
+
+def test_what_is_bad_has_a_remedy_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        argv = [
+            "doctor",
+            "--json",
+            "--isa",
+            "sse9",
+            "--port",
+            port,
+            "--gguf-path",
+            "no.gguf",
+            "--ram",
+            "900TiB",
+        ]
+        assert run(argv) == 1
+    bad = {c["name"]: c for c in json.loads(capsys.readouterr().out) if c["verdict"] == "bad"}
+    assert set(bad) == {"instruction set", "memory", "model", "port of HTTP"}
+    assert all(check["remedy"] for check in bad.values())
+    assert "choose one of" in bad["instruction set"]["found"]
+    assert "--port" in bad["port of HTTP"]["remedy"]
+
+
+def test_a_slower_instruction_set_is_noted() -> None:
+    assert found(isa="scalar", port=0, grpc_port=0)["instruction set"].verdict == "note"
+
+
+def test_slow_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "memory_bandwidth", lambda threads, seconds: 3e9)
+    check = found(port=0, grpc_port=0)["memory bandwidth"]
+    assert (check.verdict, "channels" in check.remedy) == ("note", True)
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict", "said"),
+    [
+        (
+            "echo 'NVIDIA H100, 81559 MiB, 81000 MiB, 570.1, 9.0'",
+            "ok",
+            "NVIDIA H100, 81000 MiB of 81559 MiB free",
+        ),
+        ("exit 9", "note", "nvidia-smi fails"),
+    ],
+)
+def test_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, verdict: str, said: str
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    check = found(port=0, grpc_port=0)["GPU"]
+    assert check.verdict == verdict
+    assert said in check.found
+
+
+def test_a_container_with_less_than_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_cpu_quota", lambda: 1.0)
+    check = found(cpu_infer=2, port=0, grpc_port=0)["cores"]
+    assert check.verdict == "note"
+    assert "--cpu-infer 1" in check.remedy
