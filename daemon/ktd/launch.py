@@ -13,7 +13,6 @@ from math import prod
 from pathlib import Path
 
 from ktd.chat import ChatService, ServedModel
-from ktd.chat.request import RequestDefaults
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
@@ -23,7 +22,6 @@ from ktd.plan import GIB, PAGE_SIZE, Plan, make_plan
 from ktd.server.host import Loaded
 from ktd.settings import Settings
 from ktd.text import TextModel
-from ktd.types import SamplingParams
 from ktd_kernels import Cpu
 
 log = logging.getLogger(__name__)
@@ -92,15 +90,6 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
     engine.start()
     chat = ChatService(engine, prepared.text, prepared.served)
     return Loaded(chat, engine, prepared.cpu.isa, prepared.cpu.threads)
-
-
-def request_defaults(settings: Settings) -> RequestDefaults:
-    """What requests get that leave a field out."""
-    return RequestDefaults(
-        sampling=SamplingParams(temperature=settings.temperature, top_p=settings.top_p),
-        max_tokens=settings.max_new_tokens,
-        thinking=True if settings.force_think else None,
-    )
 
 
 def embedded_model() -> Path:

@@ -11,12 +11,15 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ktd.errors import SettingsError
 from ktd.tutorial_flags import ALIASES, flag
+
+if TYPE_CHECKING:
+    from ktd.chat.request import RequestDefaults
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +143,17 @@ class Settings(BaseModel):
             raise ValueError(f"--log-file {self.log_file} is a path: name the folder with --log-dir")
         return self
 
+    def request_defaults(self) -> RequestDefaults:
+        """What requests get that leave a field out."""
+        from ktd.chat.request import RequestDefaults
+        from ktd.types import SamplingParams
+
+        return RequestDefaults(
+            sampling=SamplingParams(temperature=self.temperature, top_p=self.top_p),
+            max_tokens=self.max_new_tokens,
+            thinking=True if self.force_think else None,
+        )
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches `host`. A name other than localhost counts as reachable."""
@@ -172,11 +186,13 @@ def add_arguments(parser: argparse.ArgumentParser, *groups: Group) -> None:
             names = [name, *(alias for alias, known in ALIASES.items() if known == name)]
             shown = "" if field.default is None else f" (default: {_shown(field.default)})"
             options: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            choices = ("true", "false") if options else get_args(field.annotation)
+            words = [choice for choice in choices if isinstance(choice, str)]
             section.add_argument(
                 *map(flag, names),
                 dest=name,
                 default=argparse.SUPPRESS,
-                metavar="true|false" if options else name.rsplit("_", 1)[-1].upper(),
+                metavar="|".join(words) or name.rsplit("_", 1)[-1].upper(),
                 help=f"{field.description}{shown}".replace("%", "%%"),
                 **options,
             )

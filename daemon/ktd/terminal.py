@@ -64,8 +64,9 @@ class PipeReader:
     async def line(self, prompt: str) -> str:
         try:
             line: str = await asyncio.to_thread(sys.stdin.readline)
-        except UnicodeDecodeError as error:
-            raise UserError(f"The input is not {error.encoding}: {error.reason}.") from error
+            line.encode()  # some locales smuggle wrong bytes through
+        except UnicodeError as error:
+            raise UserError(f"The input is not UTF-8: {error}.") from error
         if not line:
             raise EOFError
         return line.rstrip("\r\n")

@@ -191,3 +191,16 @@ def test_in_a_terminal(address: str) -> None:
         assert tty.process.wait(10) == 0
     finally:
         tty.close()
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_input_that_is_not_utf8(address: str, locale: str) -> None:
+    done = subprocess.run(
+        [KTD, "chat", "--connect", address],
+        input=b"caf\xe9\n",
+        capture_output=True,
+        env={**os.environ, "LC_ALL": locale},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(b"ktd: The input is not UTF-8")

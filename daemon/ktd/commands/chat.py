@@ -34,13 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
 async def _remote(settings: Settings, address: str) -> int:
     from ktd.client import Address, Client
-    from ktd.launch import request_defaults
     from ktd.terminal import Terminal
 
     async with Client(Address.parse(address), settings.api_key, settings.ssl_certfile) as client:
         (model,) = await client.models()
         print(f"{model.id} at {address}, context {model.context_length}", file=sys.stderr)
-        await Terminal(client.chat, request_defaults(settings)).run()
+        await Terminal(client.chat, settings.request_defaults()).run()
     return 0
 
 
@@ -64,7 +63,7 @@ async def _local(settings: Settings) -> int:
             given_up.set()
             raise
     try:
-        await Terminal(loaded.chat.chat, launch.request_defaults(settings)).run()
+        await Terminal(loaded.chat.chat, settings.request_defaults()).run()
     finally:
         await asyncio.to_thread(loaded.engine.stop)
     return 0

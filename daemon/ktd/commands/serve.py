@@ -81,7 +81,7 @@ def _serve(settings: Settings, on_ready: Callable[[], None]) -> int:
         return launch.load(prepared, both)
 
     async def live() -> None:
-        defaults = launch.request_defaults(settings)
+        defaults = settings.request_defaults()
         await Lifecycle(settings, prepared.served, defaults, load_model, on_ready).run()
 
     asyncio.run(live())

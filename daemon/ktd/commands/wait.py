@@ -69,8 +69,8 @@ async def _wait(settings: Settings, patience: float) -> None:
                 record = file.read()
                 if waited > min(START_SECONDS, patience):
                     _give_up_if_refused(record)
-                alive = record is not None and record.alive
-                state = (record.message if alive and record else "") or str(error)
+                alive = record and record.alive
+                state = (record.message or "It is starting.") if record and alive else str(error)
             if waited >= patience:
                 raise Unavailable(f"Not ready after {patience:g} s. {state}")
             if state != told and waited > 1:
