@@ -36,12 +36,13 @@ GREEDY = SamplingParams(temperature=0.0)
 class FakeModel:
     """Logits are a hash of all tokens up to the row, read back from the cache through the page table.
 
-    So a wrong slot, page, position or a page given to two sequences changes what is drawn. `hook` is called
-    in every step with the batch and may raise or wait.
+    A latent is the token and a number made of all tokens up to it, so a wrong slot, page or position, a page
+    given to two sequences or found behind another beginning is noticed. `hook` is called in every step with
+    the batch and may raise or wait.
     """
 
     def __init__(self, vocab_size: int = 64, hook: Callable[[Batch], None] | None = None) -> None:
-        self.config = SimpleNamespace(vocab_size=vocab_size, layers=1, latent=1)
+        self.config = SimpleNamespace(vocab_size=vocab_size, layers=1, latent=2)
         self.hook = hook
         self.steps: list[Batch] = []
 
@@ -52,19 +53,36 @@ class FakeModel:
         self.steps.append(batch)
         if self.hook:
             self.hook(batch)
-        store = cache.layer(0).reshape(-1)
-        store[batch.slots] = batch.tokens
+        store = cache.layer(0).reshape(-1, 2)
+        for row, slot in enumerate(batch.slots):
+            before = self._read(batch, row, cache.page_size, int(batch.positions[row]))
+            chain = store[before[-1], 1] if len(before) else 0.0
+            store[slot] = batch.tokens[row], chain_on(chain, batch.tokens[row])
         if tick:
             tick(0.5)
             tick(1.0)
         rows = []
         for row in batch.logit_rows:
             assert batch.context[row] == batch.positions[row] + 1
-            at = np.arange(batch.context[row])
-            pages = batch.page_table[batch.seq_of_row[row], at // cache.page_size].astype(np.int64)
-            context = store[pages * cache.page_size + at % cache.page_size]
-            rows.append(expected_logits([int(token) for token in context], self.config.vocab_size))
+            context = store[self._read(batch, row, cache.page_size, int(batch.context[row]))]
+            chain = 0.0
+            for token, stored in context:
+                chain = chain_on(chain, token)
+                assert stored == chain, "a latent of another text"
+            rows.append(expected_logits([int(token) for token in context[:, 0]], self.config.vocab_size))
         return np.array(rows, np.float32).reshape(len(rows), self.config.vocab_size)
+
+    def _read(self, batch: Batch, row: int, page_size: int, count: int) -> npt.NDArray[np.int64]:
+        """Cache slots of the first `count` tokens of the row's sequence."""
+        at = np.arange(count)
+        pages = batch.page_table[batch.seq_of_row[row], at // page_size].astype(np.int64)
+        slots: npt.NDArray[np.int64] = pages * page_size + at % page_size
+        return slots
+
+
+def chain_on(chain: float, token: float) -> float:
+    """A number of at most 16 bits, exact in float32, that depends on every token so far."""
+    return (int(chain) * 31 + int(token) + 1) % 65521
 
 
 def expected_logits(context: Sequence[int], vocab_size: int = 64) -> F32:

@@ -76,7 +76,7 @@ def family_config(family: str) -> Any:
     if family == "moonlight":
         return DeepseekV3Config(
             **_SIZES, q_lora_rank=None, n_routed_experts=16, num_experts_per_tok=6, n_group=1, topk_group=1,
-            n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=2.446, rms_norm_eps=1e-5,
+            n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=2.446, rms_norm_eps=1e-3,
             rope_parameters=plain,
         )  # fmt: skip
     if family == "v2":

@@ -152,6 +152,34 @@ def test_a_whole_cached_prompt_still_computes_one_token(started: list[Engine]) -
         assert heard.wait().tokens == expected_greedy(prompt, 3)
 
 
+def test_a_page_is_found_only_behind_the_same_beginning(started: list[Engine]) -> None:
+    """Three texts whose second page is alike: after another first page it holds other latents."""
+    engine = start(started, FakeModel(), page_size=4)
+    x, y, p, q = [1] * 4, [2] * 4, [3] * 4, [4] * 4
+    for name, prompt in [("a", [*x, *y, 9]), ("b", [*p, *q, 9]), ("c", [*p, *y, 9])]:
+        heard = Recorder()
+        engine.submit(generation(name, prompt, 3), heard)
+        assert heard.wait().tokens == expected_greedy(prompt, 3)
+
+
+def test_a_step_that_nobody_wants_is_given_up(started: list[Engine]) -> None:
+    """An abort while a prompt is read does not wait for the chunk to end."""
+    engines: list[Engine] = []
+
+    def hook(batch: Batch) -> None:
+        for name in "ab":
+            engines[0].abort(name)
+
+    engines.append(start(started, FakeModel(hook=hook)))
+    heard = [Recorder(), Recorder()]
+    for name, recorder in zip("ab", heard, strict=True):
+        engines[0].submit(generation(name, PROMPT, 5), recorder)
+    for recorder in heard:
+        recorder.wait().check_order()
+        assert isinstance(recorder.error, Unavailable)
+    assert engines[0].status().steps_total == 0
+
+
 def test_abort_frees_a_running_request_before_its_next_step(started: list[Engine]) -> None:
     model = FakeModel()
     engine = start(started, model)

@@ -35,7 +35,7 @@ def allowed_by_the_rules(logits: F32, p: SamplingParams) -> list[int]:
     order = order[: p.top_k] if p.top_k else order
     scaled = np.exp((logits[order].astype(np.float64) - float(logits.max())) / p.temperature)
     count, mass = 0, 0.0
-    while count < len(order) and (count == 0 or mass < p.top_p * scaled.sum()):
+    while count < len(order) and (p.top_p == 1 or count == 0 or mass < p.top_p * scaled.sum()):
         mass += scaled[count]
         count += 1
     return [token for token, weight in zip(order[:count], scaled, strict=False) if weight >= p.min_p]

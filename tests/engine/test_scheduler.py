@@ -87,8 +87,9 @@ def test_nobody_overtakes_a_request_that_waits_for_pages() -> None:
     step(scheduler)
     scheduler.add(sequence("big", [2] * 30))
     scheduler.add(sequence("small", [3]))
+    scheduler.add(sequence("small and low", [3], low=True))
     step(scheduler)
-    assert [s.request.request_id for s in scheduler.waiting] == ["big", "small"]
+    assert [s.request.request_id for s in scheduler.waiting] == ["big", "small", "small and low"]
 
 
 def test_a_step_must_have_room_for_every_sequence() -> None:
