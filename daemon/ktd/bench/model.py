@@ -19,6 +19,7 @@ from ktd.types import Ended, EngineEvent, Failed, GenerationRequest, SamplingPar
 from ktd_kernels import Cpu
 
 _DECODE_PROMPT = 32  # tokens in front of an answer
+_PAGE_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +89,29 @@ class ModelBench:
                 raise SettingsError(
                     f"{gguf.name} has a context of {config.context} tokens; {context} are asked for."
                 )
+            starting = max(self.sequences) * _DECODE_PROMPT // max(self.chunk_tokens, max(self.sequences))
+            if self.answer_tokens < starting + 3:
+                raise SettingsError(
+                    f"{max(self.sequences)} sequences take {starting} steps to start: "
+                    f"let them write at least {starting + 3} tokens each, not {self.answer_tokens}."
+                )
             say("loading")
             cpu = Cpu(threads=self.threads)
             start = time.perf_counter()
             model = load_model(gguf, cpu, context=context, progress=lambda _: None)
             load_seconds = time.perf_counter() - start
             most = max(self.sequences)
-            engine = Engine(model, EngineConfig(context, most, chunk_tokens=max(self.chunk_tokens, most)))
+            # One long prompt, or all writers; each with a page to grow, without which none is admitted.
+            answer_pages = -(-(_DECODE_PROMPT + self.answer_tokens) // _PAGE_SIZE) + 1
+            pages = max(-(-context // _PAGE_SIZE) + 1, most * answer_pages)
+            engine_config = EngineConfig(
+                context, most, _PAGE_SIZE, pages, max(self.chunk_tokens, most), queue_limit=most
+            )
+            engine = Engine(model, engine_config)
             engine.start()
             try:
                 session = _Session(engine, config.vocab_size)
-                session.decode(1, 2)  # touches every page of the dense part once
+                session.decode(1, 4)  # touches every page of the dense part once
                 prefill = []
                 for tokens in self.prompts:
                     say(f"prompt of {tokens} tokens")
@@ -132,23 +145,36 @@ class _Session:
         self._rng = np.random.default_rng(0)
         self._count = 0
 
-    def _run(self, sequences: int, prompt_tokens: int, max_tokens: int) -> list[list[float]]:
-        """When each token of each of `sequences` equal requests came."""
+    def _request(self, prompt_tokens: int, max_tokens: int) -> GenerationRequest:
+        self._count += 1
+        return GenerationRequest(
+            request_id=f"bench-{self._count}",
+            prompt=self._rng.integers(0, self._vocab_size, prompt_tokens).tolist(),
+            max_tokens=max_tokens,
+            sampling=SamplingParams(temperature=0.0),
+            stop_ids=frozenset(),
+        )
+
+    def _run(self, sequences: int, prompt_tokens: int, max_tokens: int) -> tuple[float, list[list[float]]]:
+        """When `sequences` equal requests were submitted, and when each token of each came."""
         events: queue.Queue[tuple[int, float, EngineEvent]] = queue.Queue()
 
         def listener(number: int) -> Callable[[EngineEvent], None]:
             return lambda event: events.put((number, time.perf_counter(), event))
 
-        for number in range(sequences):
-            self._count += 1
-            request = GenerationRequest(
-                request_id=f"bench-{self._count}",
-                prompt=self._rng.integers(0, self._vocab_size, prompt_tokens).tolist(),
-                max_tokens=max_tokens,
-                sampling=SamplingParams(temperature=0.0),
-                stop_ids=frozenset(),
-            )
-            self._engine.submit(request, listener(number))
+        started = 0.0
+
+        def submit_all(event: EngineEvent) -> None:
+            nonlocal started
+            if isinstance(event, Failed):
+                events.put((0, time.perf_counter(), event))
+            if isinstance(event, Ended):
+                started = time.perf_counter()
+                for number in range(sequences):
+                    self._engine.submit(self._request(prompt_tokens, max_tokens), listener(number))
+
+        # A first request ends; from its last event, on the engine's thread, the others start in one step.
+        self._engine.submit(self._request(1, 1), submit_all)
         times: list[list[float]] = [[] for _ in range(sequences)]
         ended = 0
         while ended < sequences:
@@ -158,16 +184,16 @@ class _Session:
             if isinstance(event, Tokens):
                 times[number] += [when] * len(event.ids)
             ended += isinstance(event, Ended)
-        return times
+        return started, times
 
     def prefill(self, tokens: int) -> float:
         """Seconds until the first token after a prompt."""
-        start = time.perf_counter()
-        return self._run(1, tokens, 1)[0][0] - start
+        started, times = self._run(1, tokens, 1)
+        return times[0][0] - started
 
     def decode(self, sequences: int, tokens: int) -> float:
         """Mean seconds of a step while all sequences write."""
-        times = self._run(sequences, _DECODE_PROMPT, tokens)
+        _, times = self._run(sequences, _DECODE_PROMPT, tokens)
         first, last = max(own[0] for own in times), min(own[-1] for own in times)
         steps = sum(first < when <= last for own in times for when in own) / sequences
         return (last - first) / steps

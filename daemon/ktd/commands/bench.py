@@ -116,8 +116,6 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
 
 def _run_model(args: argparse.Namespace) -> int:
-    if args.answer < 2:
-        raise UserError(f"--answer must be at least 2 tokens, not {args.answer}.")
     bench = ModelBench(
         path=args.gguf,
         prompts=args.prompts,
