@@ -69,8 +69,9 @@ async def _wait(settings: Settings, patience: float) -> None:
                 record = file.read()
                 if waited > min(START_SECONDS, patience):
                     _give_up_if_refused(record)
-                alive = record and record.alive
-                state = (record.message or "It is starting.") if record and alive else str(error)
+                state = str(error)
+                if record and record.alive:
+                    state = record.message or "It is starting."
             if waited >= patience:
                 raise Unavailable(f"Not ready after {patience:g} s. {state}")
             if state != told and waited > 1:
