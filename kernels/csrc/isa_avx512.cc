@@ -10,8 +10,18 @@ namespace {
 
 #include "decode-inl.h"
 #include "quantize-inl.h"
-#include "matmul_scalar-inl.h"
+#include "simd_avx512.h"
+#include "unpack_32-inl.h"
+#include "unpack_avx512-inl.h"
+#include "unpack_iq_avx512-inl.h"
+#include "rows-inl.h"
+#include "fused_avx512-inl.h"
+#include "fused-inl.h"
+#include "tile-inl.h"
+#include "float-inl.h"
+namespace ops {
 #include "ops-inl.h"
+}
 #include "table-inl.h"
 
 }  // namespace

@@ -11,7 +11,9 @@ namespace {
 #include "decode-inl.h"
 #include "quantize-inl.h"
 #include "matmul_scalar-inl.h"
+namespace ops {
 #include "ops-inl.h"
+}
 #include "table-inl.h"
 
 }  // namespace

@@ -64,7 +64,7 @@ struct MatmulArgs {
   bool accumulate;
   void* scratch;  // kMatmulScratch bytes, 64-byte aligned, one per thread
 };
-constexpr int64_t kMatmulScratch = 256 << 10;
+constexpr int64_t kMatmulScratch = 512 << 10;
 
 struct KernelTable {
   const char* name;

@@ -15,5 +15,5 @@ constinit const KernelTable kTable = {
     silu_mul,
     add_scaled,
     set_scaled,
-    make_ops_table(),
+    ops::make_ops_table(),
 };

@@ -1,0 +1,79 @@
+// What the products of four rows with some tokens share: block scales, clamped rows, token pointers, stores.
+
+// The block scales of four rows (with the format's power of two).
+template <Format F>
+inline float block_factor() {
+  if (F == Format::IQ3_XXS) return 0.25f;
+  return F == Format::IQ1_S || F == Format::IQ1_M || F == Format::IQ2_XXS || F == Format::IQ2_XS ||
+                 F == Format::IQ2_S
+             ? 0.125f
+             : 1.0f;
+}
+
+inline __m128 halves_to_float(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+  return _mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<int64_t>(a | b << 16 | c << 32 | d << 48)));
+}
+
+template <Format F>
+inline __m128 block_scales(const uint8_t* const* w, int64_t at) {
+  using Block = typename Traits<F>::Block;
+  const auto block = [&](int r) -> const Block& { return *reinterpret_cast<const Block*>(w[r] + at); };
+  if constexpr (F == Format::MXFP4) {
+    return _mm_setr_ps(e8m0_to_float(block(0).e), e8m0_to_float(block(1).e), e8m0_to_float(block(2).e),
+                       e8m0_to_float(block(3).e));
+  } else if constexpr (F == Format::IQ1_M) {
+    const __m128 d = halves_to_float(iq1m_scale(block(0)), iq1m_scale(block(1)), iq1m_scale(block(2)),
+                                     iq1m_scale(block(3)));
+    return _mm_mul_ps(d, _mm_set1_ps(block_factor<F>()));
+  } else {
+    const __m128 d = halves_to_float(block(0).d, block(1).d, block(2).d, block(3).d);
+    return block_factor<F>() == 1.0f ? d : _mm_mul_ps(d, _mm_set1_ps(block_factor<F>()));
+  }
+}
+
+template <Format F>
+inline __m128 block_minima(const uint8_t* const* w, int64_t at) {
+  using Block = typename Traits<F>::Block;
+  const auto block = [&](int r) -> const Block& { return *reinterpret_cast<const Block*>(w[r] + at); };
+  if constexpr (Traits<F>::block == 32) {  // the decoders' dmin is -m
+    const __m128 m = halves_to_float(block(0).m, block(1).m, block(2).m, block(3).m);
+    return _mm_xor_ps(m, _mm_set1_ps(-0.0f));
+  } else {
+    return halves_to_float(block(0).dmin, block(1).dmin, block(2).dmin, block(3).dmin);
+  }
+}
+
+// Rows r .. r + 3 (clamped to the last: their results are dropped) and the tokens' accumulators.
+struct FourRows {
+  const uint8_t* w[4];
+  int64_t row, count;
+};
+
+inline FourRows four_rows(const MatmulArgs& a, int64_t r) {
+  FourRows rows{{}, r, a.rows - r < 4 ? a.rows - r : 4};
+  for (int i = 0; i < 4; ++i) rows.w[i] = a.w + (i < rows.count ? r + i : r) * a.row_bytes;
+  return rows;
+}
+
+inline void store_rows(const MatmulArgs& a, const FourRows& rows, int64_t token, __m128 value) {
+  float* out = a.out + token * a.out_stride + rows.row;
+  if (rows.count == 4) {
+    _mm_storeu_ps(out, a.accumulate ? _mm_add_ps(_mm_loadu_ps(out), value) : value);
+    return;
+  }
+  float values[4];
+  _mm_storeu_ps(values, value);
+  for (int i = 0; i < rows.count; ++i) out[i] = a.accumulate ? out[i] + values[i] : values[i];
+}
+
+// What token t of the call reads.
+struct TokenX {
+  const int8_t* q;
+  const float* scales;
+  const int16_t* sums;
+};
+
+inline TokenX token_x(const MatmulArgs& a, int64_t t, int64_t block) {
+  const int64_t row = a.index ? a.index[t] : t;
+  return {a.x.q + row * a.cols, a.x.scales + row * (a.cols / block), a.x.sums + row * (a.cols / 16)};
+}

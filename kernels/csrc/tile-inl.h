@@ -1,0 +1,349 @@
+// Many tokens: a panel of rows is decoded once per block into a tile in the order of the dot-product
+// instructions (one dword = 4 codes of one row, a vector = the same 4 columns of kRowLanes rows) and
+// multiplied by all tokens. Integer sums of a block are exact, so the results are the bits of the fused path.
+
+constexpr int kPanel = 2 * kRowLanes;  // two vectors of rows share every activation load
+
+// Tokens per pass: their accumulators for two vectors of rows, twice (sub-block and block), fill the
+// registers.
+constexpr int kTileTokens = kRowLanes == 16 ? 6 : 3;
+constexpr int64_t kTileChunk = 512;  // tokens whose float accumulators stay in scratch
+
+struct Tile {
+  alignas(64) uint8_t u[64][kPanel][4];
+  alignas(64) int32_t sc[16][kPanel];         // VNNI: the scale; else the scale twice as int16
+  alignas(64) int32_t sum_factor[8][kPanel];  // int16 pairs that multiply pairs of activation sums
+  alignas(64) float d[8][kPanel];
+  alignas(64) float dmin[8][kPanel];
+  alignas(64) uint8_t rows[kPanel][320];
+};
+static_assert(sizeof(Tile) + kTileChunk * kPanel * 4 <= kMatmulScratch);
+
+// Formats whose codes lead to the same inner loops share them.
+template <Format F>
+constexpr int kTileMax = kVnni ? (Traits<F>::max == 255 ? 255 : 1) : Traits<F>::max;
+
+template <Format F>
+inline float block_d(const uint8_t* bytes) {
+  const auto& b = *reinterpret_cast<const typename Traits<F>::Block*>(bytes);
+  if constexpr (F == Format::MXFP4)
+    return e8m0_to_float(b.e);
+  else if constexpr (F == Format::IQ1_M)
+    return _cvtsh_ss(iq1m_scale(b)) * block_factor<F>();
+  else
+    return _cvtsh_ss(b.d) * block_factor<F>();
+}
+
+template <Format F>
+inline float block_dmin(const uint8_t* bytes) {
+  const auto& b = *reinterpret_cast<const typename Traits<F>::Block*>(bytes);
+  if constexpr (Traits<F>::block == 32)
+    return -_cvtsh_ss(b.m);
+  else
+    return _cvtsh_ss(b.dmin);
+}
+
+template <Format F>
+void build_tile_256(const uint8_t* const* w, int64_t at, Tile& tile) {
+  using T = Traits<F>;
+  for (int r = 0; r < kPanel; ++r) {
+    const uint8_t* bytes = w[r] + at;
+    prefetch_row<sizeof(typename T::Block)>(bytes);
+    unpack_row_256<F>(bytes, tile.rows[r]);
+    tile.d[0][r] = block_d<F>(bytes);
+    if constexpr (T::minimum) tile.dmin[0][r] = block_dmin<F>(bytes);
+  }
+  constexpr int kPerVector = kVectorBytes / 4;
+  for (int a = 0; a < 2; ++a) {
+    const uint8_t* rows = tile.rows[a * kRowLanes];
+    for (int c = 0; c < 256 / kVectorBytes; ++c)
+      transpose_rows(rows + c * kVectorBytes, 320, [&](int i, VecI v) {
+        store_i(tile.u[natural_dword<F>(c * kPerVector + i)][a * kRowLanes], v);
+      });
+    const auto put_scales = [&](int pair, VecI v) {
+      store_i(&tile.sc[2 * pair][a * kRowLanes], spread_low(v));
+      store_i(&tile.sc[2 * pair + 1][a * kRowLanes], spread_high(v));
+    };
+    const auto put_factors = [&](int pair, VecI v) { store_i(&tile.sum_factor[pair][a * kRowLanes], v); };
+    for (int c = 0; c < 64 / kVectorBytes; ++c)
+      transpose_rows(rows + 256 + c * kVectorBytes, 320, [&](int i, VecI v) {
+        const int dword = c * kPerVector + i;
+        if (dword < 8)
+          put_scales(dword, v);
+        else
+          put_factors(dword - 8, v);
+      });
+  }
+}
+
+template <Format F>
+void build_tile_32(const uint8_t* const* w, int64_t at, int count, Tile& tile) {
+  using T = Traits<F>;
+  constexpr int64_t kBytes = sizeof(typename T::Block);
+  for (int r = 0; r < kPanel; ++r) {
+    const uint8_t* bytes = w[r] + at;
+    prefetch_row<8 * kBytes>(bytes);
+    for (int b = 0; b < count; ++b) {
+      __m256i u = unpack_32<F>(bytes + b * kBytes);
+      if (T::max == 255 && kVnni) u = _mm256_xor_si256(u, _mm256_set1_epi8(-128));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(tile.rows[r] + 32 * b), u);
+      tile.d[b][r] = block_d<F>(bytes + b * kBytes);
+      if constexpr (T::minimum) tile.dmin[b][r] = block_dmin<F>(bytes + b * kBytes);
+    }
+  }
+  constexpr int kPerVector = kVectorBytes / 4;
+  for (int a = 0; a < 2; ++a)
+    for (int c = 0; c < (32 * count + kVectorBytes - 1) / kVectorBytes; ++c)
+      transpose_rows(tile.rows[a * kRowLanes] + c * kVectorBytes, 320,
+                     [&](int i, VecI v) { store_i(tile.u[c * kPerVector + i][a * kRowLanes], v); });
+}
+
+// How the tile's codes are multiplied: the largest code bounds how many pair sums fit into 16 bits.
+template <int kMax>
+struct Products {
+  static constexpr bool is_signed = kMax == 255 && !kVnni;
+  static constexpr int bound = is_signed ? 128 : kMax;
+  static constexpr int fit = 32767 / (bound * 254);  // 1 for 8-bit codes
+  static constexpr int run = fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+
+  static VecI pairs(VecI u, VecI x) {
+    if constexpr (is_signed)
+      return maddubs(abs_i8(u), sign_i8(x, u));
+    else
+      return maddubs(u, x);
+  }
+};
+
+// acc[a][t] += scale[a] * (codes of kDwords dwords, from `dword`, times activations), scales from `sc` rows.
+template <int kMax, int kDwords, int kTokens>
+inline void multiply_scaled(const Tile& tile, int dword, const int32_t* sc, const int8_t* const* q,
+                            VecI (&acc)[2][kTokens]) {
+  using P = Products<kMax>;
+  const VecI scale[2] = {load_i(sc), load_i(sc + kRowLanes)};
+  if constexpr (kVnni) {
+    VecI sum[2][kTokens];
+#pragma GCC unroll 2
+    for (int a = 0; a < 2; ++a)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) sum[a][t] = zero_i();
+#pragma GCC unroll 8
+    for (int g = 0; g < kDwords; ++g) {
+      const VecI u0 = load_i(tile.u[dword + g][0]), u1 = load_i(tile.u[dword + g][kRowLanes]);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const VecI x = broadcast_i32(q[t] + 4 * (dword + g));
+        sum[0][t] = dp_u8s8(sum[0][t], u0, x);
+        sum[1][t] = dp_u8s8(sum[1][t], u1, x);
+      }
+    }
+#pragma GCC unroll 2
+    for (int a = 0; a < 2; ++a)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) acc[a][t] = add_i32(acc[a][t], mul_i32(sum[a][t], scale[a]));
+  } else {
+    constexpr int kRun = P::run < kDwords ? P::run : kDwords;
+#pragma GCC unroll 8
+    for (int start = 0; start < kDwords; start += kRun) {
+      VecI sum[2][kTokens];
+#pragma GCC unroll 8
+      for (int g = 0; g < kRun; ++g) {
+        const VecI u0 = load_i(tile.u[dword + start + g][0]),
+                   u1 = load_i(tile.u[dword + start + g][kRowLanes]);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          const VecI x = broadcast_i32(q[t] + 4 * (dword + start + g));
+          const VecI p0 = P::pairs(u0, x), p1 = P::pairs(u1, x);
+          sum[0][t] = g == 0 ? p0 : add_i16(sum[0][t], p0);
+          sum[1][t] = g == 0 ? p1 : add_i16(sum[1][t], p1);
+        }
+      }
+#pragma GCC unroll 2
+      for (int a = 0; a < 2; ++a)
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) acc[a][t] = dp_i16(acc[a][t], sum[a][t], scale[a]);
+    }
+  }
+}
+
+// acc[a][t] += codes of one 32-value block, from `dword`, times activations.
+template <int kMax, int kTokens>
+inline void multiply_unscaled(const Tile& tile, int dword, const int8_t* const* q, VecI (&acc)[2][kTokens]) {
+#pragma GCC unroll 8
+  for (int g = 0; g < 8; ++g) {
+    const VecI u0 = load_i(tile.u[dword + g][0]), u1 = load_i(tile.u[dword + g][kRowLanes]);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const VecI x = broadcast_i32(q[t] + 4 * (dword + g));
+      if constexpr (kVnni) {
+        acc[0][t] = dp_u8s8(acc[0][t], u0, x);
+        acc[1][t] = dp_u8s8(acc[1][t], u1, x);
+      } else {
+        acc[0][t] = dp_i16(acc[0][t], Products<kMax>::pairs(u0, x), set_i16(1));
+        acc[1][t] = dp_i16(acc[1][t], Products<kMax>::pairs(u1, x), set_i16(1));
+      }
+    }
+  }
+}
+
+// acc[a][t] += sum_factor . activation sums of the block.
+template <int kTokens>
+inline void multiply_sums(const Tile& tile, const TokenX* x, int64_t k, VecI (&acc)[2][kTokens]) {
+#pragma GCC unroll 8
+  for (int p = 0; p < 8; ++p) {
+    const VecI f0 = load_i(&tile.sum_factor[p][0]), f1 = load_i(&tile.sum_factor[p][kRowLanes]);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const VecI sums = broadcast_i32(x[t].sums + 16 * k + 2 * p);
+      acc[0][t] = dp_i16(acc[0][t], f0, sums);
+      acc[1][t] = dp_i16(acc[1][t], f1, sums);
+    }
+  }
+}
+
+// out[t] += d * dx * value, for a panel of rows.
+template <int kTokens>
+inline void accumulate(const float* d, const float* dx, const VecI (&value)[2][kTokens], bool negative,
+                       float* out) {
+#pragma GCC unroll 2
+  for (int a = 0; a < 2; ++a) {
+    const VecF scale = load_f(d + a * kRowLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      float* at = out + t * kPanel + a * kRowLanes;
+      const VecF term = mul_f(mul_f(scale, set_f(dx[t])), to_f(value[a][t]));
+      store_f(at, negative ? sub_f(load_f(at), term) : add_f(load_f(at), term));
+    }
+  }
+}
+
+template <int kTokens>
+inline void clear(VecI (&acc)[2][kTokens]) {
+#pragma GCC unroll 2
+  for (int a = 0; a < 2; ++a)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) acc[a][t] = zero_i();
+}
+
+template <int kSub, bool kMinimum, int kMax, int kTokens>
+void multiply_tile_256(const Tile& tile, const TokenX* x, int64_t k, float* out) {
+  const int8_t* q[kTokens];
+  float dx[kTokens];
+  for (int t = 0; t < kTokens; ++t) q[t] = x[t].q + 256 * k, dx[t] = x[t].scales[k];
+  VecI acc[2][kTokens];
+  clear<kTokens>(acc);
+  if constexpr (!kMinimum && !Products<kMax>::is_signed) multiply_sums<kTokens>(tile, x, k, acc);
+  for (int s = 0; s < 256 / kSub; ++s)
+    multiply_scaled<kMax, kSub / 4, kTokens>(tile, s * kSub / 4, tile.sc[s * kSub / 16], q, acc);
+  accumulate<kTokens>(tile.d[0], dx, acc, false, out);
+  if constexpr (kMinimum) {
+    clear<kTokens>(acc);
+    multiply_sums<kTokens>(tile, x, k, acc);
+    accumulate<kTokens>(tile.dmin[0], dx, acc, true, out);
+  }
+}
+
+// `count` blocks of 32, from block k on.
+template <int kOffset, bool kMinimum, int kMax, int kTokens>
+void multiply_tile_32(const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
+  for (int b = 0; b < count; ++b) {
+    const int8_t* q[kTokens];
+    float dx[kTokens];
+    int32_t total[kTokens];
+    VecI acc[2][kTokens];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      q[t] = x[t].q + 32 * k;
+      dx[t] = x[t].scales[k + b];
+      total[t] = x[t].sums[2 * (k + b)] + x[t].sums[2 * (k + b) + 1];
+      acc[0][t] = acc[1][t] = Products<kMax>::is_signed ? zero_i() : set_i32(-kOffset * total[t]);
+    }
+    multiply_unscaled<kMax, kTokens>(tile, 8 * b, q, acc);
+    accumulate<kTokens>(tile.d[b], dx, acc, false, out);
+    if constexpr (kMinimum) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) acc[0][t] = acc[1][t] = set_i32(total[t]);
+      accumulate<kTokens>(tile.dmin[b], dx, acc, true, out);
+    }
+  }
+}
+
+template <Format F, int kTokens>
+void multiply_tile(const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
+  using T = Traits<F>;
+  if constexpr (T::block == 256)
+    multiply_tile_256<T::sub, T::minimum, kTileMax<F>, kTokens>(tile, x, k, out);
+  else
+    multiply_tile_32<T::offset, T::minimum, kTileMax<F>, kTokens>(tile, x, k, count, out);
+}
+
+template <Format F, int kTokens = kTileTokens>
+void multiply_tile_up_to(int tokens, const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
+  if (tokens == kTokens) {
+    multiply_tile<F, kTokens>(tile, x, k, count, out);
+  } else if constexpr (kTokens > 1) {
+    multiply_tile_up_to<F, kTokens - 1>(tokens, tile, x, k, count, out);
+  }
+}
+
+template <Format F>
+void matmul_tiled(const MatmulArgs& a) {
+  using T = Traits<F>;
+  constexpr int64_t kBytes = sizeof(typename T::Block), kStep = T::block == 256 ? 1 : 8;  // blocks per tile
+  Tile& tile = *static_cast<Tile*>(a.scratch);
+  float* const sums = reinterpret_cast<float*>(&tile + 1);
+  const int64_t blocks = a.cols / T::block;
+  for (int64_t t0 = 0; t0 < a.n; t0 += kTileChunk) {
+    const int64_t n = a.n - t0 < kTileChunk ? a.n - t0 : kTileChunk;
+    const int64_t groups = (n + kTileTokens - 1) / kTileTokens;
+    for (int64_t r0 = 0; r0 < a.rows; r0 += kPanel) {
+      const int64_t rows = a.rows - r0 < kPanel ? a.rows - r0 : kPanel;
+      const uint8_t* w[kPanel];
+      for (int64_t r = 0; r < kPanel; ++r) w[r] = a.w + (r0 + (r < rows ? r : 0)) * a.row_bytes;
+      for (int64_t i = 0; i < n * kPanel; i += kRowLanes) store_f(sums + i, zero_f());
+      for (int64_t k = 0; k < blocks; k += kStep) {
+        const int count = static_cast<int>(blocks - k < kStep ? blocks - k : kStep);
+        if constexpr (T::block == 256)
+          build_tile_256<F>(w, k * kBytes, tile);
+        else
+          build_tile_32<F>(w, k * kBytes, count, tile);
+        // Groups of nearly equal size: 16 tokens are 6 + 5 + 5.
+        for (int64_t g = 0, t = 0; g < groups; ++g) {
+          const int tokens = static_cast<int>((n - t + groups - g - 1) / (groups - g));
+          TokenX x[kTileTokens];
+          for (int i = 0; i < tokens; ++i) x[i] = token_x(a, t0 + t + i, T::block);
+          multiply_tile_up_to<F>(tokens, tile, x, k, count, sums + t * kPanel);
+          t += tokens;
+        }
+      }
+      for (int64_t t = 0; t < n; ++t) {
+        float* out = a.out + (t0 + t) * a.out_stride + r0;
+        const float* from = sums + t * kPanel;
+        for (int64_t r = 0; r < rows; ++r) out[r] = a.accumulate ? out[r] + from[r] : from[r];
+      }
+    }
+  }
+}
+
+// Up to this many tokens the fused path is faster than building tiles.
+constexpr int64_t kFusedTokens = 4;
+
+template <Format F>
+void matmul_quantized(const MatmulArgs& a) {
+  using T = Traits<F>;
+  const int64_t scratch = T::block == 256 ? a.n * (a.cols / 256) * kFusedScratch<F> : 0;
+  if (a.n > kFusedTokens || scratch > kMatmulScratch) return matmul_tiled<F>(a);
+  const auto run = [&]<int kTokens>() {
+    if constexpr (T::block == 256)
+      fused_256<F, kTokens>(a, 0);
+    else
+      fused_32<F, kTokens>(a, 0);
+  };
+  if (a.n == 1)
+    run.template operator()<1>();
+  else if (a.n == 2)
+    run.template operator()<2>();
+  else if (a.n == 3)
+    run.template operator()<3>();
+  else if (a.n == 4)
+    run.template operator()<4>();
+}
