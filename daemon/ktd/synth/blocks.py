@@ -28,7 +28,7 @@ _CALIBRATION_BLOCKS = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """Standard deviation at scale 1, and the minimum per scale that makes the mean zero."""
+    """Root mean square at scale 1, and the minimum per scale that makes the mean zero."""
 
     deviation: float
     minimum: float
@@ -50,6 +50,9 @@ def _set_scale(kind: Q, blocks: Bytes, scale: NDArray[np.float64], minimum: floa
             low = blocks[:, 49 + 2 * nibble] & 0x0F
             blocks[:, 49 + 2 * nibble] = low | (((bits >> (4 * nibble)) & 15) << 4).astype(np.uint8)
     else:
+        if kind is Q.TQ2_0:
+            # Two bits for three values: files never hold the fourth, 3 becomes 2.
+            blocks[:, :64] &= ~(blocks[:, :64] & (blocks[:, :64] >> 1) & 0x55)
         _set_f16(blocks, _SCALE_AT[kind], scale.astype(np.float16))
         if kind in _MINIMUM_AT:
             _set_f16(blocks, _MINIMUM_AT[kind], (scale * minimum).astype(np.float16))
@@ -64,7 +67,7 @@ def _calibrate(kind: Q) -> _Unit:
     _set_scale(kind, blocks, ones, 0.0)
     values = dequantize(blocks, kind)
     if kind not in _MINIMUM_AT:
-        return _Unit(float(values.std()), 0.0)
+        return _Unit(float(np.sqrt(np.mean(values**2))), 0.0)
     mean = float(values.mean())
     _set_scale(kind, blocks, ones, 1.0)
     minimum = mean / (mean - float(dequantize(blocks, kind).mean()))

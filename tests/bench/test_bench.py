@@ -1,0 +1,169 @@
+"""ktd bench: figures follow from what was measured, and both sides multiply the same blocks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Q
+
+from ktd import main as entry
+from ktd.bench import kernels, model, timing
+from ktd.bench.ggml import Ggml, Products
+from ktd.bench.kernels import KernelResult
+from ktd.errors import EngineFailure, SettingsError
+from ktd.gguf import GgufFile
+from ktd.model import ModelConfig
+from ktd.synth import SHAPES, plan_file, write_file
+from ktd_kernels import Cpu, Weight, memory_bandwidth
+
+Run = Callable[..., tuple[int, str, str]]
+
+PEER = Path.home() / ".cache" / "ktd" / "peers"
+
+
+@pytest.fixture
+def ktd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ktd", *argv])
+        code = entry.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices and probes that take milliseconds."""
+    monkeypatch.setattr(kernels, "EXPERT_SHAPES", ((32, 256),))
+    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda threads: 1e10 * threads)
+    monkeypatch.setattr(model, "read_bandwidth", lambda threads: 1e10 * threads)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "tiny.gguf"
+    plan = plan_file(path, SHAPES["tiny-r1"].cut(2, None), "q8_0", split_kv_b=True)
+    return write_file(plan, seed=0, on_bytes=lambda _: None)[0]
+
+
+def test_figures_follow_from_the_seconds() -> None:
+    result = KernelResult("Q8_0", 2048, 7168, 4, 1, "avx2", 2048 * 7168 * 34 // 32, 0.01, 2e10, 0.02)
+    assert result.ns_per_block == pytest.approx(0.01e9 / (2048 * 28 * 4))
+    assert result.gigabytes_per_second == pytest.approx(2048 * 7168 * 34 / 32 / 0.01 / 1e9)
+    assert result.gigaops_per_second == pytest.approx(2 * 2048 * 7168 * 4 / 0.01 / 1e9)
+    assert result.wall_percent == pytest.approx(100 * result.gigabytes_per_second / 20)
+    assert result.speedup == 2.0
+
+
+def test_medians_are_per_piece_and_taken_in_turns() -> None:
+    calls: list[tuple[str, int]] = []
+    runs = [lambda i: calls.append(("ours", i)), lambda i: calls.append(("peer", i))]
+    medians = timing.interleaved_medians(runs, [1, 5], budget=1e-9)
+    assert [name for name, _ in calls] == ["ours", "peer"] * 4
+    assert [number for _, number in calls] == [0, 0, 0, 0, 1, 1, 0, 0]
+    assert all(0 <= median < 0.1 for median in medians)
+
+
+def test_bandwidth_is_that_of_memory() -> None:
+    rate = memory_bandwidth(1, 0.05)
+    assert 0.1e9 < rate < 1e12
+    assert timing.last_level_cache_bytes() >= 1 << 20
+    with pytest.raises(ValueError, match="threads is 0"):
+        memory_bandwidth(0, 0.1)
+    with pytest.raises(ValueError, match="seconds is"):
+        memory_bandwidth(1, 0.0)
+
+
+@pytest.mark.usefixtures("small")
+def test_kernels_command(ktd: Run) -> None:
+    options = ("--types", "q4_k,iq1_s", "--tokens", "1,3", "--threads", "1,2", "--seconds", "0.01")
+    code, out, _ = ktd("bench", "kernels", *options, "--json")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(r["type"], r["tokens"], r["threads"]) for r in lines] == [
+        (kind, tokens, threads) for kind in ("Q4_K", "IQ1_S") for tokens in (1, 3) for threads in (1, 2)
+    ]
+    assert all(r["seconds"] > 0 and r["speedup"] is None for r in lines)
+    code, out, _ = ktd("bench", "kernels", *options)
+    assert code == 0
+    assert out.count("32x256") == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--types", "q9"), "unknown type 'Q9'"),
+        (("--tokens", "0"), "expected numbers above 0"),
+        (("--seconds", "-1"), "expected seconds above 0"),
+        (("--peer-lib", "/nowhere"), "--peer-lib needs --against"),
+        (("--against", "llama.cpp", "--peer-lib", "/nowhere"), "no libggml-cpu.so under /nowhere"),
+    ],
+)
+def test_wrong_options(ktd: Run, options: tuple[str, ...], message: str) -> None:
+    code, _, err = ktd("bench", "kernels", *options)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not PEER.exists(), reason="llama-cpp-python is not in the peer environment (make peers)")
+@pytest.mark.usefixtures("small")
+def test_llama_cpp_multiplies_the_same_blocks(ktd: Run) -> None:
+    ggml = Ggml(PEER)
+    rng = np.random.default_rng(0)
+    stack = kernels._make_stack(Q.Q6_K, 48, 512)
+    x = rng.standard_normal((5, 512), np.float32)
+    products = Products(ggml, stack, int(Q.Q6_K), (48, 512), x, [[0, 3], [2]], 2)
+    ours = np.empty((5, 48), np.float32)
+    for number, last in ((0, 3), (1, 2)):
+        products.run(number)
+        Cpu(threads=1).linear(Weight(stack[last], int(Q.Q6_K), (48, 512)), x, ours)
+        np.testing.assert_allclose(products.last(number), ours, atol=0.1)
+    products.close()
+    with pytest.raises(EngineFailure, match="do not agree"):
+        kernels._check_agreement(ours, ours[::-1], "Q6_K")
+    code, out, _ = ktd(
+        *("bench", "kernels", "--types", "q8_0", "--tokens", "2", "--seconds", "0.01", "--json"),
+        *("--against", "llama.cpp", "--peer-lib", str(PEER)),
+    )
+    assert code == 0
+    assert json.loads(out)["speedup"] > 0
+
+
+@pytest.mark.usefixtures("small")
+def test_model_command(ktd: Run, gguf_file: Path) -> None:
+    options = ("--prompts", "5,70", "--sequences", "1,3", "--answer", "6", "--cpu-infer", "1")
+    code, out, _ = ktd("bench", "model", str(gguf_file), *options, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert [p["tokens"] for p in result["prefill"]] == [5, 70]
+    assert [d["sequences"] for d in result["decode"]] == [1, 3]
+    assert all(r["tokens_per_second"] > 0 for r in result["prefill"] + result["decode"])
+    code, out, _ = ktd("bench", "model", str(gguf_file), *options)
+    assert code == 0
+    assert "Reading a prompt" in out
+
+
+def test_expert_bytes_of_a_batch(gguf_file: Path) -> None:
+    with GgufFile.open(gguf_file) as file:
+        config = ModelConfig.from_gguf(file)
+        total = 3 * 16 * 256 * 512 * 34 / 32  # gate, up, down of 16 experts in the one MoE layer
+        assert model.expert_bytes(file, config, 1) == pytest.approx(total * 4 / 16)
+        assert model.expert_bytes(file, config, 2) == pytest.approx(total * (1 - 0.75**2))
+
+
+def test_model_bench_refuses_what_cannot_be_measured(gguf_file: Path) -> None:
+    def bench(**change: object) -> model.ModelBench:
+        plain = dict(path=gguf_file, prompts=[8], sequences=[2], answer_tokens=8, chunk_tokens=64, threads=1)
+        return model.ModelBench(**{**plain, **change})  # type: ignore[arg-type]
+
+    with pytest.raises(SettingsError, match="4096 tokens"):
+        bench(prompts=[5000]).run(lambda _: None)
+    with pytest.raises(SettingsError, match="steps to start"):
+        bench(sequences=[30]).run(lambda _: None)
