@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +19,13 @@ from kit_model import (
     random_tokens,
     write_model,
 )
+from kit_peers import llama_cpp_logits
 
 from ktd.model.hf_convert import KvB
 from ktd_kernels import Cpu
 
 pytestmark = pytest.mark.peers
-PYTHON = os.environ.get("KTD_PEERS_PYTHON")
 TOKENS = random_tokens(60)
-
-
-def llama_cpp_logits(path: Path, beta_fast: float = 32.0) -> npt.NDArray[np.float32]:
-    if PYTHON is None:
-        pytest.skip("KTD_PEERS_PYTHON names no Python with llama-cpp-python: run make peers")
-    np.save(path.with_suffix(".tokens.npy"), np.array(TOKENS))
-    script = Path(__file__).parent / "llama_cpp_logits.py"
-    out = path.with_suffix(".logits.npy")
-    command: list[str | Path] = [PYTHON, script, path, path.with_suffix(".tokens.npy"), out, str(beta_fast)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    logits: npt.NDArray[np.float32] = np.load(out)
-    return logits
 
 
 def row_errors(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -58,7 +43,7 @@ def test_float_logits(family: str, kv_b: KvB, tmp_path: Path, cpu: Cpu) -> None:
     path = write_model(
         tmp_path / "m.gguf", config, model_tensors(random_hf_model(config), config, kv_b), kv_b
     )
-    peer = llama_cpp_logits(path, config.rope_parameters["beta_fast"])
+    peer = llama_cpp_logits(path, TOKENS, config.rope_parameters["beta_fast"])
     errors = row_errors(Bench(load_gguf_model(path, cpu)).logits(TOKENS), peer)
     # Measured 3e-6 (V2 with its factor 16: 1e-5); float32 rounds at 6e-8, sums of 256 to 512 terms amplify
     # it.
@@ -71,7 +56,7 @@ def test_quantised_logits(name: str, kv_b: KvB, tmp_path: Path, cpu: Cpu) -> Non
     config = family_config("v3")
     blocks: dict[str, Any] = quantise(model_tensors(random_hf_model(config), config, kv_b), mix(name))[0]
     path = write_model(tmp_path / "m.gguf", config, blocks, kv_b)
-    errors = row_errors(Bench(load_gguf_model(path, cpu)).logits(TOKENS), llama_cpp_logits(path))
+    errors = row_errors(Bench(load_gguf_model(path, cpu)).logits(TOKENS), llama_cpp_logits(path, TOKENS))
     # Both round activations to int8, not at the same places: measured 0.04 to 0.06. A row in which that
     # flips an expert is off by more.
     assert np.median(errors) < 0.1
