@@ -204,3 +204,13 @@ def test_stopping_while_the_model_is_loaded(tmp_path: Path) -> None:
     if record_file.exists():
         record = json.loads(record_file.read_text())
         assert (record["stage"], record["crashes"]) == ("stopped", [])
+
+
+@pytest.mark.slow
+def test_a_chat_with_the_embedded_model() -> None:
+    line = [KTD, "chat", "--temperature", "0", "--context", "512"]
+    typed = "What is 12 + 30?\nWho are you?\n"
+    done = subprocess.run(line, input=typed, capture_output=True, text=True, check=True)
+    assert "42" in done.stdout
+    assert "demo model" in done.stdout
+    assert done.stderr.count("prompt: ") == 2

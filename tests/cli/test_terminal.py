@@ -20,7 +20,7 @@ from fake_daemon import fake_daemon
 
 from ktd.chat.request import RequestDefaults
 from ktd.client import Address, Client
-from ktd.errors import Unavailable
+from ktd.errors import Unavailable, UserError
 from ktd.terminal import Terminal, rates
 from ktd.types import Timings, Usage
 
@@ -114,6 +114,16 @@ async def test_an_unreachable_daemon() -> None:
     async with Client(Address.parse("grpc://127.0.0.1:1")) as client:
         with pytest.raises(Unavailable, match=r"Nothing answers on 127\.0\.0\.1:1"):
             await client.models()
+
+
+async def test_a_wrong_key() -> None:
+    async with fake_daemon(api_key="right") as daemon:
+        address = Address.parse(daemon.address)
+        async with Client(address, "wrong") as client:
+            with pytest.raises(UserError, match="API key is missing or wrong"):
+                await client.models()
+        async with Client(address, "right") as client:
+            assert (await client.models())[0].id == "ktd-fake"
 
 
 @pytest.mark.parametrize(

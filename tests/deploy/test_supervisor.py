@@ -133,7 +133,6 @@ def test_the_life_of_the_daemon(start: Callable[..., Supervisor], tmp_path: Path
     [
         ("KTD_CONTEXT", "many", "ktd: KTD_CONTEXT is 'many'"),
         ("KTD_GGUF_PATH", "/nowhere.gguf", "ktd: /nowhere.gguf does not exist"),
-        ("KTD_CONTEXT", "9999999", "ktd: A context of 9999999 tokens was asked for"),
     ],
 )
 def test_a_mistake_is_not_tried_again(

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fake_daemon import FakeDaemon, fake_daemon
+from fake_daemon import FakeDaemon, fake_daemon, make_certificate
 from fakes import SERVED
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -266,19 +266,8 @@ async def test_a_taken_port(daemon: FakeDaemon) -> None:
         GrpcServer(Host(SERVED), daemon.address)
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    chain, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(chain)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return chain, key
-
-
-async def test_tls(certificate: tuple[Path, Path]) -> None:
-    chain, key = certificate
+async def test_tls(tmp_path: Path) -> None:
+    chain, key = await asyncio.to_thread(make_certificate, tmp_path)
     server = GrpcServer(Host(SERVED), "127.0.0.1:0", certificate=(chain, key))
     await server.start()
     credentials = grpc.ssl_channel_credentials(chain.read_bytes())

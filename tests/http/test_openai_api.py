@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import ssl
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from fake_daemon import FakeDaemon, fake_daemon
+from fake_daemon import FakeDaemon, fake_daemon, make_certificate
+from fakes import SERVED
 
-from ktd.server.host import State
+from ktd.errors import SettingsError
+from ktd.server.host import Host, State
+from ktd.server.http_app import HttpServer
 
 
 @pytest.fixture
@@ -316,3 +321,16 @@ async def test_metrics(daemon: FakeDaemon, client: openai.AsyncOpenAI) -> None:
     ):
         assert line in text.splitlines()
     assert "ktd_completion_tokens_total" in text
+
+
+async def test_tls(tmp_path: Path) -> None:
+    chain, key = await asyncio.to_thread(make_certificate, tmp_path)
+    server = HttpServer(Host(SERVED), "127.0.0.1", 0, certificate=(chain, key))
+    await server.start()
+    context = ssl.create_default_context(cafile=str(chain))
+    async with httpx.AsyncClient(verify=context) as http:
+        answer = await http.get(f"https://localhost:{server.port}/v1/models")
+    await server.stop(0)
+    assert answer.json()["data"][0]["id"] == SERVED.name
+    with pytest.raises(SettingsError, match="certificate cannot be used"):
+        HttpServer(Host(SERVED), "127.0.0.1", 0, certificate=(key, chain))

@@ -50,6 +50,7 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
     _refuse_misspelt(body)
     _refuse_unsupported(body)
     messages = [_message(number, item) for number, item in enumerate(_list(body, "messages"))]
+    # OpenAI has no flag for it; a client that ends with the assistant's words wants them continued.
     continued = messages[-1].role == "assistant" if messages else False
     options = _object(body, "stream_options")
     return Completion(
