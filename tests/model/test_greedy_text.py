@@ -61,7 +61,7 @@ def test_hugging_face_agrees() -> None:
             shape = info.shape if len(info.shape) > 1 else (1, *info.shape)
             weight = Weight(gguf.data(name), int(info.ggml_type), shape)
             values[name] = weight.dequantize().reshape(info.shape)
-    model = new_model().float()
+    model = new_model()
     model.train(False)
     load_values(model, model.config, values)
     for prompt, drawn in our_texts():
