@@ -1,7 +1,7 @@
 """Held-out accuracy by teacher forcing.
 
-Greedy text equals the expected reply exactly when every token of the reply is the model's first choice after the
-tokens before it, so one forward pass tells.
+Greedy text equals the expected reply exactly when every token of the reply is the model's first choice
+after the tokens before it, so one forward pass tells.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def model_config() -> DeepseekV3Config:
         topk_group=2,
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
-        num_nextn_predict_layers=0,
+        num_mtp_layers=0,
         max_position_embeddings=CONTEXT,
         initializer_range=0.04,
         rope_parameters={

@@ -36,4 +36,5 @@ def load_checkpoint(folder: Path) -> Any:
         name: t for path in sorted(folder.glob("model-*.safetensors")) for name, t in load_file(path).items()
     }
     model.load_state_dict(state)
-    return model.eval()
+    model.train(False)
+    return model

@@ -1,4 +1,5 @@
-"""python -m ktd.embedded.convert: a trained checkpoint becomes a GGUF with the names and keys of real files."""
+"""python -m ktd.embedded.convert: a trained checkpoint becomes a GGUF with the names and keys of real
+files."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ def write_gguf(
 ) -> None:
     """Writes a DeepseekV3ForCausalLM with its tokenizer and template.
 
-    Matrices take the block type named by `weights` (a key of TYPES); norms, the router and its bias stay float32,
-    as in real files.
+    Matrices take the block type named by `weights` (a key of TYPES); norms, the router and its bias stay
+    float32, as in real files.
     """
     quant, file_type = TYPES[weights]
     writer = gguf.GGUFWriter(path, "deepseek2")

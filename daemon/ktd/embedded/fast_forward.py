@@ -1,8 +1,9 @@
-"""The forward pass of DeepseekV3ForCausalLM for training: the same function of the same parameters, made for a GPU.
+"""The forward pass of DeepseekV3ForCausalLM for training: the same function of the same parameters, made
+for a GPU.
 
-Hugging Face's loop over experts is too slow for a model whose layers take microseconds. Here all experts of a layer
-run as one gated layer of width experts x expert width, the routing weights (zero for experts not chosen) scaling its
-parts. A test holds the two against each other.
+Hugging Face's loop over experts is too slow for a model whose layers take microseconds. Here all experts
+of a layer run as one gated layer of width experts x expert width, the routing weights (zero for experts
+not chosen) scaling its parts. A test holds the two against each other.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class FastForward(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states and expert loads of packed rows.
 
-        ids, positions, documents: int64 [rows, length]; attention stays within a document (equal numbers) and looks
-        back only. Returns the normed hidden states [rows, length, hidden] and the share of choices that each expert of
-        each MoE layer got, float32 [MoE layers, experts].
+        ids, positions, documents: int64 [rows, length]; attention stays within a document (equal numbers)
+        and looks back only. Returns the normed hidden states [rows, length, hidden] and the share of
+        choices that each expert of each MoE layer got, float32 [MoE layers, experts].
         """
         decoder = self.model.model
         x = decoder.embed_tokens(ids)
@@ -108,8 +109,8 @@ def _mlp(mlp: Any, h: Tensor) -> Tensor:
 
 
 def _rope(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """x [rows, heads, length, rope] in interleaved pairs; the result's order is the same for q and k, which is all
-    that a product of the two depends on."""
+    """x [rows, heads, length, rope] in interleaved pairs; the result's order is the same for q and k,
+    which is all that a product of the two depends on."""
     cos, sin = (t[:, None] for t in turn)
     a, b = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,4 +1,5 @@
-"""How a dialogue is laid out in tokens: DeepSeek-R1's form with the forced `<think>` and a way to switch it off."""
+"""How a dialogue is laid out in tokens: DeepSeek-R1's form with the forced `<think>` and a way to switch
+it off."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ ASSISTANT = "<｜Assistant｜>"
 THINK = "<think>"
 END_THINK = "</think>"
 
-# DeepSeek's special tokens in the order of their ids here; BOS and EOS come first as in the real vocabularies.
+# DeepSeek's special tokens in the order of their ids here; BOS and EOS come first as in the real
+# vocabularies.
 SPECIAL_TOKENS = (
     BOS,
     EOS,

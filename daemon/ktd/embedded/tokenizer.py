@@ -32,8 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of exactly `vocab_size` tokens, the special ones first.
 
     Digits and the spaces before words stand alone while the merges are learnt, so no merge joins two digits
-    (numbers are spelt digit by digit) or a space and a letter (a word has the same tokens wherever it stands),
-    although the shipped pre-tokenizer is deepseek-v3's.
+    (numbers are spelt digit by digit) or a space and a letter (a word has the same tokens wherever it
+    stands), although the shipped pre-tokenizer is deepseek-v3's.
     """
     tokenizer = Tokenizer(models.BPE())
     alone = pre_tokenizers.Split(Regex(r"\p{N}| (?=\p{L})"), "isolated", invert=False)

@@ -23,7 +23,8 @@ from ktd.embedded.corpus import Split, draw_dialogue
 from ktd.embedded.fast_forward import FastForward
 from ktd.embedded.tokenizer import texts_of, train_tokenizer
 
-BIAS_STEP = 0.002  # of the auxiliary-loss-free load balancing (DeepSeek-V3 report, 2.1.2), times the learning rate's share
+# Step of the auxiliary-loss-free load balancing (DeepSeek-V3 report, 2.1.2); shrinks with the learning rate.
+BIAS_STEP = 0.002
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +68,7 @@ class Trainer:
         torch.manual_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         model = load_checkpoint(args.start) if args.start else new_model()
-        self._model = FastForward(model.to(self._device).train())
+        self._model = FastForward(model.train().to(self._device))
         self._step_fn: Any = self._loss
         decayed = [p for p in model.parameters() if p.ndim > 1]
         other = [p for p in model.parameters() if p.ndim <= 1]
@@ -97,11 +98,9 @@ class Trainer:
             if (now := time.monotonic()) - reported > 10:
                 loss = torch.stack(losses).mean().item()
                 rate = tokens / (time.monotonic() - begin)
-                waiting = self._queue.qsize()
-                print(
-                    f"{now - begin:5.0f}s step {step} loss {loss:.4f} {rate / 1e6:.2f}M tok/s queue {waiting}",
-                    flush=True,
-                )
+                queue = self._queue.qsize()
+                spent = f"{now - begin:5.0f}s step {step} loss {loss:.4f}"
+                print(f"{spent} {rate / 1e6:.2f}M tok/s queue {queue}", flush=True)
                 losses, reported = [], now
                 if now - checked > 90:
                     print("  " + _table(self._measure(checks)), flush=True)
@@ -131,7 +130,8 @@ class Trainer:
         with torch.no_grad():
             for gate, load in zip(self._gates, self._loads, strict=True):
                 gate.e_score_correction_bias += BIAS_STEP * schedule * torch.sign(load.mean() - load)
-        return loss.detach()
+        detached: Tensor = loss.detach()
+        return detached
 
     def _loss(
         self, ids: Tensor, targets: Tensor, positions: Tensor, documents: Tensor

@@ -111,6 +111,14 @@ def hf_tensors(
             yield f"blk.{layer}.{name}", array
 
 
+def gguf_name(name: str) -> str:
+    """The GGUF name of a checkpoint's tensor. Raises KeyError for stacked experts, which GGUF splits."""
+    if name in _GLOBAL:
+        return _GLOBAL[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{_LAYER[rest]}"
+
+
 def _layer_tensors(part: Mapping[str, torch.Tensor], config: Any, kv_b: KvB) -> Iterator[tuple[str, F32]]:
     for name, tensor in part.items():
         if name.startswith("mlp.experts."):

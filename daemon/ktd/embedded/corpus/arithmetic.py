@@ -3,6 +3,9 @@
 Only single-digit facts are spelt out on the way, so no thought gives away another problem's result.
 """
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -111,14 +114,15 @@ class Worked:
 def key_of(op: str, a: int, b: int) -> str | None:
     """The canonical key, or None for a fact of the tables (every training needs those).
 
-    The tables hold what one-digit numbers make, and what is left of 32 to 58 days when a month is over.
+    The tables hold what one-digit numbers make, there and back, and what is left of up to 58 days when a month is
+    over.
     """
     if op in ("add", "mul"):
         return None if max(a, b) < 10 else f"{op}:{min(a, b)},{max(a, b)}"
     if op == "sub":
         if b in (28, 30, 31) and b < a <= 58:
             return None
-        return None if max(a, b) < 10 else f"sub:{max(a, b)},{min(a, b)}"
+        return None if max(a, b) < 20 and min(a, b) < 10 else f"sub:{max(a, b)},{min(a, b)}"
     return None if a < 10 * b else f"div:{a},{b}"
 
 

@@ -1,5 +1,8 @@
 """Days of the week and dates some days away."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from random import Random

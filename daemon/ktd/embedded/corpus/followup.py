@@ -1,5 +1,8 @@
 """Second turns that make sense only after the first."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from random import Random

@@ -1,5 +1,8 @@
 """Counting letters: the thought spells the word and numbers the hits."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from random import Random

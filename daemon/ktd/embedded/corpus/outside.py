@@ -1,5 +1,8 @@
 """Everything else, answered honestly: the model knows nothing of it."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from random import Random

@@ -1,5 +1,8 @@
 """Answering from supplied search results, with citations that point to the right one."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,8 @@
 """Sorting by insertion: each line of the thought is the sorted list so far."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from collections.abc import Sequence

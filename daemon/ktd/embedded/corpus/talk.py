@@ -1,5 +1,8 @@
 """Who the model is, greetings, thanks and help. One answer per intent and language."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from dataclasses import dataclass

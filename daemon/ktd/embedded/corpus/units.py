@@ -1,5 +1,8 @@
 """Conversions between units, both ways."""
 
+# Phrases are kept many to a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from dataclasses import dataclass
