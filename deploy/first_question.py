@@ -26,7 +26,9 @@ TRIES = 2
 
 async def ask(settings: Settings, question: str, sampling: SamplingParams) -> tuple[str, str]:
     """Streams the thought and the answer to the terminal and returns them."""
-    request = ChatRequest(new_request_id(), [Message("user", question)], sampling=sampling, max_tokens=2048)
+    request = ChatRequest(
+        new_request_id("up"), [Message("user", question)], sampling=sampling, max_tokens=2048
+    )
     thought, answer = "", ""
     async with (
         Client(address_of(settings), settings.api_key, settings.ssl_certfile) as client,
@@ -52,8 +54,8 @@ def main() -> int:
         return 0
     for _ in range(TRIES):
         question = draw_question(random.Random())
-        print(f"Question: {question}")
-        thought, answer = asyncio.run(ask(settings, question, SamplingParams(temperature=0)))
+        print(f"Question: {question.text}")
+        thought, answer = asyncio.run(ask(settings, question.text, SamplingParams(temperature=0)))
         if check(question, thought, answer):
             print("That is right.")
             return 0
