@@ -66,6 +66,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "webui.log"
         self._pid_file = folder / "webui.pid"
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def login(self) -> Login:
@@ -121,7 +122,7 @@ class Server:
             **settings,
         }
         with open(self.log, "ab") as log:
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [program, "serve", "--host", "127.0.0.1", "--port", str(self.port)],
                 cwd=self.folder,
                 env=variables,
@@ -130,7 +131,7 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        self._pid_file.write_text(str(process.pid))
+        self._pid_file.write_text(str(self._process.pid))
 
     def wait(self) -> None:
         """Blocks until the server answers."""
@@ -158,24 +159,16 @@ class Server:
             deadline = time.monotonic() + 15
             while self.pid() is not None and time.monotonic() < deadline:
                 time.sleep(0.1)
-                _reap(pid)
             if self.pid() is not None:
                 os.killpg(pid, signal.SIGKILL)
-                _reap(pid)
+            if self._process is not None:
+                self._process.wait()
         self._pid_file.unlink(missing_ok=True)
         return pid is not None
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-8:])
-
-
-def _reap(pid: int) -> None:
-    """Takes the exit status where the server is this process's own child."""
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return
 
 
 class Admin:
@@ -191,6 +184,12 @@ class Admin:
             raise WebuiError(
                 f"{login.email} is no administrator of {url}: functions can be installed by one only."
             )
+
+    def __enter__(self) -> Admin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
 
     def _call(self, method: str, path: str, content: Any = None) -> Any:
         try:
@@ -226,10 +225,18 @@ class Admin:
         return [model for model in listed if model["id"].startswith(f"{FUNCTION}.")]
 
     def publish(self, model: Mapping[str, Any]) -> None:
-        """Lets every user see the model; without a grant only administrators do."""
+        """Lets every user see the model; without a grant only administrators do.
+
+        A new record also switches Open WebUI's own search for <think> off: the Pipe delivers thoughts apart, and
+        an answer that quotes the tag would be torn. A record that is there keeps its parameters.
+        """
         grant = {"principal_type": "user", "principal_id": "*", "permission": "read"}
-        form = {"id": model["id"], "name": model["name"], "access_grants": [grant]}
-        self._call("POST", "/api/v1/models/model/access/update", form)
+        record = {"id": model["id"], "name": model["name"], "access_grants": [grant]}
+        if "info" in model:
+            self._call("POST", "/api/v1/models/model/access/update", record)
+        else:
+            settings = {"meta": {}, "params": {"reasoning_tags": False}}
+            self._call("POST", "/api/v1/models/create", record | settings)
 
     def add_user(self, login: Login, name: str) -> None:
         form = {"name": name, "email": login.email, "password": login.password, "role": "user"}
@@ -260,7 +267,8 @@ def start(server: Server) -> None:
         server.start()
     server.wait()
     print("Installing the Pipe", flush=True)
-    names = set_up(Admin(server.url, server.login))
+    with Admin(server.url, server.login) as admin:
+        names = set_up(admin)
     print(f"\nOpen WebUI   {server.url}")
     print(f"login        {server.login.email}   password {server.login.password}")
     if names:
@@ -290,7 +298,8 @@ def main() -> int:
             password = os.environ.get("KTD_WEBUI_PASSWORD") or getpass.getpass(
                 f"Password of {arguments.email}: "
             )
-            names = set_up(Admin(arguments.url.rstrip("/"), Login(arguments.email, password)))
+            with Admin(arguments.url.rstrip("/"), Login(arguments.email, password)) as admin:
+                names = set_up(admin)
             print(f"Installed. Models: {', '.join(names) or 'none yet'}")
     except WebuiError as error:
         print(error, file=sys.stderr)

@@ -1827,7 +1827,8 @@ async def http_models(links: Links, target: Target, patience: float) -> list[tup
 # --- The page: events become what Open WebUI shows ----------------------------------------------------------
 
 
-QUEUE_STATUS_DELAY = 0.5
+# Seconds before a wait is worth a status.
+STATUS_DELAY = 0.5
 
 
 @dataclass(slots=True)
@@ -1861,7 +1862,7 @@ class Page:
         self._begun = time.monotonic()
         self._status_open = False
         self._status_time = 0.0
-        self._status_share = 0.0
+        self._status_share: float | None = None
         self._prompt_tokens = 0
         self._text_begun = False
         self._thought_begun: float | None = None
@@ -1998,7 +1999,7 @@ class Page:
             self._next_in_line = asyncio.create_task(self._show_next_in_line())
 
     async def _show_next_in_line(self) -> None:
-        await asyncio.sleep(QUEUE_STATUS_DELAY)
+        await asyncio.sleep(STATUS_DELAY)
         await self.status("next")
 
     def _stop_timer(self) -> None:
@@ -2009,10 +2010,14 @@ class Page:
     async def _show_prefill(self, event: Prefill) -> None:
         self._prompt_tokens = event.total
         share = event.done / event.total if event.total else 1.0
-        waited = time.monotonic() - self._status_time
-        # Every status is kept in the chat's history, so a long prompt gets a few dozen of them, not one a
-        # second.
-        due = not self._status_open or (waited >= 1 and share - self._status_share >= 0.04) or waited >= 15
+        now = time.monotonic()
+        if self._status_share is None:
+            # A prompt that is read at once is not worth a line.
+            due = self._status_open or now - self._begun >= STATUS_DELAY
+        else:
+            # Every status is kept in the chat's history: a long prompt gets a few dozen, not one a second.
+            waited = now - self._status_time
+            due = waited >= 15 or (waited >= 1 and share - self._status_share >= 0.04)
         if share < 1 and due:
             self._status_share = share
             rate = f"{event.tokens_per_second:.1f}"

@@ -205,7 +205,7 @@ async def test_a_failed_search_does_not_stop_the_answer() -> None:
 
 
 async def test_prompt_progress_and_queue_are_shown_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "QUEUE_STATUS_DELAY", 0.01)
+    monkeypatch.setattr(module, "STATUS_DELAY", 0.01)
     queued = [{"queued": engine_pb2.Queued(position=n)} for n in (2, 1, 0)]
     reading = [
         {"prefill": engine_pb2.Prefill(done=n, total=2048, tokens_per_second=99.5)} for n in (512, 2048)
@@ -214,13 +214,14 @@ async def test_prompt_progress_and_queue_are_shown_and_closed(monkeypatch: pytes
         shown = await ask(pipe, browser_body("hello"))
     lines = [status["description"] for status in shown.statuses]
     assert lines[:3] == ["Waiting: 2 in front", "Waiting: 1 in front", "Waiting: next in line"]
+    assert lines[3] == "Reading the prompt: 512 of 2048 tokens, 99.5 tok/s"
     assert shown.statuses[-1]["done"]
     assert "2048" in lines[-1]
     assert [status["done"] for status in shown.statuses[:-1]] == [False] * (len(lines) - 1)
 
 
 async def test_a_long_wait_for_the_first_place_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "QUEUE_STATUS_DELAY", 0.02)
+    monkeypatch.setattr(module, "STATUS_DELAY", 0.02)
     first = {"queued": engine_pb2.Queued(position=0)}
     about = {"variables": {"{{USER_LANGUAGE}}": "zh-CN"}}
     async with scripted_pipe([first, 0.2, text("x"), STOP], [first, text("x"), STOP]) as (pipe, _):
