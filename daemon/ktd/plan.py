@@ -11,7 +11,7 @@ import psutil
 
 from ktd.cache import CacheType
 from ktd.errors import SettingsError
-from ktd.gguf import GgufFile
+from ktd.gguf import GgmlType, GgufFile
 from ktd.model.config import ModelConfig
 
 GIB = 1 << 30
@@ -80,7 +80,7 @@ def make_plan(
     routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
     dense = gguf.nbytes - routed
     per_token = config.layers * config.latent * _VALUE_BYTES[cache_type]
-    buffers = _buffers(config, sequences, chunk_tokens)
+    buffers = _buffers(config, sequences, chunk_tokens) + _copies(gguf, config)
     # Routed experts may stay on disk; everything that every token reads may not.
     room = budget - dense - buffers
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
@@ -153,6 +153,18 @@ def _embedding(gguf: GgufFile) -> int:
     """Bytes of the token embedding, of which a token reads one row; 0 when it is the output matrix too."""
     embedding = gguf.tensors.get("token_embd.weight")
     return embedding.nbytes if embedding and "output.weight" in gguf.tensors else 0
+
+
+def _copies(gguf: GgufFile, config: ModelConfig) -> int:
+    """What the loader keeps beside the mapped file: keys of an old attn_kv_b, transposed; parted gate_up."""
+    keys = config.heads * config.nope * config.kv_lora
+    copied = 0
+    for tensor in gguf.tensors.values():
+        if tensor.name.endswith(".attn_kv_b.weight"):
+            copied += keys * (4 if tensor.ggml_type is GgmlType.F32 else 2)
+        elif ".ffn_gate_up_exps." in tensor.name:
+            copied += tensor.nbytes
+    return copied
 
 
 def _buffers(config: ModelConfig, sequences: int, chunk_tokens: int) -> int:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         ("routed experts", plan.routed),
         ("all other weights", plan.dense),
         (f"latent cache, {plan.cache_tokens:,} tokens", plan.cache),
-        ("buffers of a step", plan.buffers),
+        ("buffers, and what is kept rearranged", plan.buffers),
         ("left on disk, read when needed", plan.from_disk),
     ):
         table.add_row(what, size_text(size))
