@@ -31,6 +31,12 @@ MIX = (
     (r"ffn_", "Q4_K"),
 )
 
+# Every block type that DeepSeek files come in, best first.
+TYPES = (
+    "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
+    "MXFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0", "IQ1_M", "TQ1_0", "IQ1_S",
+)  # fmt: skip
+
 F32 = npt.NDArray[np.float32]
 
 
@@ -38,18 +44,24 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and writes the file."""
     parser = argparse.ArgumentParser(prog="python -m ktd.embedded.quantize", description=__doc__)
     parser.add_argument("source", type=Path, help="GGUF in F32 or F16")
-    parser.add_argument("target", type=Path, help="file to write")
+    parser.add_argument(
+        "target", type=Path, help="file to write; with --all the folder for ktd-demo-TYPE.gguf"
+    )
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
         "--type", help="one block type for all matrices whose rows it fits, e.g. Q4_K or IQ2_XXS"
     )
     kind.add_argument("--mix", action="store_true", help="the mix of the shipped small file")
+    kind.add_argument("--all", action="store_true", help="a file for every type")
     parser.add_argument("--importance", type=Path, help="npz that ktd.embedded.importance wrote")
     args = parser.parse_args(argv)
     importance: dict[str, F32] = dict(np.load(args.importance)) if args.importance else {}
-    # k_b has rows of 32: 256-value types fall back to one of 32.
-    rules = MIX if args.mix else ((r"attn_k_b", fallback(args.type)), (r".*", args.type))
-    quantize(args.source, args.target, rules, importance)
+    if args.mix:
+        quantize(args.source, args.target, MIX, importance)
+    for name in TYPES if args.all else filter(None, [args.type]):
+        target = args.target / f"ktd-demo-{name}.gguf" if args.all else args.target
+        # k_b has rows of 32: 256-value types fall back to one of 32.
+        quantize(args.source, target, ((r"attn_k_b", fallback(name)), (r".*", name)), importance)
 
 
 def fallback(name: str) -> str:
