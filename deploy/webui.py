@@ -227,8 +227,8 @@ class Admin:
     def publish(self, model: Mapping[str, Any]) -> None:
         """Lets every user see the model; without a grant only administrators do.
 
-        A new record also switches Open WebUI's own search for <think> off: the Pipe delivers thoughts apart, and
-        an answer that quotes the tag would be torn. A record that is there keeps its parameters.
+        A new record also switches Open WebUI's own search for think tags off: the Pipe delivers thoughts
+        apart, and an answer that quotes the tag would be torn. A record that is there keeps its parameters.
         """
         grant = {"principal_type": "user", "principal_id": "*", "permission": "read"}
         record = {"id": model["id"], "name": model["name"], "access_grants": [grant]}

@@ -186,6 +186,7 @@ const buttons = [...m.querySelectorAll('button')];
 const thought = buttons.find(b => /^(Thought|Thinking)/.test(text(b)));
 return {
   count: all.length,
+  done: !!m.querySelector('.copy-response-button'),
   thought_label: text(thought),
   thought_open: !!thought && thought.getAttribute('aria-expanded') === 'true',
   text: [...m.querySelectorAll('#response-content-container .markdown-prose')].map(text).join('\\n').trim(),
@@ -268,13 +269,11 @@ class Browser:
             raise AssertionError(f"{error}; the page shows {(self.answer() or {}).get('whole')!r}") from None
 
     def finished(self) -> bool:
-        return not self.driver.find_elements("css selector", "button[aria-label='Stop']")
+        """Whether the last answer has ended: then it has a button to copy it."""
+        return bool((self.answer() or {"done": False})["done"])
 
     def wait_finished(self, seconds: float = 60) -> dict[str, Any]:
-        self.wait_answer(lambda shown: self.finished(), "the answer is finished", seconds)
-        shown = self.answer()
-        assert shown is not None
-        return shown
+        return self.wait_answer(lambda shown: shown["done"], "the answer is finished", seconds)
 
     def stop(self) -> None:
         self.driver.find_element("css selector", "button[aria-label='Stop']").click()

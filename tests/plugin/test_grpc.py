@@ -328,6 +328,25 @@ async def test_odd_bodies_are_understood() -> None:
     assert (first.model, second.model) == ("ktd-fake", "")
 
 
+@pytest.mark.parametrize(
+    ("more", "valves", "own", "wanted"),
+    [
+        ({}, {}, {}, None),
+        ({"reasoning_effort": None}, {}, {}, None),
+        ({"reasoning_effort": "high"}, {}, {}, None),
+        ({"reasoning_effort": "none"}, {"THINKING": "on"}, {}, False),
+        ({"think": True}, {"THINKING": "off"}, {"THINKING": "off"}, True),
+        ({}, {"THINKING": "off"}, {"THINKING": "on"}, True),
+        ({}, {"THINKING": "off"}, {}, False),
+    ],
+)
+async def test_who_decides_whether_to_think(more: Any, valves: Any, own: Any, wanted: bool | None) -> None:
+    async with scripted_pipe([text("x"), STOP], **valves) as (pipe, daemon):
+        await ask(pipe, browser_body("q", **more), __user__={"valves": pipe.UserValves(**own)})
+    (request,) = daemon.requests
+    assert (request.thinking if request.HasField("thinking") else None) == wanted
+
+
 async def leave_by_task_cancel(answer: Any) -> None:
     async def consume() -> None:
         async for _ in answer:

@@ -1,10 +1,11 @@
-"""Takes the README's pictures of the real page: `python tests/webui/screenshots.py [FOLDER]`, default docs/images.
+"""Takes the README's pictures of the real page: `python tests/webui/screenshots.py [FOLDER]` (docs/images).
 
 Starts `ktd serve` on the embedded model and an Open WebUI of its own, asks, and ends both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import time
@@ -23,28 +24,35 @@ from webui_kit import (
 )
 
 RESULTS = [
-    {"title": "Lake Vero", "link": "https://lakes.example/vero", "snippet": "Lake Vero is 12 km long."},
-    {"title": "Mount Tarn", "link": "https://peaks.example/tarn", "snippet": "Mount Tarn is 1840 m high."},
+    {
+        "title": "Alder Tower",
+        "link": "https://a.example/alder",
+        "snippet": "The Alder Tower was built in 1921.",
+    },
+    {
+        "title": "Mill Bridge",
+        "link": "https://a.example/mill",
+        "snippet": "The Mill Bridge is 40 metres high.",
+    },
 ]
 
 
 def main(folder: Path) -> None:
-    search, script = SearchEngine(RESULTS), load_webui_script()
-    try:
-        with tempfile.TemporaryDirectory() as work, real_daemon() as daemon:
-            with open_webui(Path(work) / "webui", search.settings) as server:
-                with script.Admin(server.url, server.login) as admin:
-                    admin.install_pipe({"BASE_URL": f"grpc://{daemon.address}", "SEARCH_RESULTS": 2})
-                    (model,) = admin.models()
-                    admin.publish(model)
-                token = sign_in(server.url, server.login.email, server.login.password)
-                browser = Browser(server.url, token, Path(work) / "profile", (1180, 720))
-                try:
-                    take(browser, folder)
-                finally:
-                    browser.close()
-    finally:
-        search.close()
+    script = load_webui_script()
+    with contextlib.ExitStack() as stack:
+        search = SearchEngine(RESULTS)
+        stack.callback(search.close)
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        daemon = stack.enter_context(real_daemon())
+        server = stack.enter_context(open_webui(work / "webui", search.settings))
+        with script.Admin(server.url, server.login) as admin:
+            admin.install_pipe({"BASE_URL": f"grpc://{daemon.address}", "SEARCH_RESULTS": 2})
+            (model,) = admin.models()
+            admin.publish(model)
+        token = sign_in(server.url, server.login.email, server.login.password)
+        browser = Browser(server.url, token, work / "profile", (1180, 720))
+        stack.callback(browser.close)
+        take(browser, folder)
 
 
 def take(browser: Browser, folder: Path) -> None:
@@ -56,7 +64,7 @@ def take(browser: Browser, folder: Path) -> None:
     browser.screenshot(folder / "chat.png")
     browser.new_chat()
     browser.web_search()
-    browser.ask("How long is Lake Vero?")
+    browser.ask("When was the Alder Tower built?")
     browser.wait_finished()
     time.sleep(2)
     browser.screenshot(folder / "search.png")
