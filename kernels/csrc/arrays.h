@@ -38,6 +38,7 @@ void check_array(const Array<T>& a, const char* name, std::initializer_list<int6
     reject(std::string(name) + " has shape " + got + "], but this call needs " +
            shape_text(shape.begin(), shape.size()) + " (-1 = any size).");
   }
+  if (a.size() == 0) return;
   int64_t expected = 1;
   for (size_t i = a.ndim(); i-- > 0;) {
     if (a.shape(i) <= 1) continue;

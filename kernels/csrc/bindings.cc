@@ -191,7 +191,7 @@ NB_MODULE(_C, m) {
 
   nb::class_<PyWeight>(m, "Weight",
                        "A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.")
-      .def("__init__", &init_weight, "data"_a, "ggml_type"_a, "shape"_a,
+      .def("__init__", &init_weight, "data"_a.noconvert(), "ggml_type"_a, "shape"_a,
            "data: uint8 [bytes]; ggml_type: GGUF tensor type; shape: (rows, cols) or (count, rows, cols).")
       .def_prop_ro("shape", [](const PyWeight& w) { return nb::tuple(nb::cast(weight_shape(w))); })
       .def_prop_ro("ggml_type", [](const PyWeight& w) { return format_info(w.format).ggml_type; })
@@ -204,15 +204,16 @@ NB_MODULE(_C, m) {
           "best.")
       .def_prop_ro("isa", [](const Cpu& self) { return self.table.name; })
       .def_prop_ro("threads", [](const Cpu& self) { return self.pool.threads(); })
-      .def("linear", &py_linear, "w"_a, "x"_a, "out"_a, "accumulate"_a = false,
+      .def("linear", &py_linear, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a = false,
            "out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.")
-      .def("linear_heads", &py_linear_heads, "w"_a, "x"_a, "out"_a,
+      .def("linear_heads", &py_linear_heads, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(),
            "out[n, h, :] = w[h] @ x[n, h, :] for a stack w[H, rows, cols]; float32, outer dimensions may be "
            "strided.")
-      .def("mlp", &py_mlp, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a, "accumulate"_a = false,
-           "out[n, d] (+)= down(silu(gate x) * (up x)) for gate, up [f, d] and down [d, f].")
-      .def("moe", &py_moe, "gate"_a, "up"_a, "down"_a, "x"_a, "ids"_a, "weights"_a, "out"_a,
+      .def("mlp", &py_mlp, "gate"_a, "up"_a, "down"_a, "x"_a.noconvert(), "out"_a.noconvert(),
            "accumulate"_a = false,
+           "out[n, d] (+)= down(silu(gate x) * (up x)) for gate, up [f, d] and down [d, f].")
+      .def("moe", &py_moe, "gate"_a, "up"_a, "down"_a, "x"_a.noconvert(), "ids"_a.noconvert(),
+           "weights"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a = false,
            "Sum over j of weights[n, j] * expert ids[n, j] of x[n], added in the order of j; gate, up [E, f, "
            "d], down "
            "[E, d, f], ids int32 [n, k], weights float32 [n, k].");

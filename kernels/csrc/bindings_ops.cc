@@ -184,29 +184,32 @@ void py_embed(Cpu& cpu, const PyWeight& w, ConstInts ids, Floats out) {
 
 void bind_ops(nb::class_<Cpu>& cpu) {
   using namespace nb::literals;
-  cpu.def("embed", py_embed, "w"_a, "ids"_a, "out"_a,
+  cpu.def("embed", py_embed, "w"_a, "ids"_a.noconvert(), "out"_a.noconvert(),
           "out[i] = row ids[i] of w[vocab, d]; ids int32 [n], out [n, d].")
-      .def("rms_norm", py_rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a,
+      .def("rms_norm", py_rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(),
            "out = x / sqrt(mean(x²) + eps) · weight; x and out [n, d] with strided rows, may be the same; "
            "weight [d].")
-      .def("rope", py_rope, "x"_a, "positions"_a, "table"_a,
+      .def("rope", py_rope, "x"_a.noconvert(), "positions"_a.noconvert(), "table"_a.noconvert(),
            "Rotate the pairs (2i, 2i+1) of x [n, H, dr] (strided) in place; positions int32 [n], table "
            "[max_pos, dr] "
            "holds cos, sin per pair.")
-      .def("store_latent", py_store_latent, "latent"_a, "slots"_a, "cache"_a,
+      .def("store_latent", py_store_latent, "latent"_a.noconvert(), "slots"_a.noconvert(),
+           "cache"_a.noconvert(),
            "Write latent [n, w] (strided rows) to slots int64 [n] of cache [pages, page_size, w], float32 or "
            "bfloat16 as "
            "uint16 (rounded to nearest even); slot = page · page_size + offset.")
-      .def("mla_attention", py_mla_attention, "q_latent"_a, "q_rope"_a, "cache"_a, "page_table"_a,
-           "seq_of_row"_a, "context"_a, "scale"_a, "out"_a,
+      .def("mla_attention", py_mla_attention, "q_latent"_a.noconvert(), "q_rope"_a.noconvert(),
+           "cache"_a.noconvert(), "page_table"_a.noconvert(), "seq_of_row"_a.noconvert(),
+           "context"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
            "out [n, H, r] = softmax(scale · (q_latent · c + q_rope · k)) · c over the first context[i] "
            "tokens of sequence "
            "seq_of_row[i]. q_latent [n, H, r] and q_rope [n, H, dr] may be strided; cache [pages, page_size, "
            "r + dr] "
            "float32 or bfloat16 as uint16; page_table int32 [sequences, max_pages], whose unused slots are "
            "never read.")
-      .def("route", py_route, "logits"_a, "bias"_a.none(), "gating"_a, "groups"_a, "groups_used"_a,
-           "group_score"_a, "used"_a, "normalise"_a, "scale"_a, "ids_out"_a, "weights_out"_a,
+      .def("route", py_route, "logits"_a.noconvert(), "bias"_a.noconvert().none(), "gating"_a, "groups"_a,
+           "groups_used"_a, "group_score"_a, "used"_a, "normalise"_a, "scale"_a, "ids_out"_a.noconvert(),
+           "weights_out"_a.noconvert(),
            "Choose experts: logits [n, E], bias [E] or None, gating 'softmax' or 'sigmoid', group_score "
            "'max' or "
            "'top2'; ids_out int32 [n, used] in descending order of choice, weights_out [n, used].");

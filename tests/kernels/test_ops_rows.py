@@ -20,7 +20,7 @@ def normal(rng: np.random.Generator, *shape: int) -> F32:
 @pytest.mark.parametrize("d", [*range(1, 70), 255, 256, 512, 1408, 1536, 7168])
 def test_rms_norm_matches_reference(cpu: Cpu, d: int) -> None:
     rng = np.random.default_rng(d)
-    wide = normal(rng, 3, d + 5) * 10.0 ** rng.integers(-3, 4)
+    wide = normal(rng, 3, d + 5) * np.float32(10.0 ** rng.integers(-3, 4))
     x, weight, out = wide[:, :d], normal(rng, d), np.full((3, d + 3), np.nan, np.float32)
     cpu.rms_norm(x, weight, 1e-6, out[:, :d])
     want = reference.rms_norm(x, weight, 1e-6)

@@ -1,0 +1,140 @@
+"""Which instruction set runs: best first, forced by name, refused when the CPU lacks it; kept apart."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ktd_kernels import Cpu, cpu_features, isa_list
+
+KNOWN = ["avx512", "avx512bw", "avx2", "scalar"]  # best first
+
+
+def test_list_is_best_first_and_ends_in_scalar() -> None:
+    names = isa_list()
+    assert names == [name for name in KNOWN if name in names]
+    assert names[-1] == "scalar"
+
+
+def test_list_agrees_with_the_features() -> None:
+    features, names = set(cpu_features()), set(isa_list())
+    assert ("avx2" in names) == ({"avx2", "fma", "f16c", "bmi2"} <= features)
+    assert ("avx512" in names) == ("avx2" in names and {"avx512", "avx512_vnni"} <= features)
+
+
+def test_features_agree_with_the_kernel() -> None:
+    """What the system reports in /proc/cpuinfo is CPUID as the system has enabled it."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    if flags is None or _emulated():
+        pytest.skip("an emulated CPU does not show in /proc/cpuinfo")
+    present = set(flags[1].split())
+    for feature, flag in [
+        ("avx2", "avx2"),
+        ("fma", "fma"),
+        ("avx512_vnni", "avx512_vnni"),
+        ("amx_int8", "amx_int8"),
+    ]:
+        assert (feature in cpu_features()) == (flag in present), feature
+
+
+def _emulated() -> bool:
+    return "qemu" in Path("/proc/self/exe").resolve().name or "qemu" in Path("/proc/self/maps").read_text()
+
+
+def test_default_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KTD_ISA", raising=False)
+    assert Cpu(1).isa == isa_list()[0]
+
+
+def test_every_supported_one_can_be_forced(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Cpu(1, isa).isa == isa
+    monkeypatch.setenv("KTD_ISA", isa)
+    assert Cpu(1).isa == isa
+
+
+def test_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTD_ISA", "nonsense")
+    assert Cpu(1, "scalar").isa == "scalar"
+
+
+def test_unknown_names_are_refused_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = re.escape(", ".join(isa_list()))
+    with pytest.raises(ValueError, match=f"Unknown instruction set 'sse9'; choose one of: {choices}"):
+        Cpu(1, "sse9")
+    monkeypatch.setenv("KTD_ISA", "sse9")
+    with pytest.raises(ValueError, match="Unknown instruction set 'sse9'"):
+        Cpu(1)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_unsupported_names_are_refused(name: str) -> None:
+    if name in isa_list():
+        pytest.skip(f"this CPU has {name}; the runs under qemu cover the refusal")
+    with pytest.raises(ValueError, match=f"does not support the instruction set '{name}'; choose one of:"):
+        Cpu(1, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "best"), [("Nehalem", "scalar"), ("Haswell", "avx2")])
+def test_smaller_cpus_take_what_they_have(model: str, best: str) -> None:
+    qemu = shutil.which("qemu-x86_64-static")
+    if qemu is None or _emulated():
+        pytest.skip("needs qemu-x86_64-static (apt install qemu-user-static), not itself emulated")
+    code = "import ktd_kernels as k; print(k.Cpu(1).isa); k.Cpu(1, 'avx512')"
+    done = subprocess.run(
+        [qemu, "-cpu", model, sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == [best]
+    assert "does not support the instruction set 'avx512'" in done.stderr
+
+
+def test_wide_registers_stay_inside_their_instruction_set() -> None:
+    """A shared inline function compiled for AVX-512 would crash an older CPU, depending on link order."""
+    objects = _objects()
+    wide = re.compile(r"%[yz]mm|%k[0-7]|\bv[a-z0-9]+ .*%xmm")
+    seen = set()
+    for path in objects:
+        isa = re.search(r"isa_(\w+)\.dir", str(path))
+        text = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        name = isa[1] if isa else "baseline"
+        if name in ("baseline", "scalar"):
+            assert not wide.search(text), f"{path.name} holds wide instructions"
+        elif name == "avx2":
+            assert "%ymm" in text
+            assert not re.search(r"%zmm|%k[0-7]", text), f"{path.name} holds AVX-512 instructions"
+        else:
+            assert "%zmm" in text
+            assert ("vpdpbusd" in text) == (name == "avx512"), f"VNNI in the wrong table: {path.name}"
+        seen.add(name)
+    assert seen == {"baseline", *KNOWN}
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512bw", "avx512"])
+def test_wide_objects_export_nothing_but_their_table(name: str) -> None:
+    """Weak (shared inline) symbols in a wide object could be picked by the linker for everybody."""
+    (path,) = [p for p in _objects() if f"isa_{name}.dir" in str(p)]
+    symbols = subprocess.run(
+        ["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True
+    )
+    shared = [line for line in symbols.stdout.splitlines() if line.split()[1] in "TWVBDRu"]
+    assert [line.split(maxsplit=2)[2] for line in shared] == [f"ktd::{name}::table()"]
+
+
+def _objects() -> list[Path]:
+    if shutil.which("objdump") is None or shutil.which("nm") is None:
+        pytest.skip("needs objdump and nm (apt install binutils)")
+    build = Path(__file__).parents[2] / "build"
+    objects = [
+        p for p in build.glob("*/kernels/csrc/CMakeFiles/*/*.o") if "nanobind" not in str(p.parent.name)
+    ]
+    if not objects:
+        pytest.skip("the module was not built in this checkout (make up), so there are no objects to look at")
+    return objects
