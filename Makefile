@@ -30,7 +30,7 @@ BUDGET_PEERS := 600
 BUDGET_WEBUI := 900
 BUDGET_SETUP := 2400
 
-.PHONY: help proto up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
+.PHONY: help proto stub up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -139,6 +139,10 @@ bench: $(VENV)/.built
 proto: $(VENV)/.dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --mypy_out=proto \
 	  --grpc_python_out=proto --mypy_grpc_out=proto ktd_proto/v1/engine.proto
+
+# Regenerates the committed types of the kernel module.
+stub: $(VENV)/.built
+	@$(BIN)/python -m nanobind.stubgen -q -m ktd_kernels._C -o kernels/ktd_kernels/_C.pyi
 
 wheel: $(VENV)/.run
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .

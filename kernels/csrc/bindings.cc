@@ -193,10 +193,13 @@ NB_MODULE(_C, m) {
                        "A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.")
       .def("__init__", &init_weight, "data"_a.noconvert(), "ggml_type"_a, "shape"_a,
            "data: uint8 [bytes]; ggml_type: GGUF tensor type; shape: (rows, cols) or (count, rows, cols).")
-      .def_prop_ro("shape", [](const PyWeight& w) { return nb::tuple(nb::cast(weight_shape(w))); })
+      .def_prop_ro(
+          "shape", [](const PyWeight& w) { return nb::tuple(nb::cast(weight_shape(w))); },
+          nb::sig("def shape(self) -> tuple[int, ...]"))
       .def_prop_ro("ggml_type", [](const PyWeight& w) { return format_info(w.format).ggml_type; })
       .def_prop_ro("nbytes", [](const PyWeight& w) { return w.count * w.rows * w.row_bytes; })
-      .def("dequantize", &dequantize, "float32 array of `shape`, bit-equal to gguf.quants.dequantize.");
+      .def("dequantize", &dequantize, nb::sig("def dequantize(self) -> NDArray[numpy.float32]"),
+           "float32 array of `shape`, bit-equal to gguf.quants.dequantize.");
 
   nb::class_<Cpu> cpu(m, "Cpu", "A pinned thread pool and the kernels of one instruction set.");
   cpu.def(nb::new_(&make_cpu), "threads"_a = nb::none(), "isa"_a = nb::none(),

@@ -1,0 +1,101 @@
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+def isa_list() -> list[str]:
+    """Names of the instruction sets this CPU and system support, best first."""
+
+def cpu_features() -> list[str]:
+    """CPU features, finer than isa_list, that the system has enabled."""
+
+def memory_bandwidth(threads: int, seconds: float = 0.5) -> float:
+    """
+    Bytes a second that `threads` threads together read from memory, measured over `seconds`.
+    """
+
+class Weight:
+    """
+    A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.
+    """
+
+    def __init__(self, data: Annotated[NDArray[numpy.uint8], dict(device='cpu', writable=False)], ggml_type: int, shape: Sequence[int]) -> None:
+        """
+        data: uint8 [bytes]; ggml_type: GGUF tensor type; shape: (rows, cols) or (count, rows, cols).
+        """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ggml_type(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def dequantize(self) -> NDArray[numpy.float32]:
+        """float32 array of `shape`, bit-equal to gguf.quants.dequantize."""
+
+class Cpu:
+    """A pinned thread pool and the kernels of one instruction set."""
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        """
+        threads: default one per physical core within the cgroup's quota; isa: default KTD_ISA or the best.
+        """
+
+    @property
+    def isa(self) -> str: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    def linear(self, w: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], accumulate: bool = False) -> None:
+        """
+        out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.
+        """
+
+    def linear_heads(self, w: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
+        """
+        out[n, h, :] = w[h] @ x[n, h, :] for a stack w[H, rows, cols]; float32, outer dimensions may be strided.
+        """
+
+    def mlp(self, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], accumulate: bool = False) -> None:
+        """
+        out[n, d] (+)= down(silu(gate x) * (up x)) for gate, up [f, d] and down [d, f].
+        """
+
+    def moe(self, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], accumulate: bool = False) -> None:
+        """
+        Sum over j of weights[n, j] * expert ids[n, j] of x[n], added in the order of j; gate, up [E, f, d], down [E, d, f], ids int32 [n, k], weights float32 [n, k].
+        """
+
+    def embed(self, w: Weight, ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
+        """out[i] = row ids[i] of w[vocab, d]; ids int32 [n], out [n, d]."""
+
+    def rms_norm(self, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], weight: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], eps: float, out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
+        """
+        out = x / sqrt(mean(x²) + eps) · weight; x and out [n, d] with strided rows, may be the same; weight [d].
+        """
+
+    def rope(self, x: Annotated[NDArray[numpy.float32], dict(device='cpu')], positions: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], table: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)]) -> None:
+        """
+        Rotate the pairs (2i, 2i+1) of x [n, H, dr] (strided) in place; positions int32 [n], table [max_pos, dr] holds cos, sin per pair.
+        """
+
+    def store_latent(self, latent: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int64], dict(device='cpu', writable=False)], cache: Annotated[NDArray, dict(device='cpu')]) -> None:
+        """
+        Write latent [n, w] (strided rows) to slots int64 [n] of cache [pages, page_size, w], float32 or bfloat16 as uint16 (rounded to nearest even); slot = page · page_size + offset.
+        """
+
+    def mla_attention(self, q_latent: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], q_rope: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], cache: Annotated[NDArray, dict(device='cpu', writable=False)], page_table: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], seq_of_row: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], context: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], scale: float, out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
+        """
+        out [n, H, r] = softmax(scale · (q_latent · c + q_rope · k)) · c over the first context[i] tokens of sequence seq_of_row[i]. q_latent [n, H, r] and q_rope [n, H, dr] may be strided; cache [pages, page_size, r + dr] float32 or bfloat16 as uint16; page_table int32 [sequences, max_pages], whose unused slots are never read.
+        """
+
+    def route(self, logits: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], bias: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)] | None, gating: str, groups: int, groups_used: int, group_score: str, used: int, normalise: bool, scale: float, ids_out: Annotated[NDArray[numpy.int32], dict(device='cpu')], weights_out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
+        """
+        Choose experts: logits [n, E], bias [E] or None, gating 'softmax' or 'sigmoid', group_score 'max' or 'top2'; ids_out int32 [n, used] in descending order of choice, weights_out [n, used].
+        """
