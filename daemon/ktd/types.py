@@ -170,7 +170,7 @@ class Failed:
 EngineEvent = Queued | Prefilled | Tokens | Ended | Failed
 
 
-# What a client is told about one chat (the daemon's side of ktd.v1.ChatEvent). Queued is shared with the engine.
+# What a client is told about one chat (the daemon's side of ktd.v1.ChatEvent). Queued is the engine's.
 
 
 @dataclass(frozen=True, slots=True)
