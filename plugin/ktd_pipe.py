@@ -1115,7 +1115,7 @@ def read_thinking(body: Mapping[str, Any], *choices: str) -> bool | None:
     """
     if isinstance(body.get("think"), bool):
         return bool(body["think"])
-    if str(body.get("reasoning_effort", "")).lower() in ("none", "off"):
+    if str(body.get("reasoning_effort") or "").lower() in ("none", "off"):
         return False
     for choice in choices:
         if choice in ("on", "off"):
