@@ -1,8 +1,8 @@
 """Writes grids.cc, the lookup grids of the IQ formats, from the `gguf` package: `generate_grids.py OUT`.
 
-Entry i of a grid is one group of 8 (IQ1, IQ2) or 4 (IQ3) weights, one byte each, lowest address first. IQ1's
-values -1, 0, 1 are stored as 0, 1, 2; all others are magnitudes. kSigns maps a 7-bit sign field to 8 sign bits
-of even parity.
+Entry i of a grid is one group of 8 (IQ1, IQ2) or 4 (IQ3) weights, one byte each, lowest address first.
+IQ1's values -1, 0, 1 are stored as 0, 1, 2; all others are magnitudes. kSigns maps a 7-bit sign field to 8
+sign bits of even parity.
 """
 
 from __future__ import annotations

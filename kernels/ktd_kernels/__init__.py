@@ -1,7 +1,8 @@
 """CPU kernels of ktd: products with GGUF blocks and the other ops of a layer, in several instruction sets.
 
 All arrays are float32 on the CPU unless a method says otherwise; numpy arrays and torch tensors are taken
-alike. A wrong shape, type or layout raises ValueError or TypeError before anything runs; results are written into `out`.
+alike. A wrong shape, type or layout raises ValueError or TypeError before anything runs; results are written
+into `out`.
 """
 
 from ktd_kernels._C import Cpu, Weight, cpu_features, isa_list, memory_bandwidth
