@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
 
 def take(browser: Browser, folder: Path) -> None:
     browser.new_chat()
-    browser.ask('How many times does the letter e occur in "between"?')
+    browser.ask("What is 347 + 286?")
     browser.wait_finished()
     browser.open_thought()
     time.sleep(2)
