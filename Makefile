@@ -63,7 +63,8 @@ up: $(VENV)/.built
 	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/up.sh $(GGUF)
 
 down:
-	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/down.sh
+	@$(BIN)/python deploy/webui.py stop
+	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/stop.sh
 
 webui: $(VENV)/.built webui-env
 	@$(BIN)/python deploy/webui.py start

@@ -16,11 +16,12 @@ served=${KTD_GGUF_PATH:-the embedded model}
 
 if "${supervisor[@]}" pid >/dev/null 2>&1; then
   if [ "$(cat run/served 2>/dev/null)" != "$served" ]; then
-    echo "Stopping the daemon that serves $(cat run/served 2>/dev/null || echo something else)"
-    deploy/down.sh
+    echo "Another model is asked for than is served: $(cat run/served 2>/dev/null)"
+    deploy/stop.sh
+    supervisord -c deploy/supervisord.conf
   fi
-fi
-if ! "${supervisor[@]}" pid >/dev/null 2>&1; then
+else
+  deploy/stop.sh >/dev/null # one that is stopping just now keeps its socket until it is gone
   supervisord -c deploy/supervisord.conf
 fi
 echo "$served" >run/served
