@@ -60,7 +60,7 @@ $(VENV)/.built: $(VENV)/.run $(SOURCES)
 	@touch $@
 
 up: $(VENV)/.built
-	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/up.sh $(GGUF)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/up.sh "$(GGUF)"
 
 down:
 	@$(BIN)/python deploy/webui.py stop

@@ -1,4 +1,5 @@
-"""Asks the daemon one real question and shows its thought and answer; the embedded model's is checked.
+"""`first_question.py PID`: asks the daemon with this process id one real question, shows its thought and
+answer, and says what to do next. The embedded model's answer is checked.
 
 Exits with 1 when no answer comes or the embedded model answers wrongly twice.
 """
@@ -15,13 +16,23 @@ from ktd.chat.request import new_request_id
 from ktd.client import Client
 from ktd.commands.wait import address_of
 from ktd.embedded.questions import check, draw_question
-from ktd.errors import KtdError
+from ktd.errors import KtdError, SettingsError
+from ktd.server.run_record import RunRecordFile
 from ktd.settings import Settings, load
 from ktd.types import Answer, ChatRequest, Message, Reasoning, SamplingParams
 
 ANY_MODEL = "Which is larger, 9.11 or 9.9? Answer in one sentence."
 # Even a small model is right nearly always; twice wrong in a row is a fault.
 TRIES = 2
+
+NEXT = """
+The daemon runs under supervisor:  supervisorctl -c deploy/supervisord.conf status|stop|restart|tail ktd
+In Open WebUI (make webui installs one with all of this done) paste plugin/ktd_pipe.py under
+Admin Panel -> Functions -> +, switch it on, and set its valves:
+  BASE_URL  {address}
+  API_KEY   {key}
+  MODELS    (leave it empty: the daemon is asked)
+Next:  make webui     or talk in this terminal:  .venv/bin/ktd chat --connect {address}"""
 
 
 async def ask(settings: Settings, question: str, sampling: SamplingParams) -> tuple[str, str]:
@@ -46,25 +57,45 @@ async def ask(settings: Settings, question: str, sampling: SamplingParams) -> tu
     return thought, answer
 
 
-def main() -> int:
+def check_daemon(settings: Settings, pid: int) -> None:
+    """Raises SettingsError when it is another daemon that answers on the port."""
+    record = RunRecordFile(settings.grpc_port).read()
+    if record and record.alive and record.pid != pid:
+        raise SettingsError(
+            f"Another ktd (process {record.pid}) answers on {address_of(settings)}, not the supervised one:"
+            " stop it, or set KTD_GRPC_PORT and KTD_PORT to free ports."
+        )
+
+
+def main(pid: int) -> int:
     settings = load(argparse.Namespace())
+    check_daemon(settings, pid)
+    if not first_answer(settings):
+        return 1
+    key = "(the key of KTD_API_KEY)" if settings.api_key else "(leave it empty)"
+    print(NEXT.format(address=address_of(settings), key=key))
+    return 0
+
+
+def first_answer(settings: Settings) -> bool:
+    """Whether a question was answered, rightly as far as that can be told."""
     if settings.gguf_path:
         print(f"Question: {ANY_MODEL}")
         asyncio.run(ask(settings, ANY_MODEL, SamplingParams()))
-        return 0
+        return True
     for _ in range(TRIES):
         question = draw_question(random.Random())
         print(f"Question: {question.text}")
         thought, answer = asyncio.run(ask(settings, question.text, SamplingParams(temperature=0)))
         if check(question, thought, answer):
             print("That is right.")
-            return 0
+            return True
         print("That is wrong: even a model this small should know. Asking another one.")
-    return 1
+    return False
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(int(sys.argv[1])))
     except KtdError as error:
         sys.exit(f"ktd: {error}")

@@ -27,15 +27,4 @@ fi
 echo "$served" >run/served
 "${supervisor[@]}" start ktd >/dev/null 2>&1 || true # it may run already; `ktd wait` says what is wrong if not
 ktd wait --timeout 3600
-python deploy/first_question.py
-
-cat <<'TEXT'
-
-The daemon runs under supervisor:  supervisorctl -c deploy/supervisord.conf status|stop|restart|tail ktd
-In Open WebUI (make webui installs one with all of this done) paste plugin/ktd_pipe.py under
-Admin Panel -> Functions -> +, switch it on, and set its valves:
-  BASE_URL  grpc://127.0.0.1:50051
-  API_KEY   (leave it empty)
-  MODELS    (leave it empty: the daemon is asked)
-Next:  make webui     or talk in this terminal:  .venv/bin/ktd chat --connect grpc://127.0.0.1:50051
-TEXT
+python deploy/first_question.py "$("${supervisor[@]}" pid ktd)"

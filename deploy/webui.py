@@ -4,8 +4,8 @@
     python deploy/webui.py stop
     python deploy/webui.py install URL EMAIL      puts the Pipe into an Open WebUI that runs already
 
-`start` wants Open WebUI in the environment KTD_WEBUI_ENV (`make webui-env` makes it). The daemon's address
-and key are taken from KTD_BASE_URL and KTD_API_KEY, the port from KTD_WEBUI_PORT.
+`start` wants Open WebUI in the environment KTD_WEBUI_ENV (`make webui-env` makes it) and takes its port from
+KTD_WEBUI_PORT. The daemon's address and key are those of its settings; KTD_BASE_URL names another service.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from ktd.commands.wait import address_of
+from ktd.settings import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPE = ROOT / "plugin" / "ktd_pipe.py"
@@ -245,9 +248,10 @@ class Admin:
 
 def set_up(admin: Admin) -> list[str]:
     """Installs the Pipe and shows its models to everybody; returns their names."""
+    settings = load(argparse.Namespace())
     valves = {
-        "BASE_URL": os.environ.get("KTD_BASE_URL", "grpc://127.0.0.1:50051"),
-        "API_KEY": os.environ.get("KTD_API_KEY", ""),
+        "BASE_URL": os.environ.get("KTD_BASE_URL") or str(address_of(settings)),
+        "API_KEY": settings.api_key or "",
     }
     admin.install_pipe(valves)
     models = admin.models()

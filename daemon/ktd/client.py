@@ -59,6 +59,9 @@ class Address:
     authority: str
     secure: bool
 
+    def __str__(self) -> str:
+        return f"grpc{'s' if self.secure else ''}://{self.authority}"
+
     @classmethod
     def parse(cls, text: str) -> Address:
         """Reads grpc://host:port or grpcs://host:port; the port is 50051 where it is left out.
