@@ -149,7 +149,7 @@ def test_a_mistake_is_not_tried_again(
 
 
 def test_both_files_agree_on_the_life_of_the_program() -> None:
-    places = {"command", "directory", "environment", "stdout_logfile"}
+    places = {"command", "directory", "environment", "stdout_logfile", "user"}
     programs = []
     for name in ("supervisord.conf", "ktd.conf"):
         parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
