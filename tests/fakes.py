@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ktd.chat import ServedModel
@@ -51,6 +52,7 @@ class FakeText:
 
     stop_ids = frozenset({STOP_ID})
     vocab_size = 0x110000
+    longest_token = 4
 
     def encode(self, text: str) -> list[int]:
         return list(map(ord, text))
@@ -117,6 +119,7 @@ class FakeEngine:
     ) -> None:
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
+        self.death: Future[None] = Future()
         self._script = script
         self._step_seconds = step_seconds
         self._tokens_per_step = tokens_per_step

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fakes import SERVED, FakeEngine, FakeText, echo
 
 from ktd.chat import ChatService
+from ktd.chat.service import RENDERERS
 from ktd.errors import Busy, ContextExceeded, EngineFailure, RequestError
 from ktd.types import (
     Answer,
@@ -204,3 +208,34 @@ async def test_a_malformed_tool_call_is_text() -> None:
         events = await events_of(chat, ask("x", tools=[Tool("weather", "", "{}")]))
     assert "weather" in joined(events, Answer)
     assert [event.name for event in events if isinstance(event, ToolCall)] == ["time"]
+
+
+async def test_a_prompt_that_no_context_holds_is_refused_before_it_is_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeText, "render", lambda *args, **kwargs: pytest.fail("it was rendered"))
+    async with service() as (chat, engine):
+        for text in ("x" * 4_000_000, "你" * (SERVED.context * 4 // 3 + 1)):
+            with pytest.raises(ContextExceeded, match="longer than the context: it has"):
+                await events_of(chat, ask(text))
+    assert not engine.requests
+
+
+async def test_few_prompts_are_rendered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    render, lock = FakeText.render, threading.Lock()
+    now = most = 0
+
+    def slow(self: FakeText, *args: Any, **kwargs: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return render(self, *args, **kwargs)
+
+    monkeypatch.setattr(FakeText, "render", slow)
+    async with service() as (chat, _):
+        await asyncio.gather(*(events_of(chat, ask(str(n))) for n in range(8)))
+    assert most == RENDERERS

@@ -208,6 +208,29 @@ def test_no_text_takes_quadratic_time(model_of: ModelOf, pre: str, unit: str) ->
     assert time.perf_counter() - start < 5
 
 
+def test_others_go_on_while_a_long_text_is_encoded(model_of: ModelOf) -> None:
+    model = model_of("deepseek-r1")
+    words = " ".join(f"word{n}" for n in range(60_000))
+    model.encode(words[:1000])
+    longest = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        begun = time.perf_counter()
+        encoding = pool.submit(model.encode, words)
+        while not encoding.done():
+            before = time.perf_counter()
+            time.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+        took = time.perf_counter() - begun
+    assert longest < took / 2, f"a thread stood still for {longest:.2f} of {took:.2f} s"
+
+
+def test_no_token_of_a_text_is_longer_than_told(model_of: ModelOf) -> None:
+    model = model_of("deepseek-r1")
+    text = "How many letters are there? 你好,世界! " * 50
+    assert len(text.encode()) <= len(model.encode(text)) * model.longest_token
+    assert model.longest_token > 1
+
+
 def test_threads_may_encode_at_once(model_of: ModelOf) -> None:
     model = model_of("deepseek-r1")
     expected = [model.encode(text) for text in TEXTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 
 from ktd.chat.interfaces import Generator, Prompt, Text
 from ktd.chat.mailbox import Mailbox
@@ -26,6 +27,8 @@ from ktd.types import (
 
 # Prompt progress is told at least this often, even while one chunk takes longer.
 PROGRESS_SECONDS = 1.0
+# Prompts rendered and encoded at once; threads of its own, as a cancelled render goes on to its end.
+RENDERERS = 2
 
 
 class ChatService:
@@ -36,6 +39,7 @@ class ChatService:
         self._engine = engine
         self._text = text
         self._numbers = itertools.count(1)
+        self._renderers = ThreadPoolExecutor(RENDERERS, "render")
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Events of one answer: Queued*, Prefill*, Reasoning*, (Answer | ToolCall)*, Usage, Finished.
@@ -48,7 +52,8 @@ class ChatService:
         Raises: ContextExceeded when the prompt leaves no room for an answer; RequestError for what only the
         tokenizer can find wrong; Busy, Unavailable and EngineFailure as the engine tells them.
         """
-        prompt = await asyncio.to_thread(self._render, request)
+        self._refuse_overlong(request)
+        prompt = await asyncio.get_running_loop().run_in_executor(self._renderers, self._render, request)
         room = self.served.context - len(prompt.ids)
         if room < 1:
             raise ContextExceeded(
@@ -101,6 +106,18 @@ class ChatService:
                 self._engine.abort(generation.request_id)
         yield turn.usage()
         yield Finished(turn.finish_reason(FinishReason.STOP))
+
+    def _refuse_overlong(self, request: ChatRequest) -> None:
+        """Without encoding it. Templates may leave an assistant's old thoughts out, so those do not count."""
+        most = self.served.context * self._text.longest_token
+        size = sum(len(message.content) for message in request.messages if message.role != "assistant")
+        if size <= most:
+            size = sum(len(m.content.encode()) for m in request.messages if m.role != "assistant")
+        if size > most:
+            raise ContextExceeded(
+                f"The prompt is longer than the context: it has {size >> 10} KiB, more than "
+                f"{self.served.context} tokens can hold; shorten the conversation."
+            )
 
     def _render(self, request: ChatRequest) -> Prompt:
         wild = [token for token in request.sampling.logit_bias if token >= self._text.vocab_size]

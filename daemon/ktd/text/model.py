@@ -71,6 +71,11 @@ class TextModel:
         return len(self.vocabulary.tokens)
 
     @property
+    def longest_token(self) -> int:
+        """Bytes of UTF-8 that one token of a user's text stands for, at most."""
+        return self._tokenizer.longest_token
+
+    @property
     def takes_tools(self) -> bool:
         """Whether tools can be offered to this model."""
         return self._prints_tools or self._tools is not None

@@ -57,6 +57,11 @@ class BpeTokenizer:
                 if vocabulary.types[number] == TokenType.USER_DEFINED
             ]
         )
+        #: bytes of UTF-8 that one token of a user's text stands for, at most
+        self.longest_token = max(
+            len(token.encode()) if vocabulary.types[number] == TokenType.USER_DEFINED else len(token)
+            for token, number in ids.items()
+        )
         # Longest first, so that no structural token hides a longer one that begins with it.
         structural = sorted(vocabulary.structural, key=len, reverse=True)
         self._structure = re.compile("|".join(map(re.escape, structural)) or r"(?!)")
@@ -67,7 +72,8 @@ class BpeTokenizer:
         Raises RequestError when the text is not valid Unicode.
         """
         try:
-            ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+            # Unlike encode, encode_batch lets go of the GIL: a long text takes seconds.
+            ids: list[int] = self._bpe.encode_batch([text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeError):
             raise RequestError("the text holds half a surrogate pair: send valid UTF-8") from None
         return ids
