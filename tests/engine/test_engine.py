@@ -17,10 +17,12 @@ from kit_engine import (
     until,
 )
 
+from ktd.cache import BlockPool
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import Busy, ContextExceeded, EngineFailure, RequestError, SettingsError, Unavailable
 from ktd.model import Batch
-from ktd.types import EngineEvent, FinishReason, Prefilled, Priority, Queued, SamplingParams, Tokens
+from ktd.sched import Scheduler, Sequence
+from ktd.types import Ended, EngineEvent, FinishReason, Prefilled, Priority, Queued, SamplingParams, Tokens
 
 PROMPT = [5, 9, 2, 33, 7, 1, 60, 12, 40]
 
@@ -329,6 +331,77 @@ def test_logits_that_are_no_numbers_fail_one_request_alone(started: list[Engine]
     engine.submit(generation("good", PROMPT[:3], 5), good)
     assert isinstance(bad.wait().error, EngineFailure)
     assert good.wait().tokens == expected_greedy(PROMPT[:3], 5)
+
+
+def test_a_fault_while_admitting_loses_nobody(started: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sequence is then in no queue, yet it gets its last word, and the engine goes on."""
+    engine = start(started, FakeModel())
+
+    def broken(scheduler: Scheduler, sequence: Sequence, found: list[int]) -> None:
+        raise ZeroDivisionError("admission broke")
+
+    bad, good = Recorder(), Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "_start", broken)
+        engine.submit(generation("a", PROMPT, 5), bad)
+        bad.wait().check_order()
+        engine.abort("a")
+    assert isinstance(bad.error, EngineFailure)
+    engine.submit(generation("a", PROMPT, 5), good)
+    assert good.wait().tokens == expected_greedy(PROMPT, 5)
+    assert not engine.death.done()
+
+
+@pytest.mark.parametrize("fault", ["remove", "add", "release"])
+def test_a_dead_loop_tells_everybody(
+    started: list[Engine], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    gate = Gate()
+    engine = make_engine(FakeModel(hook=gate), max_sequences=2)
+    engine.start()
+    heard = [Recorder() for _ in range(4)]
+    engine.submit(generation("0", PROMPT, 5), heard[0])
+    assert gate.waiting.wait(10)
+
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError(f"{fault} broke")
+
+    # In these places a fault leaves the books wrong; `release` gives pages back, unknown to the pool.
+    if fault == "release":
+        monkeypatch.setattr(Scheduler, "schedule", broken)
+        monkeypatch.setattr(BlockPool, "release", lambda pool, pages: None)
+    else:
+        monkeypatch.setattr(Scheduler, fault, broken)
+    for i, recorder in enumerate(heard[1:], 1):
+        engine.submit(generation(str(i), PROMPT, 5), recorder)
+    gate.open()
+    for recorder in heard:
+        recorder.wait(10)
+        assert isinstance(recorder.error, (EngineFailure, Unavailable)) or recorder.reason
+    engine.death.result(10)
+    for recorder in heard:
+        recorder.check_order()
+    assert any(isinstance(recorder.error, EngineFailure) for recorder in heard)
+    with pytest.raises(Unavailable, match="failed and takes no more requests"):
+        engine.submit(generation("late", PROMPT, 5), Recorder())
+    assert engine.drain(1)
+    engine.stop()
+
+
+def test_an_abort_that_comes_too_late_does_not_hit_the_next_of_that_name(started: list[Engine]) -> None:
+    engine = start(started, FakeModel())
+    first, second = Recorder(), Recorder()
+
+    def again(event: EngineEvent) -> None:
+        if isinstance(event, Tokens):
+            engine.abort("a")  # this token is the last: the request ends of itself in this step
+        elif isinstance(event, Ended):
+            engine.submit(generation("a", PROMPT, 5), second)
+
+    first.action = again
+    engine.submit(generation("a", PROMPT, 1), first)
+    assert first.wait().reason is FinishReason.LENGTH
+    assert second.wait().tokens == expected_greedy(PROMPT, 5)
 
 
 @pytest.mark.parametrize("kind", [Prefilled, Tokens])

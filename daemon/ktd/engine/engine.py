@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from enum import Enum, auto
 
 import numpy as np
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 F32 = npt.NDArray[np.float32]
 _PREFILL_EVERY = 0.9  # seconds; clients are promised progress at least once a second
 _FAULT = "The engine failed while it worked on this request; the daemon's log has the trace."
+_CLOSED = "The engine takes no requests now: it is not started yet, or is stopping."
+_DEAD = "The engine failed and takes no more requests: the daemon has to be restarted."
 
 
 class _State(Enum):
@@ -31,6 +34,7 @@ class _State(Enum):
     OPEN = auto()
     DRAINING = auto()
     STOPPED = auto()
+    DEAD = auto()
 
 
 class _Abandoned(Exception):
@@ -42,6 +46,9 @@ class Engine:
 
     `submit`, `abort`, `status`, `drain`, `stop` and `check_integrity` may be called from any thread.
     Listeners are called from the engine thread, one event at a time, and hold it up while they run.
+
+    A fault in a step ends the requests it touches with EngineFailure and the loop goes on. Where even that
+    goes wrong the loop is dead: all requests end with EngineFailure, no other is taken, and `death` is done.
 
     Two locks: `_inbox` guards what other threads leave for the loop, `_books` the scheduler. Neither is held
     while the model runs or a listener is called.
@@ -70,6 +77,7 @@ class Engine:
         self._arrived: list[LiveRequest] = []
         self._aborted: set[str] = set()
         self._prompt_tokens = self._completion_tokens = self._steps = 0
+        self.death: Future[None] = Future()
         self._thread = threading.Thread(target=self._loop, name="ktd-engine", daemon=True)
 
     def start(self) -> None:
@@ -82,13 +90,13 @@ class Engine:
         """Queues a request. `listener` then gets its events, exactly one of them terminal (Ended or Failed).
 
         Raises ContextExceeded, RequestError (empty prompt, foreign token id, id in use), Busy when the queue
-        is full, Unavailable before start and once draining began.
+        is full, Unavailable before start, once draining began and after the loop's death.
         """
         self._check(request)
         live = LiveRequest(request, listener)
         with self._inbox:
             if self._state is not _State.OPEN:
-                raise Unavailable("The engine takes no requests now: it is not started yet, or is stopping.")
+                raise Unavailable(_DEAD if self._state is _State.DEAD else _CLOSED)
             if request.request_id in self._live:
                 raise RequestError(f"A request with the id {request.request_id} is being worked on.")
             if len(self._live) >= self._config.max_sequences + self._config.queue_limit:
@@ -143,15 +151,39 @@ class Engine:
     # The loop. All below runs on the engine thread.
 
     def _loop(self) -> None:
-        while self._collect():
+        try:
+            while self._collect():
+                try:
+                    self._step()
+                except _Abandoned:
+                    continue
+                except Exception:
+                    log.exception("the step loop failed")
+                    self._start_over()
+            self._fail(self._known(), Unavailable("The engine is stopping."))
+        except BaseException:
+            log.critical("the step loop is dead", exc_info=True)
+            self._die()
+
+    def _start_over(self) -> None:
+        """Ends every request there is. Raises RuntimeError where the books are wrong even then."""
+        self._fail(self._known(), EngineFailure(_FAULT))
+        with self._books:
+            if not self._scheduler.idle:
+                raise RuntimeError("the scheduler has sequences that belong to no request")
+            self._scheduler.check_integrity()
+
+    def _die(self) -> None:
+        with self._inbox:
+            self._state = _State.DEAD
+            self._arrived.clear()
+            left = list(self._live.values())
+        for live in left:
             try:
-                self._step()
-            except _Abandoned:
-                continue
-            except Exception:
-                log.exception("the step loop failed")
-                self._fail(self._known(), EngineFailure(_FAULT))
-        self._fail(self._known(), Unavailable("The engine is stopping."))
+                self._end(live, Failed(EngineFailure(_FAULT)))
+            except Exception:  # it was told its last word; its pages are beyond help
+                log.exception("request %s could not be taken out", live.request.request_id)
+        self.death.set_result(None)
 
     def _collect(self) -> bool:
         """Takes in what other threads left, waiting while there is nothing to do; False once stopped."""
@@ -246,14 +278,18 @@ class Engine:
 
     def _end(self, live: LiveRequest, event: Ended | Failed) -> None:
         """Frees what the request holds, then says the last word; `drain` waits for both."""
-        with self._books:
-            self._scheduler.remove(live.sequence)
-        with self._inbox:
-            del self._live[live.request.request_id]
-        live.tell(event)
-        with self._inbox:
-            self._unfinished -= 1
-            self._inbox.notify_all()
+        name = live.request.request_id
+        try:
+            with self._books:
+                self._scheduler.remove(live.sequence)
+        finally:
+            with self._inbox:
+                del self._live[name]
+                self._aborted.discard(name)  # the name may be used again at once
+            live.tell(event)
+            with self._inbox:
+                self._unfinished -= 1
+                self._inbox.notify_all()
 
     def _drop_deaf(self) -> None:
         """A request whose listener raised goes on for nobody."""
@@ -262,8 +298,9 @@ class Engine:
                 self._end(live, Failed(Unavailable("The listener of this request failed.")))
 
     def _known(self) -> list[LiveRequest]:
-        """Requests that the scheduler has, oldest first."""
-        return [self._of(sequence) for sequence in [*self._scheduler.running, *self._scheduler.waiting]]
+        """Requests that were taken in, oldest first, whether or not the scheduler still has them."""
+        with self._inbox:
+            return [live for live in self._live.values() if live not in self._arrived]
 
     def _of(self, sequence: Sequence) -> LiveRequest:
         return self._live[sequence.request.request_id]

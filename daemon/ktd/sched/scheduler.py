@@ -60,12 +60,11 @@ class Scheduler:
         self._waiting[sequence.low].append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and gives its pages back."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._release(sequence)
-        else:
-            self._waiting[sequence.low].remove(sequence)
+        """Takes a sequence out, wherever it is, and gives its pages back. After a fault it may be nowhere."""
+        for queue in (self.running, *self._waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._release(sequence)
 
     def schedule(self) -> list[Work]:
         """The work of the next step, pages allocated; empty when idle. Every sequence occurs at most once."""

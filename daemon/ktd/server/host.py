@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -28,6 +29,10 @@ class State(Enum):
 
 class Engine(Generator, Protocol):
     """The engine as the daemon drives it (`ktd.engine.Engine`)."""
+
+    @property
+    def death(self) -> Future[None]:
+        """Done when the engine failed for good."""
 
     def start(self) -> None: ...
     def status(self) -> EngineStatus: ...

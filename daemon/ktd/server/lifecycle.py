@@ -13,7 +13,7 @@ from typing import Any
 
 from ktd.chat import ServedModel
 from ktd.chat.request import RequestDefaults
-from ktd.errors import SettingsError
+from ktd.errors import EngineFailure, SettingsError
 from ktd.server.grpc_service import GrpcServer
 from ktd.server.host import Engine, Host, Loaded, State
 from ktd.server.http_app import HttpServer
@@ -52,7 +52,8 @@ class Lifecycle:
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; a second signal ends the drain.
 
-        Raises SettingsError when a port is taken, and whatever `load` raises. Both doors are open while the
+        Raises SettingsError when a port is taken, EngineFailure when the engine died, and whatever `load`
+        raises. Both doors are open while the
         model is loaded: they say that it is.
         """
         settings = self._settings
@@ -83,12 +84,14 @@ class Lifecycle:
             await grpc.set_serving(True)
             log.info("Ready after %.1f s", time.monotonic() - started)
             self._on_ready()
-            await self._stop.wait()
+            await self._until_stopped(engine)
             await self._drain(grpc, engine)
         except Stopped:
             log.info("Stopped before the model was loaded")
         except Exception as error:
-            self._host.turn_away(State.FAILED, f"The model could not be loaded: {error}")
+            fault = str(error) if engine else f"The model could not be loaded: {error}"
+            self._host.turn_away(State.FAILED, fault)
+            await grpc.set_serving(False)
             raise
         finally:
             if engine:
@@ -99,6 +102,18 @@ class Lifecycle:
         if self._stop.is_set():
             self._stop_now.set()
         self._stop.set()
+
+    async def _until_stopped(self, engine: Engine) -> None:
+        """Returns at the first signal. Raises EngineFailure when the engine dies before that."""
+        stop = asyncio.create_task(self._stop.wait())
+        dead = asyncio.wrap_future(engine.death)
+        waited: tuple[asyncio.Future[Any], ...] = (stop, dead)
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done():
+            stop.cancel()
+            raise EngineFailure(
+                "The engine died: the daemon ends, to be started again; its log has the trace."
+            )
 
     async def _drain(self, grpc: GrpcServer, engine: Engine) -> None:
         """Lets running answers finish, for a bounded time or until the second signal."""
