@@ -82,6 +82,9 @@ WRONG = [
     (ask("x" * 9000), "9000 tokens and the context holds 8192"),
     (ask("x", tools=[pb.Tool(name="t", parameters_json="[1]")]), "not a JSON schema object"),
     (ask("x", tools=[pb.Tool(description="t")]), "no name"),
+    (ask("x", tools=[pb.Tool(name="t", parameters_json='{"a":' * 65 + "1" + "}" * 65)]), "deeper than 64"),
+    (ask("x", tools=[pb.Tool(name="t", parameters_json='{"a":' * 90_000)]), "deeper than 64"),
+    (ask("x", sampling=pb.Sampling(repetition_penalty=0.009)), "must be a number from 0.01 to 100"),
     (
         ask("x", sampling=pb.Sampling(temperature=-0.1)),
         "temperature is -0.1, but must be a number from 0 to 5",
@@ -118,6 +121,11 @@ async def test_bytes_that_are_no_request(daemon: FakeDaemon) -> None:
             call = chat(data)
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "is not a ktd.v1.ChatRequest" in str(await call.details())
+        for method in ("ListModels", "GetStatus"):
+            ask_for: Any = channel.unary_unary(f"/{SERVICE}/{method}")
+            call = ask_for(b"\xff\xff\xff")
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert f"is not a ktd.v1.{method}Request" in str(await call.details())
 
 
 async def test_an_unknown_model(daemon: FakeDaemon) -> None:

@@ -159,6 +159,10 @@ async def test_an_unknown_model(client: openai.AsyncOpenAI) -> None:
     assert caught.value.body["param"] == "model"
 
 
+def nested(levels: int) -> dict[str, Any]:
+    return {"a": nested(levels - 1)} if levels > 1 else {}
+
+
 WRONG: list[tuple[Any, str]] = [
     (b"", "not JSON"),
     (b"{", "not JSON"),
@@ -197,6 +201,16 @@ WRONG: list[tuple[Any, str]] = [
     ({"stream": "yes"}, "stream must be true or false"),
     ({"thinking": "hard"}, "thinking must be"),
     ({"continue_final_message": True}, "continue_final_message is set"),
+    ({f"key{n}": 1 for n in range(20_000)}, "20000 unknown fields"),
+    ({"logit_bias": {"1" * 5000: 1}}, "no token id"),
+    ({"repetition_penalty": 0.009}, "must be a number from 0.01 to 100"),
+    ({"functions": [{"name": "f"}]}, "send them as tools"),
+    ({"tools": [{"function": {"name": "f", "parameters": nested(65)}}]}, "nested deeper than 64 levels"),
+    (
+        b'{"messages":[{"role":"user","content":"x"}],"tools":[{"function":{"name":"f","parameters":'
+        + b'{"a":' * 940 + b"1" + b"}" * 940 + b"}}]}",
+        "",  # how deep json reads depends on Python
+    ),
 ]  # fmt: skip
 
 
@@ -218,6 +232,15 @@ async def test_unknown_fields_of_other_servers_are_passed_over(daemon: FakeDaemo
     body = {"messages": user("x"), "mirostat_tau": 3, "user": "me", "logprobs": False, "stop": None}
     async with httpx.AsyncClient() as http:
         assert (await http.post(f"{daemon.url}/v1/chat/completions", json=body)).status_code == 200
+
+
+async def test_a_long_unknown_name_is_passed_over_without_a_guess(daemon: FakeDaemon) -> None:
+    body = {"messages": user("x"), "temperature" * 5 + "temperatur": 1, "temperatur" * 100_000: 1}
+    body["repetition_penalty"] = 0.01
+    body["tools"] = [{"function": {"name": "f", "parameters": nested(64)}}]
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{daemon.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
 
 
 async def test_wrong_places(daemon: FakeDaemon) -> None:

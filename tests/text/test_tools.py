@@ -102,6 +102,8 @@ def test_tool_mistakes_are_answered(model_of: ModelOf) -> None:
         model.render([user("Q"), Message("tool", "rain")])
     with pytest.raises(RequestError, match="schema of tool f is not JSON"):
         model.render([user("Q")], tools=[Tool("f", "", "{")])
+    with pytest.raises(RequestError, match="nested deeper than 64 levels"):
+        model.render([user("Q")], tools=[Tool("f", "", '{"a":' * 65 + "1" + "}" * 65)])
     kimi_without_tools = model_of("kimi-k2", {"tokenizer.chat_template": BARE})
     assert not kimi_without_tools.takes_tools
     with pytest.raises(RequestError, match="no place for tools"):

@@ -16,15 +16,18 @@ from ktd.types import ChatRequest, Message, Priority, Tool, ToolCall
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort",
     "safety_identifier", "prompt_cache_key", "verbosity", "num_ctx", "logprobs", "top_logprobs", "modalities",
-    "functions",
 }  # fmt: skip
 _NUMBERS = {**{name: name for name in RANGES}, "repeat_penalty": "repetition_penalty"}
 _WHOLE = {"top_k", "seed"}
 _KNOWN = {
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "n",
     "logit_bias", "tools", "tool_choice", "response_format", "thinking", "chat_template_kwargs",
-    "continue_final_message", "return_speed", *_NUMBERS, *_WITHOUT_EFFECT,
+    "continue_final_message", "return_speed", "functions", *_NUMBERS, *_WITHOUT_EFFECT,
 }  # fmt: skip
+# Looking for what a name may have meant takes time in the event loop, which is everybody's.
+_MOST_UNKNOWN = 100
+_LONGEST_GUESSED = 64
+_LONGEST_TOKEN_ID = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,12 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
 
 def _refuse_misspelt(body: Mapping[str, Any]) -> None:
     """An unknown field may be another server's; one that is nearly a known field is a mistake."""
-    for name in body.keys() - _KNOWN:
+    unknown = body.keys() - _KNOWN
+    if len(unknown) > _MOST_UNKNOWN:
+        raise RequestError(f"The body has {len(unknown)} unknown fields: leave them out.")
+    for name in unknown:
+        if len(name) > _LONGEST_GUESSED:
+            continue
         if close := difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
             raise RequestError(f"The field {name} is unknown: did you mean {close[0]}?")
 
@@ -86,6 +94,8 @@ def _refuse_misspelt(body: Mapping[str, Any]) -> None:
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     if body.get("n", 1) != 1:
         raise RequestError("n must be 1: ask several times for several answers.")
+    if body.get("functions"):
+        raise RequestError("functions is OpenAI's old form, which is not supported: send them as tools.")
     if body.get("logprobs"):
         raise RequestError("logprobs are not supported: leave the field out.")
     kind = _object(body, "response_format").get("type", "text")
@@ -146,11 +156,15 @@ def _tools(body: Mapping[str, Any]) -> list[Tool]:
             raise RequestError(
                 f"tools[{index}] is no function: only tools of the type function are supported."
             )
+        try:
+            parameters = json.dumps(function.get("parameters") or {}, ensure_ascii=False)
+        except RecursionError:
+            raise RequestError(f"The parameters of tools[{index}] are nested too deeply.") from None
         tools.append(
             Tool(
                 name=_text(function.get("name"), f"tools[{index}].function.name"),
                 description=_text(function.get("description") or "", f"tools[{index}].function.description"),
-                parameters=json.dumps(function.get("parameters") or {}, ensure_ascii=False),
+                parameters=parameters,
             )
         )
     return tools
@@ -171,7 +185,7 @@ def _thinking(body: Mapping[str, Any]) -> bool | None:
 
 def _logit_bias(body: Mapping[str, Any]) -> dict[int, float]:
     given = _object(body, "logit_bias")
-    if not all(str(token).isdecimal() for token in given):
+    if not all(token.isdecimal() and len(token) <= _LONGEST_TOKEN_ID for token in given):
         raise RequestError("A key of logit_bias is no token id: keys are numbers of tokens.")
     return {int(token): _number(given, token, whole=False) for token in given}
 

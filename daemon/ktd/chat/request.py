@@ -7,6 +7,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ktd.errors import RequestError
 from ktd.types import ChatRequest, Message, Priority, SamplingParams, Tool, ToolCall
@@ -15,6 +16,10 @@ from ktd_proto.v1 import engine_pb2 as pb
 ROLES = ("system", "user", "assistant", "tool")
 MOST_STOPS = 16
 MOST_REQUEST_ID = 128
+# Levels of lists and objects in a tool's parameters; JSON is walked by recursion, which has an end.
+MOST_NESTED = 64
+# As a 32-bit float, which is what gRPC carries. Less would overflow the logits.
+_LEAST_PENALTY = 0.009999999776482582
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ RANGES = {
     "top_p": _Range(0, 1, low_excluded=True),
     "top_k": _Range(0, 2**32 - 1),
     "min_p": _Range(0, 1),
-    "repetition_penalty": _Range(0, 100, low_excluded=True),
+    "repetition_penalty": _Range(_LEAST_PENALTY, 100),
     "presence_penalty": _Range(-2, 2),
     "frequency_penalty": _Range(-2, 2),
     "seed": _Range(0, 2**64 - 1),
@@ -177,7 +182,25 @@ def _check_tools(tools: Sequence[Tool]) -> None:
             raise RequestError("A tool has no name.")
         try:
             schema = json.loads(tool.parameters or "{}")
+            nested = _nested(schema)
         except ValueError:
-            schema = None
+            schema, nested = None, False
+        except RecursionError:
+            schema, nested = {}, True
         if not isinstance(schema, dict):
             raise RequestError(f'The parameters of the tool "{tool.name}" are not a JSON schema object.')
+        if nested:
+            raise RequestError(
+                f'The parameters of the tool "{tool.name}" are nested deeper than {MOST_NESTED} levels.'
+            )
+
+
+def _nested(value: object) -> bool:
+    """Whether lists and objects stand in each other beyond MOST_NESTED levels."""
+    level: list[Any] = [value]
+    for _ in range(MOST_NESTED + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return False
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return True

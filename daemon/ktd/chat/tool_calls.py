@@ -110,7 +110,7 @@ class ToolCallParser:
                 arguments = match["arguments"].strip() or "{}"
                 try:
                     well_formed = isinstance(json.loads(arguments), dict)
-                except ValueError:
+                except (ValueError, RecursionError):
                     well_formed = False
                 if well_formed:
                     self._count += 1

@@ -7,10 +7,10 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -49,6 +49,7 @@ _REASONS = {
 }
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Request = TypeVar("_Request", bound=Message)
 
 
 class EngineServicer:
@@ -61,7 +62,7 @@ class EngineServicer:
         """Streams one answer. Leaving this method, by cancellation or deadline too, frees the sequence."""
         try:
             if isinstance(request, DecodeError):
-                raise RequestError("The request is not a ktd.v1.ChatRequest, or a text in it is not UTF-8.")
+                raise _undecoded(pb.ChatRequest)
             self._host.served.check_name(request.model)
             checked = from_proto(request, self._host.defaults)
             async with aclosing(self._host.chat(checked)) as events:
@@ -72,7 +73,10 @@ class EngineServicer:
         except Exception as error:  # every failure becomes one status with a readable message
             await context.abort(status_of(error).grpc, sentence_of(error))
 
-    async def list_models(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+    async def list_models(
+        self, request: pb.ListModelsRequest | DecodeError, context: Context
+    ) -> pb.ListModelsResponse:
+        await _check_decoded(request, pb.ListModelsRequest, context)
         served = self._host.served
         model = pb.Model(
             id=served.name,
@@ -85,7 +89,10 @@ class EngineServicer:
         )
         return pb.ListModelsResponse(models=[model])
 
-    async def get_status(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
+    async def get_status(
+        self, request: pb.GetStatusRequest | DecodeError, context: Context
+    ) -> pb.GetStatusResponse:
+        await _check_decoded(request, pb.GetStatusRequest, context)
         host, engine = self._host, self._host.engine_status()
         return pb.GetStatusResponse(
             state=_STATES[host.state],
@@ -164,12 +171,26 @@ async def _refuse_key(request: object, context: Context) -> None:
     )
 
 
-def _parse_chat(data: bytes) -> pb.ChatRequest | DecodeError:
-    # gRPC would answer INTERNAL to an exception from here; it is the client's mistake.
-    try:
-        return pb.ChatRequest.FromString(data)
-    except DecodeError as error:
-        return error
+def _parser(kind: type[_Request]) -> Callable[[bytes], _Request | DecodeError]:
+    """Reads requests. gRPC would answer INTERNAL to an exception here; it is the client's mistake."""
+
+    def parse(data: bytes) -> _Request | DecodeError:
+        try:
+            return kind.FromString(data)
+        except DecodeError as error:
+            return error
+
+    return parse
+
+
+async def _check_decoded(request: object, kind: type[Message], context: Context) -> None:
+    if isinstance(request, DecodeError):
+        error = _undecoded(kind)
+        await context.abort(status_of(error).grpc, sentence_of(error))
+
+
+def _undecoded(kind: type[Message]) -> RequestError:
+    return RequestError(f"The request is not a {kind.DESCRIPTOR.full_name}, or a text in it is not UTF-8.")
 
 
 class GrpcServer:
@@ -194,16 +215,16 @@ class GrpcServer:
         servicer = EngineServicer(host)
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Chat": grpc.unary_stream_rpc_method_handler(
-                servicer.chat, _parse_chat, pb.ChatEvent.SerializeToString
+                servicer.chat, _parser(pb.ChatRequest), pb.ChatEvent.SerializeToString
             ),
             "ListModels": grpc.unary_unary_rpc_method_handler(
                 servicer.list_models,
-                pb.ListModelsRequest.FromString,
+                _parser(pb.ListModelsRequest),
                 pb.ListModelsResponse.SerializeToString,
             ),
             "GetStatus": grpc.unary_unary_rpc_method_handler(
                 servicer.get_status,
-                pb.GetStatusRequest.FromString,
+                _parser(pb.GetStatusRequest),
                 pb.GetStatusResponse.SerializeToString,
             ),
         }

@@ -12,6 +12,8 @@ from ktd.text.guard import Guard
 from ktd.types import Message, Tool, ToolCall
 
 OPEN, CLOSE = "<think>", "</think>"
+# Levels of lists and objects in JSON that is given to a template.
+MOST_NESTED = 64
 _MERGED_ROLES = frozenset(("system", "user", "assistant"))
 
 
@@ -124,11 +126,15 @@ def _parsed(text: str, what: str) -> object:
         raise RequestError(f"the {what} is not JSON: send a JSON object") from None
 
 
-def _mark_json(value: object, guard: Guard) -> object:
+def _mark_json(value: object, guard: Guard, levels: int = MOST_NESTED) -> object:
     if isinstance(value, str):
         return guard.mark(value)
+    if isinstance(value, list | dict) and not levels:
+        raise RequestError(
+            f"a tool call or schema is nested deeper than {MOST_NESTED} levels: make it flatter"
+        )
     if isinstance(value, list):
-        return [_mark_json(item, guard) for item in value]
+        return [_mark_json(item, guard, levels - 1) for item in value]
     if isinstance(value, dict):
-        return {guard.mark(key): _mark_json(item, guard) for key, item in value.items()}
+        return {guard.mark(key): _mark_json(item, guard, levels - 1) for key, item in value.items()}
     return value
