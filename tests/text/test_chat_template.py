@@ -126,8 +126,9 @@ def test_model_path_overrides_the_template(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
     bos = "<｜begin▁of▁sentence｜>"
-    assert opened(folder, tmp_path, SAYS_IT) == f"{bos}Q"
     config = folder / "tokenizer_config.json"
+    config.write_text("{}")
+    assert opened(folder, tmp_path, SAYS_IT) == f"{bos}Q"
     config.write_text(json.dumps({"chat_template": SAYS_IT + "!"}))
     assert opened(folder, tmp_path) == f"{bos}Q!"
     named = [{"name": "tool_use", "template": SAYS_IT}, {"name": "default", "template": SAYS_IT + "?"}]
@@ -137,7 +138,19 @@ def test_model_path_overrides_the_template(tmp_path: Path) -> None:
     assert opened(folder, tmp_path) == f"{bos}Qü"
 
 
+def test_a_name_on_the_hub_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert opened(Path("deepseek-ai/DeepSeek-V2-Lite-Chat"), tmp_path, SAYS_IT).endswith("Q")
+    (record,) = caplog.records
+    assert "--model-path deepseek-ai/DeepSeek-V2-Lite-Chat is no folder here" in record.getMessage()
+
+
 def test_a_bad_model_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in ("./a/b/c", "/deepseek-ai/V2", "models"):
+        with pytest.raises(SettingsError, match="is not a folder"):
+            opened(Path(path), tmp_path, SAYS_IT)
+    with pytest.raises(SettingsError, match=r"empty holds none of tokenizer\.json, tokenizer_config\.json"):
+        opened(tmp_path / "empty", tmp_path, SAYS_IT)
     with pytest.raises(SettingsError, match="nowhere is not a folder"):
         opened(tmp_path / "nowhere", tmp_path, SAYS_IT)
     for content in ("{", "[]", '{"chat_template": [{"name": "default"}]}'):

@@ -32,6 +32,10 @@ _deadline: ContextVar[float] = ContextVar("_deadline")
 _REMEDY = "give a working one in the folder of --model-path"
 
 
+# What is read of a Hugging Face folder.
+_FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
 class ChatTemplate:
     """One compiled template. Immutable; several threads may render at once."""
 
@@ -88,12 +92,18 @@ class ChatTemplate:
 def load_template(gguf: GgufFile, model_path: Path | None) -> ChatTemplate:
     """The template of `model_path` (a Hugging Face folder) if it has one, else that of the GGUF.
 
-    Raises GgufError when there is none or it is damaged, SettingsError for a folder that is not there.
+    Raises GgufError when there is none or it is damaged, SettingsError for a folder that is not there or
+    holds nothing of a tokenizer.
     """
     if model_path is not None:
         if not model_path.is_dir():
             raise SettingsError(
                 f"--model-path {model_path} is not a folder: give that of the model's tokenizer"
+            )
+        if not any((model_path / name).is_file() for name in _FOLDER_FILES):
+            raise SettingsError(
+                f"--model-path {model_path} holds none of {', '.join(_FOLDER_FILES)}: give the folder of the"
+                " model's tokenizer, or leave it out"
             )
         if found := _from_folder(model_path):
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,10 @@ from ktd.text.tools import CALLS_BEGIN, DeepSeekTools
 from ktd.text.vocabulary import Vocabulary
 from ktd.types import Message, Tool, ToolCall
 
+log = logging.getLogger(__name__)
+
+# An owner and a model, such as deepseek-ai/DeepSeek-V2-Lite-Chat.
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _OPENED = re.compile(rf"{OPEN}\s*\Z")
 
 
@@ -53,8 +58,18 @@ class TextModel:
     def from_gguf(cls, gguf: GgufFile, model_path: Path | None = None) -> TextModel:
         """Tokenizer and template of the file; `model_path`, a Hugging Face folder, overrides what it holds.
 
-        Raises GgufError for what is missing, damaged or of another model family.
+        A name on the Hugging Face hub, which tutorials give there, is warned of: nothing is downloaded.
+        Raises GgufError for what is missing, damaged or of another model family, SettingsError for a path
+        that is no folder or one that holds neither a tokenizer nor a template.
         """
+        if model_path and not model_path.exists() and _HUB_NAME.fullmatch(str(model_path)):
+            log.warning(
+                "--model-path %s is no folder here and nothing is downloaded: the tokenizer and the template "
+                "of %s are used",
+                model_path,
+                gguf.name,
+            )
+            model_path = None
         template = load_template(gguf, model_path)
         tokenizer_json = model_path / "tokenizer.json" if model_path else None
         if tokenizer_json and tokenizer_json.is_file():
