@@ -10,7 +10,14 @@ namespace {
 
 #include "decode-inl.h"
 #include "quantize-inl.h"
-#include "matmul_scalar-inl.h"
+#include "simd_avx2.h"
+#include "unpack_32-inl.h"
+#include "unpack_avx2-inl.h"
+#include "rows-inl.h"
+#include "fused_avx2-inl.h"
+#include "fused-inl.h"
+#include "tile-inl.h"
+#include "float-inl.h"
 namespace ops {
 #include "ops-inl.h"
 }

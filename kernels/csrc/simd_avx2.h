@@ -1,0 +1,84 @@
+// Vector primitives for AVX2 with FMA and F16C. Included inside the instruction set's namespace, after
+// immintrin.h.
+
+constexpr int kVectorBytes = 32;
+constexpr int kRowLanes = 8;  // rows of a tile per vector
+constexpr bool kVnni = false;
+using VecI = __m256i;
+using VecF = __m256;
+
+inline VecI load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_i(void* p, VecI v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline VecI zero_i() { return _mm256_setzero_si256(); }
+inline VecI set_i32(int32_t v) { return _mm256_set1_epi32(v); }
+inline VecI set_i16(int v) { return _mm256_set1_epi16(static_cast<int16_t>(v)); }
+inline VecI set_i8(int v) { return _mm256_set1_epi8(static_cast<int8_t>(v)); }
+inline VecI broadcast_i32(const void* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return _mm256_set1_epi32(v);
+}
+inline VecI add_i32(VecI a, VecI b) { return _mm256_add_epi32(a, b); }
+inline VecI add_i16(VecI a, VecI b) { return _mm256_add_epi16(a, b); }
+inline VecI mul_i32(VecI a, VecI b) { return _mm256_mullo_epi32(a, b); }
+inline VecI maddubs(VecI u, VecI x) { return _mm256_maddubs_epi16(u, x); }
+inline VecI abs_i8(VecI a) { return _mm256_abs_epi8(a); }
+inline VecI sign_i8(VecI x, VecI w) { return _mm256_sign_epi8(x, w); }
+inline VecI dp_i16(VecI acc, VecI a, VecI b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+// Exact for u <= 128 only: the pair sums go through 16 bits.
+inline VecI dp_u8s8(VecI acc, VecI u, VecI x) { return dp_i16(acc, maddubs(u, x), set_i16(1)); }
+
+inline VecF load_f(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_f(float* p, VecF v) { _mm256_storeu_ps(p, v); }
+inline VecF zero_f() { return _mm256_setzero_ps(); }
+inline VecF set_f(float v) { return _mm256_set1_ps(v); }
+inline VecF add_f(VecF a, VecF b) { return _mm256_add_ps(a, b); }
+inline VecF sub_f(VecF a, VecF b) { return _mm256_sub_ps(a, b); }
+inline VecF mul_f(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
+inline VecF fma_f(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
+inline VecF to_f(VecI a) { return _mm256_cvtepi32_ps(a); }
+inline VecF load_f16(const void* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline VecF load_bf16(const void* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
+}
+inline float sum_f(VecF v) {
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+
+// From int16 pairs: the low or high one twice.
+inline VecI spread_low(VecI v) { return _mm256_blend_epi16(v, _mm256_slli_epi32(v, 16), 0xaa); }
+inline VecI spread_high(VecI v) { return _mm256_blend_epi16(_mm256_srli_epi32(v, 16), v, 0xaa); }
+
+// Four vectors of eight partial sums -> their four totals.
+inline __m128i reduce4(VecI a, VecI b, VecI c, VecI d) {
+  const VecI ab = add_i32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const VecI cd = add_i32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  const VecI all = add_i32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+// 8 rows of 32 bytes, `pitch` apart -> store(i, dword i of every row) for i < 8.
+template <class Store>
+inline void transpose_rows(const uint8_t* from, int64_t pitch, Store store) {
+  VecI r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = load_i(from + pitch * i);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    store(j, _mm256_permute2x128_si256(r[j], r[4 + j], 0x20));
+    store(4 + j, _mm256_permute2x128_si256(r[j], r[4 + j], 0x31));
+  }
+}
