@@ -52,6 +52,8 @@ class Parser(argparse.ArgumentParser):
             from ktd.settings import suggest
 
             name = unknown[0].split("=")[0]
+            if not name.startswith("-") and "--gguf-path" in self._option_string_actions:
+                self.error(f"unknown argument {unknown[0]}: a model is named with --gguf-path {unknown[0]}")
             self.error(f"unknown argument {name}{suggest(name, self._option_string_actions)}")
         return args
 

@@ -250,9 +250,13 @@ def _read_file(path: Path) -> dict[str, Any]:
     for key, value in table.items():
         name = canonical(key)
         if name not in Settings.model_fields:
-            raise SettingsError(f"{path} has the unknown key {key}{suggest(name, Settings.model_fields)}.")
+            hint = suggest(name, Settings.model_fields) or "."
+            raise SettingsError(f"{path} has the unknown key {key}{hint}")
         if isinstance(value, dict | list):
             raise SettingsError(f"{key} in {path} is a table or a list, but must be one value.")
+        if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
+            # Python counts true as 1.
+            raise SettingsError(f"{key} in {path} is {_shown(value)}, but is no switch: give its value.")
         values[name] = value
     return values
 
@@ -266,7 +270,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
         if name in Settings.model_fields:
             values[name] = value
         elif hint := suggest(name, Settings.model_fields, show=lambda n: PREFIX + n.upper()):
-            raise SettingsError(f"The environment has the unknown variable {variable}{hint}.")
+            raise SettingsError(f"The environment has the unknown variable {variable}{hint}")
         else:
             log.warning("The environment variable %s is no setting of ktd and has no effect", variable)
     return values

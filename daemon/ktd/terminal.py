@@ -82,24 +82,26 @@ class Terminal:
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._messages: list[Message] = []
+        self._failed = False
 
-    async def run(self) -> None:
-        """Until the end of the input."""
+    async def run(self) -> int:
+        """Until the end of the input. Returns the exit code: 1 when a question from a pipe got no answer."""
         if sys.stdin.isatty():
             self._err.print(_HELP, style="dim", markup=False)
         while True:
             try:
                 question = await self._question()
             except EOFError:
-                return
+                break
             except KeyboardInterrupt:
                 continue
             if question.strip() == "/clear":
                 self._messages.clear()
             elif question.strip() in ("/exit", "/bye"):
-                return
+                break
             elif question.strip():
                 await self._turn(question)
+        return int(self._failed and not sys.stdin.isatty())
 
     async def _question(self) -> str:
         """One line, or several between two triple quotes."""
@@ -128,6 +130,7 @@ class Terminal:
             answer.end()
             self._err.print("(stopped)", style="dim")
         except KtdError as error:
+            self._failed = True
             answer.end()
             self._err.print(f"ktd: {error}", style="red", markup=False)
         finally:

@@ -62,6 +62,7 @@ def test_help_is_instant() -> None:
         (["zzz"], "There is no command zzz: commands are "),
         (["serve", "--prot", "1"], "Unknown argument --prot: did you mean --port"),
         (["serve", "--port", "x"], "--port is 'x'"),
+        (["serve", "m.gguf"], "Unknown argument m.gguf: a model is named with --gguf-path m.gguf."),
         (["wait", "--timeout", "soon"], "--timeout is soon"),
         (["chat", "--connect", "http://x"], "no address of a daemon"),
         (["chat", "--connect", "grpc://x:99999"], "no address of a daemon"),

@@ -155,9 +155,12 @@ def begin(stub: engine_pb2_grpc.EngineStub, request: pb.ChatRequest) -> Iterator
 def test_a_stop_drains_and_a_second_daemon_is_refused() -> None:
     target = f"127.0.0.1:{os.environ['KTD_GRPC_PORT']}"
     with serving("--log-dir", "logs") as daemon, grpc.insecure_channel(target) as channel:
-        second = subprocess.run([KTD, "serve"], capture_output=True, text=True, check=False)
+        second = subprocess.run(
+            [KTD, "serve", "--log-dir", "second"], capture_output=True, text=True, check=False
+        )
         assert second.returncode == 2
         assert "ktd: HTTP cannot listen" in second.stderr.splitlines()[-1]
+        assert "HTTP cannot listen" in Path("second/ktd.log").read_text().splitlines()[-1]
         stub = engine_pb2_grpc.EngineStub(channel)
         calls = [begin(stub, endless(400)) for _ in range(8)]
         daemon.send_signal(signal.SIGTERM)

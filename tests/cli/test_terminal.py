@@ -203,6 +203,14 @@ def test_in_a_terminal(address: str) -> None:
         tty.close()
 
 
+@pytest.mark.parametrize(("asked", "code"), [("hello\n", 0), ("x" * 9000 + "\nhello\n", 1)])
+def test_the_exit_code_tells_of_a_question_without_an_answer(address: str, asked: str, code: int) -> None:
+    done = subprocess.run(
+        [KTD, "chat", "--connect", address], input=asked, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "You said [citation:1]: hello" in done.stdout) == (code, True)
+
+
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_input_that_is_not_utf8(address: str, locale: str) -> None:
     done = subprocess.run(

@@ -282,14 +282,20 @@ async def test_a_full_queue_and_loading() -> None:
         assert (health.status_code, health.json()["status"]) == (503, "loading")
 
 
+BASIC = {"authorization": "Basic secret"}
+
+
 async def test_the_key() -> None:
     async with fake_daemon(api_key="secret") as daemon, httpx.AsyncClient(base_url=daemon.url) as http:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, BASIC):
             for path in ("/v1/models", "/metrics", "/nowhere"):
                 answer = await http.get(path, headers=headers)
                 assert answer.status_code == 401
                 assert "Bearer <key>" in answer.json()["error"]["message"]
         assert (await http.get("/healthz")).status_code == 200
+        for scheme in ("bearer", "BEARER"):
+            answer = await http.get("/v1/models", headers={"authorization": f"{scheme} secret"})
+            assert answer.status_code == 200
         async with openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="secret") as client:
             assert (await client.models.list()).data
         async with openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="wrong") as client:

@@ -26,7 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chats until the end of the input. Raises UserError as `ktd serve` does."""
+    """Chats until the end of the input. Returns 1 when a question from a pipe got no answer. Raises UserError
+    as `ktd serve` does.
+    """
     settings = load(args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     return asyncio.run(_remote(settings, args.connect) if args.connect else _local(settings))
@@ -39,8 +41,7 @@ async def _remote(settings: Settings, address: str) -> int:
     async with Client(Address.parse(address), settings.api_key, settings.ssl_certfile) as client:
         (model,) = await client.models()
         print(f"{model.id} at {address}, context {model.context_length}", file=sys.stderr)
-        await Terminal(client.chat, settings.request_defaults()).run()
-    return 0
+        return await Terminal(client.chat, settings.request_defaults()).run()
 
 
 async def _local(settings: Settings) -> int:
@@ -63,7 +64,6 @@ async def _local(settings: Settings) -> int:
             given_up.set()
             raise
     try:
-        await Terminal(loaded.chat.chat, settings.request_defaults()).run()
+        return await Terminal(loaded.chat.chat, settings.request_defaults()).run()
     finally:
         await asyncio.to_thread(loaded.engine.stop)
-    return 0

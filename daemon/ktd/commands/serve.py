@@ -39,7 +39,11 @@ def run(args: argparse.Namespace) -> int:
     last = file.read()
     if last and last.alive and last.stage != "stopped":
         # That daemon's record stays as it is; this one will find its port taken.
-        return _serve(settings, lambda: None)
+        try:
+            return _serve(settings, lambda: None)
+        except UserError as error:
+            logs.last_words(str(error))
+            raise
     record = file.begin()
     # Until the event loop handles it, SIGTERM just ends the process: that is no crash.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))

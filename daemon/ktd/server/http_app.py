@@ -78,16 +78,20 @@ class _BearerAuth:
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._expected = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
             given = [value for key, value in scope["headers"] if key == b"authorization"]
-            if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
+            if len(given) != 1 or not self._fits(given[0]):
                 message = 'The API key is missing or wrong: send it as "Authorization: Bearer <key>".'
                 refusal = _refusal(401, message, {"www-authenticate": "Bearer"})
                 return await refusal(scope, receive, send)
         await self._app(scope, receive, send)
+
+    def _fits(self, given: bytes) -> bool:
+        scheme, _, key = given.partition(b" ")  # a scheme is written in any case (RFC 9110, 11.1)
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.lstrip(b" "), self._expected)
 
 
 class _Uvicorn(uvicorn.Server):
