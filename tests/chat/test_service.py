@@ -210,6 +210,28 @@ async def test_a_malformed_tool_call_is_text() -> None:
     assert [event.name for event in events if isinstance(event, ToolCall)] == ["time"]
 
 
+@pytest.mark.parametrize("text", [R1_CALL, V31_CALL, K2_CALL], ids=["R1", "V3.1", "K2"])
+async def test_an_unclosed_tool_call_is_text_with_its_markers(text: str) -> None:
+    tools = [Tool("weather", "", "{}"), Tool("time", "", "{}")]
+    async with service(lambda prompt: text) as (chat, _):
+        events = await events_of(chat, ask("x", tools=tools, max_tokens=text.index('"Ulm"')))
+        second = await events_of(chat, ask("x", tools=tools, max_tokens=text.rindex("time") + 4))
+    assert joined(events, Answer) == text[: text.index('"Ulm"')]
+    assert events[-1] == Finished(FinishReason.LENGTH)
+    assert [event.name for event in second if isinstance(event, ToolCall)] == ["weather"]
+    assert joined(second, Answer).endswith("time")
+    assert second[-1] == Finished(FinishReason.LENGTH), "a call may be missing"
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 4, 1000])
+async def test_what_comes_behind_a_stop_string_is_not_counted(tokens_per_step: int) -> None:
+    async with service(lambda prompt: "one STOP two", tokens_per_step=tokens_per_step) as (chat, _):
+        events = await events_of(chat, ask("x", stop=["STOP"]))
+    (usage,) = [event for event in events if isinstance(event, Usage)]
+    assert usage.completion_tokens == len("one STOP")
+    assert joined(events, Answer) == "one "
+
+
 async def test_a_prompt_that_no_context_holds_is_refused_before_it_is_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

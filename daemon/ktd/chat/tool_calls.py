@@ -60,6 +60,7 @@ class ToolCallParser:
     def __init__(self) -> None:
         self._held = ""
         self._inside: _Markers | None = None
+        self._opening = ""  # the section's marker, until something of the section was told
         self._count = 0
 
     def push(self, text: str) -> list[Answer | ToolCall]:
@@ -72,7 +73,7 @@ class ToolCallParser:
 
     def flush(self) -> list[Answer | ToolCall]:
         """The text that was held back for a marker or a call that never came."""
-        held, self._held = self._held, ""
+        held, self._held = self._opening + self._held, ""
         return [Answer(held)] if held.strip() or (held and not self._inside) else []
 
     def _enter(self, events: list[Answer | ToolCall]) -> bool:
@@ -84,12 +85,14 @@ class ToolCallParser:
         at, family = min(found, key=lambda place: place[0])
         self._tell(events, at)
         self._held = self._held[len(family.begin) :]
-        self._inside = family
+        self._inside, self._opening = family, family.begin
         return True
 
     def _read(self, markers: _Markers, events: list[Answer | ToolCall]) -> bool:
         """Takes the next call, or the end of the section, off what is held."""
         end, call_end = self._held.find(markers.end), self._held.find(markers.call_end)
+        if call_end >= 0 or end >= 0:
+            self._opening = ""
         if call_end >= 0 and (end < 0 or call_end < end):
             call = self._parse(markers, self._held[:call_end])
             taken = call_end + len(markers.call_end)

@@ -38,6 +38,7 @@ class Turn:
         self._detokenizer = detokenizer
         self._splitter = ReasoningSplitter(opens_thought)
         self._stops = StopStrings(stop)
+        self._may_stop = bool(stop)
         self._tools = ToolCallParser() if parse_tools else None
         self._prompt_tokens = prompt_tokens
         self._cached_tokens = 0
@@ -73,13 +74,15 @@ class Turn:
             if last is None or last.done < last.total:
                 rate = last.tokens_per_second if last else 0.0
                 yield Prefill(self._prompt_tokens, self._prompt_tokens, rate)
-        self._completion_tokens += len(ids)
         at = 0
         while at < len(ids) and not self.stopped:
-            # Up to the answer tokens go one by one, as the end of the thought may be anywhere in `ids`.
+            # Tokens go one by one while the end of the thought, or a stop string, may be anywhere in `ids`:
+            # what comes behind a stop string is neither shown nor counted.
             was_thinking = self._splitter.thinking
-            piece = ids[at:] if self._splitter.answering else ids[at : at + 1]
+            whole = self._splitter.answering and not self._may_stop
+            piece = ids[at:] if whole else ids[at : at + 1]
             at += len(piece)
+            self._completion_tokens += len(piece)
             yield from self._split(self._splitter.push(self._detokenizer.push(piece)))
             if was_thinking or self._splitter.thinking:
                 self._reasoning_tokens += len(piece)
@@ -137,7 +140,12 @@ class Turn:
         return Timings(admitted - self._submitted, first_token - admitted, now - first_token)
 
     def finish_reason(self, engine_said: FinishReason) -> FinishReason:
-        """As the engine said, unless a stop string or a tool call ended the answer."""
+        """As the engine said, unless a stop string or a tool call ended the answer.
+
+        An answer that ran out of its length stays LENGTH after a tool call: another may be cut off.
+        """
         if self.stopped:
             return FinishReason.STOP
-        return FinishReason.TOOL_CALLS if self._called_tools else engine_said
+        if self._called_tools and engine_said is FinishReason.STOP:
+            return FinishReason.TOOL_CALLS
+        return engine_said
