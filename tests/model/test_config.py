@@ -115,6 +115,17 @@ def test_vocabulary_size_may_come_from_the_tokenizer(tmp_path: Path) -> None:
         ({"rope.scaling.factor": 0.5}, "less than 1"),
         ({"rope.freq_base": float("nan")}, "freq_base is nan"),
         ({"nextn_predict_layers": 61}, "leaves no layer"),
+        ({"rope.freq_base": 0.0}, "freq_base is 0.0, but must be a number of more than 1"),
+        ({"rope.freq_base": 1.0}, "freq_base is 1.0"),
+        ({"rope.freq_base": float("inf")}, "freq_base is inf"),
+        ({"rope.scaling.yarn_log_multiplier": float("nan")}, "yarn_log_multiplier is nan"),
+        ({"rope.scaling.yarn_log_multiplier": float("inf")}, "yarn_log_multiplier is inf"),
+        ({"rope.scaling.yarn_log_multiplier": -0.1}, "yarn_log_multiplier is -0.1"),
+        ({"rope.scaling.factor": 1e30}, "rope.scaling.factor is 1"),
+        ({"rope.scaling.yarn_beta_fast": float("nan")}, "yarn_beta_fast is nan"),
+        ({"attention.layer_norm_rms_epsilon": 0.0}, "epsilon is 0.0"),
+        ({"attention.layer_norm_rms_epsilon": 1e30}, "epsilon is 1"),
+        ({"expert_weights_scale": float("inf")}, "expert_weights_scale is inf"),
     ],
 )
 def test_wrong_metadata_is_named(tmp_path: Path, change: dict[str, object], text: str) -> None:

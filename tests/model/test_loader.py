@@ -99,6 +99,50 @@ def test_a_missing_tensor_is_named(
         load_gguf_model(path, cpu)
 
 
+@pytest.mark.parametrize("size", [2**20, 2**31])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "embedding_length",
+        "vocab_size",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.kv_lora_rank",
+        "attention.q_lora_rank",
+        "attention.key_length_mla",
+        "attention.value_length_mla",
+        "expert_count",
+        "expert_feed_forward_length",
+        "block_count",
+    ],
+)
+def test_a_size_that_the_tensors_deny_is_named(
+    config: Any, tensors: dict[str, Any], tmp_path: Path, cpu: Cpu, key: str, size: int
+) -> None:
+    path = write_model(tmp_path / "m.gguf", config, tensors, extra={f"deepseek2.{key}": size})
+    with pytest.raises(GgufError, match=rf"m\.gguf: metadata key deepseek2\.{key} is {size}, but"):
+        load_gguf_model(path, cpu)
+
+
+@pytest.mark.parametrize("key", ["head_count", "key_length", "value_length"])
+def test_sizes_of_heads_in_an_old_file(config: Any, tmp_path: Path, cpu: Cpu, key: str) -> None:
+    old = model_tensors(random_hf_model(config), config, kv_b="merged")
+    extra = {f"deepseek2.attention.{key}": 2**31}
+    path = write_model(tmp_path / "m.gguf", config, old, kv_b="merged", extra=extra)
+    with pytest.raises(GgufError, match=f"(key|value)_length is .*{2**31}.* but tensor blk.0.attn_"):
+        load_gguf_model(path, cpu)
+
+
+def test_blocks_beyond_the_block_count_are_an_error(
+    config: Any, tensors: dict[str, Any], tmp_path: Path, cpu: Cpu
+) -> None:
+    path = write_model(tmp_path / "m.gguf", config, tensors, extra={"deepseek2.block_count": 2})
+    with pytest.raises(GgufError, match="block_count is 2, but the file has the tensors of 3 blocks"):
+        load_gguf_model(path, cpu)
+    with_head = tensors | {"blk.3.nextn.eh_proj.weight": np.ones((256, 512), np.float32)}
+    load_gguf_model(write_model(tmp_path / "head.gguf", config, with_head), cpu)
+
+
 def test_a_misshapen_tensor_is_named(config: Any, tensors: dict[str, Any], tmp_path: Path, cpu: Cpu) -> None:
     wrong = tensors | {"blk.1.attn_q_b.weight": np.zeros((100, 256), np.float32)}
     path = write_model(tmp_path / "m.gguf", config, wrong)

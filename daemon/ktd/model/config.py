@@ -30,6 +30,7 @@ from typing import Literal
 
 from ktd.errors import GgufError
 from ktd.gguf import GgufFile
+from ktd.model.agreement import contradiction
 
 ARCHITECTURE = "deepseek2"
 
@@ -101,7 +102,8 @@ class ModelConfig:
 
     @classmethod
     def from_gguf(cls, gguf: GgufFile) -> ModelConfig:
-        """Reads and checks the metadata. Raises GgufError naming the key that is missing or wrong."""
+        """Reads the metadata and checks it, against itself and against the sizes of the tensors. Raises
+        GgufError naming the key that is missing or wrong."""
         return _Reader(gguf).model()
 
 
@@ -118,11 +120,11 @@ class _Reader:
             )
 
     def model(self) -> ModelConfig:
-        layers = self.size("block_count") - self.count("nextn_predict_layers", 0)
+        blocks = self.size("block_count")
+        layers = blocks - self.count("nextn_predict_layers", 0)
         rope = self.size("rope.dimension_count")
-        key_name, value_name = "attention.key_length", "attention.value_length"
-        if self.optional("attention.key_length_mla") is not None:
-            key_name, value_name = "attention.key_length_mla", "attention.value_length_mla"
+        mla = "" if self.optional("attention.key_length_mla") is None else "_mla"
+        key_name, value_name = f"attention.key_length{mla}", f"attention.value_length{mla}"
         config = ModelConfig(
             layers=layers,
             dense_layers=min(self.count("leading_dense_block_count", 0), layers),
@@ -136,8 +138,8 @@ class _Reader:
             value=self.size(value_name),
             q_lora=self.optional("attention.q_lora_rank") or None,
             kv_lora=self.size("attention.kv_lora_rank"),
-            norm_eps=self.number("attention.layer_norm_rms_epsilon", 1e-6),
-            rope_base=self.number("rope.freq_base", 10000.0),
+            norm_eps=self.number("attention.layer_norm_rms_epsilon", 1e-6, above=0.0, most=1.0),
+            rope_base=self.number("rope.freq_base", 10000.0, above=1.0, most=1e12),
             yarn=self.yarn(),
             moe=self.moe() if self.count("expert_count", 0) else None,
         )
@@ -148,6 +150,8 @@ class _Reader:
         self.check(
             not dense_only, "expert_count", "is missing or 0, yet there are layers behind the dense lead"
         )
+        if wrong := contradiction(self._gguf.tensors, config, blocks=blocks, mla=mla):
+            raise self.error(*wrong)
         return config
 
     def moe(self) -> MoeConfig:
@@ -218,11 +222,16 @@ class _Reader:
         self.check(value is None or value >= 0, key, f"is {value}, but must not be negative")
         return default if value is None else value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, *, above: float | None = None, most: float = 1e6) -> float:
+        """A number of at least 0, or more than `above`, and at most `most`, far beyond any real model's."""
         value = self._gguf.get(f"{ARCHITECTURE}.{key}", float)
-        finite = value is None or (math.isfinite(value) and value >= 0)
-        self.check(finite, key, f"is {value}, but must be a number that is not negative")
-        return default if value is None else value
+        if value is None:
+            return default
+        # NaN compares as false with everything.
+        holds = value <= most and (value >= 0 if above is None else value > above)
+        least = "at least 0" if above is None else f"more than {above:g}"
+        self.check(holds, key, f"is {value}, but must be a number of {least} and at most {most:g}")
+        return value
 
     def check(self, holds: bool, key: str, fault: str) -> None:
         if not holds:

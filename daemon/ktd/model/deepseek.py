@@ -28,8 +28,6 @@ class DeepseekModel:
         c = config
         self.config = config
         self._cpu = cpu
-        self._workspace = Workspace(config)
-        self._rope_table = rope_table(config, positions)
         self._embedding = source.matrix("token_embd.weight", c.vocab_size, c.hidden)
         self._layers = [_Layer(source, config, layer) for layer in range(c.layers)]
         self._norm = source.vector("output_norm.weight", c.hidden)
@@ -37,6 +35,9 @@ class DeepseekModel:
             self._output = source.matrix("output.weight", c.vocab_size, c.hidden)
         else:  # tied: the embedding is the output layer
             self._output = self._embedding
+        # After the weights, whose shapes have shown by now that the sizes are true.
+        self._workspace = Workspace(config)
+        self._rope_table = rope_table(config, positions)
 
     def reserve(self, rows: int, logit_rows: int) -> None:
         """Allocates the buffers for steps of up to `rows` tokens with `logit_rows` rows of logits
