@@ -254,6 +254,20 @@ def test_low_priority_waits_for_every_normal_request(started: list[Engine]) -> N
     assert ends == ["first", "normal", "low"]
 
 
+def test_contexts_of_one_page_fill_every_place(started: list[Engine]) -> None:
+    gate = Gate()
+    model = FakeModel(hook=gate)
+    engine = start(started, model, context=4, page_size=4, max_sequences=4)
+    heard = [Recorder() for _ in range(4)]
+    for i, recorder in enumerate(heard):
+        engine.submit(generation(str(i), [i, 7], 2), recorder)
+        assert gate.waiting.wait(10)
+    gate.open()
+    for recorder in heard:
+        recorder.wait()
+    assert max(len(batch.page_table) for batch in model.steps) == 4
+
+
 def test_full_queue_is_busy(started: list[Engine]) -> None:
     gate = Gate()
     engine = start(started, FakeModel(hook=gate), max_sequences=1, queue_limit=2)

@@ -15,7 +15,8 @@ class EngineConfig:
     context        tokens of prompt and answer together, of any one request
     max_sequences  requests that run at once
     page_size      tokens in a cache page
-    pages          pages in the cache; None = a whole context for each of max_sequences
+    pages          pages in the cache; None = a whole context for each of max_sequences, and one to spare
+                   for each: a request is admitted only while those that run have one to grow
     chunk_tokens   tokens computed in one step, of all sequences together
     queue_limit    requests that may wait; one more is refused as Busy
     cache_type     bf16, or f32 for comparisons at twice the memory
@@ -53,4 +54,4 @@ class EngineConfig:
 
     @property
     def total_pages(self) -> int:
-        return self.max_sequences * self.pages_of_context if self.pages is None else self.pages
+        return self.max_sequences * (self.pages_of_context + 1) if self.pages is None else self.pages
