@@ -21,6 +21,7 @@ SMALLER = (
     ("synthetic.gguf", "{model}"),
     ("--shape deepseek-r1 --mix ud-iq1_s --layers 5 --dense-layers 1", "--shape tiny-r1 --mix ud-iq1_s"),
     ("bench model {model}", "bench model {model} --prompts 16 --sequences 1 --answer 2"),
+    ("--each 200", "--each 1 --tasks addition"),
     ("make bench", ".venv/bin/ktd bench kernels --types Q8_0 --tokens 1 --seconds 0.05"),
 )
 CHAT_INPUT = "What is 2 + 3?\n"
