@@ -6,6 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
+.SILENT:
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,64 +35,64 @@ BUDGET_WEBUI := 300
 .PHONY: help proto stub up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	sed -n '1,4s/^# //p' Makefile
 
 $(VENV)/.created:
 	PYTHON=$(PYTHON) deploy/require.sh g++ python3-venv python3-dev
-	@$(PYTHON) -c 'import sys; sys.exit("ktd needs Python 3.11 or newer: set PYTHON=python3.12, say") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -c 'import sys; sys.exit("ktd needs Python 3.11 or newer: set PYTHON=python3.12, say") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	@touch $@
+	touch $@
 
 # An already installed torch (a CUDA build from your own index) is left alone.
 $(VENV)/.run: $(VENV)/.created pyproject.toml constraints.txt
-	@echo "Installing the Python packages of ktd into $(VENV)"
+	echo "Installing the Python packages of ktd into $(VENV)"
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt 'scikit-build-core>=1.0' 'nanobind>=2.4' ninja cmake
 	$(BIN)/python deploy/requirements.py | $(PIP) -c constraints.txt -r /dev/stdin
-	@touch $@
+	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	@echo "Installing what the tests need into $(VENV)"
+	echo "Installing what the tests need into $(VENV)"
 	$(BIN)/python deploy/requirements.py dev | $(PIP) -c constraints.txt -r /dev/stdin
-	@touch $@
+	touch $@
 
 $(VENV)/.built: $(VENV)/.run $(SOURCES)
-	@echo "Building the kernels (a minute or two)"
+	echo "Building the kernels (a minute or two)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
-	@touch $@
+	touch $@
 
 up: $(VENV)/.built
-	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/up.sh "$(GGUF)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/up.sh "$(GGUF)"
 
 down:
-	@$(BIN)/python deploy/webui.py stop
+	$(BIN)/python deploy/webui.py stop
 	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/stop.sh
 
 webui: $(VENV)/.built webui-env
-	@$(BIN)/python deploy/webui.py start
+	$(BIN)/python deploy/webui.py start
 
 $(WEBUI_ENV)/.ready:
-	@echo "Installing Open WebUI $(WEBUI_VERSION) into $(WEBUI_ENV): about 3 GB, a few minutes"
+	echo "Installing Open WebUI $(WEBUI_VERSION) into $(WEBUI_ENV): about 3 GB, a few minutes"
 	rm -rf $(WEBUI_ENV); mkdir -p $(KTD_CACHE)
 	$(PYTHON) -m venv $(WEBUI_ENV)
 	$(WEBUI_ENV)/bin/pip install --quiet -c constraints.txt torch
 	$(WEBUI_ENV)/bin/pip install --quiet -c constraints.txt open-webui==$(WEBUI_VERSION)
-	@touch $@
+	touch $@
 
 webui-env: $(WEBUI_ENV)/.ready
 
 $(PEERS_ENV)/.ready:
-	@echo "Building llama-cpp-python $(PEERS_VERSION) into $(PEERS_ENV): about 7 minutes"
+	echo "Building llama-cpp-python $(PEERS_VERSION) into $(PEERS_ENV): about 7 minutes"
 	rm -rf $(PEERS_ENV); mkdir -p $(KTD_CACHE)
 	$(PYTHON) -m venv $(PEERS_ENV)
 	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF' \
 	  $(PEERS_ENV)/bin/pip install --quiet llama-cpp-python==$(PEERS_VERSION) numpy
-	@touch $@
+	touch $@
 
 peers: $(PEERS_ENV)/.ready
 
 test:
-	@for stage in setup lint tests qemu peers webui; do
+	for stage in setup lint tests qemu peers webui; do
 	  start=$$SECONDS; echo "== $$stage"
 	  case $$stage in
 	    setup) limit=$(BUDGET_SETUP); goal="test-setup" ;;
@@ -108,48 +109,48 @@ test:
 
 .PHONY: test-setup
 test-setup:
-	@deploy/require.sh chromium chromium-driver fonts-noto-cjk qemu-user-static binutils
+	deploy/require.sh chromium chromium-driver fonts-noto-cjk qemu-user-static binutils
 	$(MAKE) --no-print-directory $(VENV)/.dev $(VENV)/.built peers webui-env
 
 lint: $(VENV)/.dev $(VENV)/.built
-	@$(BIN)/ruff check .
+	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find kernels/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
-	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	find kernels/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 tests: $(VENV)/.dev $(VENV)/.built
-	@$(BIN)/python -m pytest -q -m 'not peers and not webui' --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -m 'not peers and not webui' --cov --cov-report=term:skip-covered
 
 # The scalar and AVX2 kernels on processors that have nothing newer: a wrong instruction traps.
 tests-qemu: $(VENV)/.dev $(VENV)/.built
-	@qemu-x86_64-static -cpu Nehalem $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
+	qemu-x86_64-static -cpu Nehalem $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
 	qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
 
 tests-peers: $(VENV)/.dev $(VENV)/.built peers
-	@$(BIN)/python -m pytest -q -m peers
+	$(BIN)/python -m pytest -q -m peers
 
 tests-webui: $(VENV)/.dev $(VENV)/.built webui-env
-	@$(BIN)/python -m pytest -q -m webui
+	$(BIN)/python -m pytest -q -m webui
 
 bench: $(VENV)/.built
-	@$(BIN)/ktd bench kernels
+	$(BIN)/ktd bench kernels
 
 # Regenerates the committed gRPC code from the proto file.
 proto: $(VENV)/.dev
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --mypy_out=proto \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --mypy_out=proto \
 	  --grpc_python_out=proto --mypy_grpc_out=proto ktd_proto/v1/engine.proto
 
 # Regenerates the committed types of the kernel module.
 stub: $(VENV)/.built
-	@$(BIN)/python -m nanobind.stubgen -q -m ktd_kernels._C -o kernels/ktd_kernels/_C.pyi
+	$(BIN)/python -m nanobind.stubgen -q -m ktd_kernels._C -o kernels/ktd_kernels/_C.pyi
 
 wheel: $(VENV)/.run
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	ls dist/*.whl
 
 clean: down
-	@rm -rf build dist $(VENV) run
+	rm -rf build dist $(VENV) run
