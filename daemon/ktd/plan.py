@@ -103,7 +103,8 @@ def make_plan(
     if context is None:
         growing = max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked)
         asked = min(config.context, growing)
-    shared = min(sequences * asked, max(asked, spare // 2 // per_token))
+    # A page to spare for each: admission keeps one for every sequence that runs.
+    shared = min(sequences * (asked + PAGE_SIZE), max(asked, spare // 2 // per_token))
     cache_tokens = _paged(shared)
     return Plan(
         ram=budget,

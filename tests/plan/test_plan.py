@@ -33,7 +33,7 @@ def plan_of(model: Path, *, ram: int | None = None, context: int | None = None, 
 def test_with_room_every_sequence_gets_the_models_own_context(model: Path) -> None:
     plan = plan_of(model, ram=1024 * MIB)
     assert plan.context == 4096
-    assert plan.cache_tokens == 8 * 4096
+    assert plan.cache_tokens == 8 * (4096 + PAGE_SIZE)
     assert plan.from_disk == 0
     with GgufFile.open(model) as gguf:
         assert plan.routed + plan.dense == gguf.nbytes
