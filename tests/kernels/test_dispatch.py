@@ -130,6 +130,8 @@ def test_wide_objects_export_nothing_but_their_table(name: str) -> None:
 
 
 def _objects() -> list[Path]:
+    if _emulated():
+        pytest.skip("the objects are the same under qemu: looked at once")
     if shutil.which("objdump") is None or shutil.which("nm") is None:
         pytest.skip("needs objdump and nm (apt install binutils)")
     build = Path(__file__).parents[2] / "build"

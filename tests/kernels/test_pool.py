@@ -88,7 +88,12 @@ def test_an_idle_pool_burns_nothing() -> None:
 def test_the_interpreter_runs_on_during_a_call() -> None:
     cpu, w, x = Cpu(1, "scalar"), weight("Q4_K", 2048, 2048), normal(0, 64, 2048)
     done = threading.Event()
-    worker = threading.Thread(target=lambda: (cpu.linear(w, x, np.empty((64, 2048), np.float32)), done.set()))
+
+    def work() -> None:
+        cpu.linear(w, x, np.empty((64, 2048), np.float32))
+        done.set()
+
+    worker = threading.Thread(target=work)
     worker.start()
     ticks = 0
     while not done.is_set():
