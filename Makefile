@@ -136,8 +136,9 @@ tests-peers: $(VENV)/.dev $(VENV)/.built peers
 tests-webui: $(VENV)/.dev $(VENV)/.built webui-env
 	$(BIN)/python -m pytest -q -m webui
 
-bench: $(VENV)/.built
-	$(BIN)/ktd bench kernels
+# The README's table: our kernels and llama.cpp's on the same blocks, in turns.
+bench: $(VENV)/.built peers
+	$(BIN)/ktd bench kernels --tokens 1,512 --threads 1 --against llama.cpp --peer-lib $(PEERS_ENV)
 
 # Regenerates the committed gRPC code from the proto file.
 proto: $(VENV)/.dev
