@@ -26,11 +26,11 @@ SOURCES := $(shell find kernels/csrc -type f) CMakeLists.txt pyproject.toml
 # Seconds a stage of `make test` is meant to take on two quiet cores: 20 minutes together, 60 with a cold set-up.
 # What takes longer is told; what takes three times as long is stopped as hung.
 BUDGET_SETUP := 2400
-BUDGET_LINT := 60
-BUDGET_TESTS := 480
-BUDGET_QEMU := 240
-BUDGET_PEERS := 120
-BUDGET_WEBUI := 300
+BUDGET_LINT := 100
+BUDGET_TESTS := 500
+BUDGET_QEMU := 220
+BUDGET_PEERS := 100
+BUDGET_WEBUI := 280
 
 .PHONY: help proto stub up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
 
