@@ -60,7 +60,7 @@ async def ask(settings: Settings, question: str, sampling: SamplingParams) -> tu
 def check_daemon(settings: Settings, pid: int) -> None:
     """Raises SettingsError when it is another daemon that answers on the port."""
     record = RunRecordFile(settings.grpc_port).read()
-    if record and record.alive and record.pid != pid:
+    if record and record.serving and record.pid != pid:
         raise SettingsError(
             f"Another ktd (process {record.pid}) answers on {address_of(settings)}, not the supervised one:"
             " stop it, or set KTD_GRPC_PORT and KTD_PORT to free ports."

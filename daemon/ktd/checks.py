@@ -164,7 +164,7 @@ def _disk(settings: Settings) -> Iterator[Check]:
 
 def _ports(settings: Settings) -> Iterator[Check]:
     record = RunRecordFile(settings.grpc_port).read()
-    ours = record if record and record.alive else None
+    ours = record if record and record.serving else None
     for door, host, port in (
         ("gRPC", settings.grpc_host, settings.grpc_port),
         ("HTTP", settings.host, settings.port),

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     logs.configure(settings)
     file = RunRecordFile(settings.grpc_port)
     last = file.read()
-    if last and last.alive and last.stage != "stopped":
+    if last and last.serving:
         # That daemon's record stays as it is; this one will find its port taken.
         try:
             return _serve(settings, lambda: None)

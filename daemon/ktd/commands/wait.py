@@ -70,7 +70,7 @@ async def _wait(settings: Settings, patience: float) -> None:
                 if waited > min(START_SECONDS, patience):
                     _give_up_if_refused(record)
                 state = str(error)
-                if record and record.alive:
+                if record and record.serving:
                     state = record.message or "It is starting."
             if waited >= patience:
                 raise Unavailable(f"Not ready after {patience:g} s. {state}")

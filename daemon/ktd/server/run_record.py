@@ -46,6 +46,11 @@ class RunRecord:
             return False
 
     @property
+    def serving(self) -> bool:
+        """Whether the run that wrote this is still on: its process may outlive it, as in a test."""
+        return self.stage in ("pausing", "starting", "ready") and self.alive
+
+    @property
     def pause(self) -> float:
         """Seconds to wait before the next start: none after one crash, then 2, 4, 8 … up to a minute."""
         count = len(self.crashes)
