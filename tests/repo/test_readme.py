@@ -18,9 +18,9 @@ ELSEWHERE = {"make test", "make lint", "make webui"}
 # What stands for something large or long in the README is run small here.
 SMALLER = (
     ("MODEL.gguf", "{model}"),
-    ("synthetic.gguf", "{model}"),
+    ("synthetic.gguf", "{other}"),
     ("--shape deepseek-r1 --mix ud-iq1_s --layers 5 --dense-layers 1", "--shape tiny-r1 --mix ud-iq1_s"),
-    ("bench model {model}", "bench model {model} --prompts 16 --sequences 1 --answer 2"),
+    ("bench model {other}", "bench model {other} --prompts 16 --sequences 1 --answer 4"),
     ("--each 200", "--each 1 --tasks addition"),
     ("make bench", ".venv/bin/ktd bench kernels --types Q8_0 --tokens 1 --seconds 0.05"),
 )
@@ -65,7 +65,7 @@ def test_the_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
         small = command
         for large, little in SMALLER:
             small = small.replace(large, little)
-        done = run(small.replace("{model}", str(model)))
+        done = run(small.replace("{model}", str(model)).replace("{other}", str(tmp_path / "other.gguf")))
         assert done.returncode == 0, f"{command}\n{done.stdout}"
         shown[command] = done.stdout
         if command == "make up GGUF=MODEL.gguf":  # back to the embedded model, which the rest talks to
