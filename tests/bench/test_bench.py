@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,9 @@ from ktd_kernels import Cpu, Weight, memory_bandwidth
 
 Run = Callable[..., tuple[int, str, str]]
 
-PEER = Path.home() / ".cache" / "ktd" / "peers"
+# The environment of its own that `make peers` made; its Python is named to the tests.
+PYTHON = os.environ.get("KTD_PEERS_PYTHON", "")
+PEER = Path(PYTHON).parent.parent
 
 
 @pytest.fixture
@@ -112,7 +115,7 @@ def test_wrong_options(ktd: Run, options: tuple[str, ...], message: str) -> None
 
 
 @pytest.mark.peers
-@pytest.mark.skipif(not PEER.exists(), reason="llama-cpp-python is not in the peer environment (make peers)")
+@pytest.mark.skipif(not PYTHON, reason="KTD_PEERS_PYTHON names no Python with llama-cpp-python (make peers)")
 @pytest.mark.usefixtures("small")
 def test_llama_cpp_multiplies_the_same_blocks(ktd: Run) -> None:
     ggml = Ggml(PEER)
