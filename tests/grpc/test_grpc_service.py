@@ -256,7 +256,7 @@ async def test_the_key() -> None:
         assert await health_of(daemon.address) == health_pb2.HealthCheckResponse.SERVING
         assert not daemon.engine.requests
     async with fake_daemon(api_key="secret") as daemon:
-        assert await events_of(daemon.address, ask("x"), metadata=[("authorization", "Bearer secret")])
+        assert await events_of(daemon.address, ask("x"), metadata=[("authorization", "bearer secret")])
 
 
 async def test_reflection_names_the_service(daemon: FakeDaemon) -> None:

@@ -252,6 +252,25 @@ async def test_wrong_places(daemon: FakeDaemon) -> None:
     assert "GET is not allowed" in wrong.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("header", "foreign", "own"),
+    [
+        ("host", ["evil.example:10002", "0.0.0.0", "[::1"], ["127.0.0.1:1", "localhost", "[::1]:2"]),
+        ("origin", ["https://evil.example", "null"], ["http://localhost:8080", "http://127.0.0.1"]),
+    ],
+)
+async def test_pages_of_other_places_are_not_answered_without_a_key(
+    daemon: FakeDaemon, header: str, foreign: list[str], own: list[str]
+) -> None:
+    async with httpx.AsyncClient(base_url=daemon.url) as http:
+        for value in foreign:
+            answer = await http.get("/v1/models", headers={header: value})
+            assert answer.status_code == 403, value
+            assert "API key" in answer.json()["error"]["message"]
+        for value in own:
+            assert (await http.get("/v1/models", headers={header: value})).status_code == 200, value
+
+
 async def test_a_failure_in_mid_stream_is_an_error_for_the_client(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(model="ktd-fake", messages=user("/fail"), stream=True)
     with pytest.raises(openai.APIError, match="The engine failed"):

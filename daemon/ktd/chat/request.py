@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktd.errors import RequestError
+from ktd.text.conversation import MOST_NESTED
 from ktd.types import ChatRequest, Message, Priority, SamplingParams, Tool, ToolCall
 from ktd_proto.v1 import engine_pb2 as pb
 
 ROLES = ("system", "user", "assistant", "tool")
 MOST_STOPS = 16
 MOST_REQUEST_ID = 128
-# Levels of lists and objects in a tool's parameters; JSON is walked by recursion, which has an end.
-MOST_NESTED = 64
 # As a 32-bit float, which is what gRPC carries. Less would overflow the logits.
 _LEAST_PENALTY = 0.009999999776482582
 

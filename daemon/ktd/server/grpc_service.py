@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 import ktd
 from ktd.chat.request import from_proto
 from ktd.errors import RequestError, SettingsError
+from ktd.server.authorization import carries_key
 from ktd.server.host import Host, State
 from ktd.server.status import sentence_of, status_of
 from ktd.types import (
@@ -145,7 +145,7 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no ge
     """Lets calls through that carry the key. Health needs none: supervisors and `ktd wait` ask it."""
 
     def __init__(self, api_key: str) -> None:
-        self._expected = f"Bearer {api_key}".encode()
+        self._api_key = api_key
 
     async def intercept_service(
         self,
@@ -155,13 +155,9 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no ge
         if details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(details)
         given = [value for key, value in details.invocation_metadata if key == "authorization"]
-        if len(given) == 1 and hmac.compare_digest(_bytes(given[0]), self._expected):
+        if carries_key(given, self._api_key):
             return await continuation(details)
         return grpc.unary_unary_rpc_method_handler(_refuse_key)
-
-
-def _bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else value
 
 
 async def _refuse_key(request: object, context: Context) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -20,8 +20,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ktd.errors import KtdError, SettingsError
+from ktd.server.authorization import carries_key
 from ktd.server.host import Host, State
 from ktd.server.openai_api import OpenAiApi, error_response
+from ktd.settings import is_loopback
 
 # /healthz needs no key: load balancers and supervisors ask it.
 _OPEN_PATHS = {"/healthz"}
@@ -48,7 +50,7 @@ def make_app(host: Host) -> ASGIApp:
         ],
         exception_handlers={HTTPException: _http_error, KtdError: _ktd_error, ClientDisconnect: _left},
     )
-    return app if host.api_key is None else _BearerAuth(app, host.api_key)
+    return _LocalOnly(app) if host.api_key is None else _BearerAuth(app, host.api_key)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -73,25 +75,52 @@ def _refusal(status: int, message: str, headers: dict[str, str]) -> JSONResponse
     return JSONResponse({"error": error}, status, headers)
 
 
+class _LocalOnly:
+    """Without a key every program of this machine is trusted, but not the web pages its browsers show.
+
+    A page elsewhere names itself in Origin; one that had its own name resolved to the loopback address (DNS
+    rebinding) names itself in Host.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for header, value in scope["headers"]:
+                if header in (b"host", b"origin") and not _is_local(value.decode("latin-1")):
+                    message = (
+                        "Without an API key only this machine's own programs and pages are answered: set one"
+                        " with KTD_API_KEY and send it, or ask http://127.0.0.1."
+                    )
+                    return await _refusal(403, message, {})(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def _is_local(place: str) -> bool:
+    """Whether a Host or Origin header names the loopback."""
+    try:
+        name = urlsplit(place if "://" in place else f"//{place}").hostname
+    except ValueError:  # an unclosed bracket
+        return False
+    return name is not None and is_loopback(name)
+
+
 class _BearerAuth:
     """Lets requests through that carry the key."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
-        self._expected = api_key.encode()
+        self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            given = [value for key, value in scope["headers"] if key == b"authorization"]
-            if len(given) != 1 or not self._fits(given[0]):
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if not carries_key(given, self._api_key):
                 message = 'The API key is missing or wrong: send it as "Authorization: Bearer <key>".'
                 refusal = _refusal(401, message, {"www-authenticate": "Bearer"})
                 return await refusal(scope, receive, send)
         await self._app(scope, receive, send)
-
-    def _fits(self, given: bytes) -> bool:
-        scheme, _, key = given.partition(b" ")  # a scheme is written in any case (RFC 9110, 11.1)
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.lstrip(b" "), self._expected)
 
 
 class _Uvicorn(uvicorn.Server):

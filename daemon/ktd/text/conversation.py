@@ -12,7 +12,7 @@ from ktd.text.guard import Guard
 from ktd.types import Message, Tool, ToolCall
 
 OPEN, CLOSE = "<think>", "</think>"
-# Levels of lists and objects in JSON that is given to a template.
+# Levels of lists and objects in JSON that is given to a template, which walks it by recursion.
 MOST_NESTED = 64
 _MERGED_ROLES = frozenset(("system", "user", "assistant"))
 

@@ -256,7 +256,7 @@ class Sampling(_message.Message):
     min_p: _builtins.float
     """0 to 1"""
     repetition_penalty: _builtins.float
-    """above 0; 1 switches it off"""
+    """0.01 to 100; 1 switches it off"""
     presence_penalty: _builtins.float
     """-2 to 2"""
     frequency_penalty: _builtins.float
