@@ -4,7 +4,20 @@ from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig, MoeConfig, YarnConfig
 from ktd.model.deepseek import DeepseekModel
 from ktd.model.loader import load_model
+from ktd.model.placement import Placement, VramBytes, vram_bytes
 
 Model = DeepseekModel
 
-__all__ = ["Batch", "DeepseekModel", "Model", "ModelConfig", "MoeConfig", "Piece", "YarnConfig", "load_model"]
+__all__ = [
+    "Batch",
+    "DeepseekModel",
+    "Model",
+    "ModelConfig",
+    "MoeConfig",
+    "Piece",
+    "Placement",
+    "VramBytes",
+    "YarnConfig",
+    "load_model",
+    "vram_bytes",
+]
