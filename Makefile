@@ -117,6 +117,7 @@ lint: $(VENV)/.dev $(VENV)/.built
 	$(BIN)/ruff format --check .
 	find kernels/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+	$(BIN)/mypy --scripts-are-modules deploy/*.py plugin/*.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

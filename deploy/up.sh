@@ -12,11 +12,12 @@ if [ -n "${1:-}" ]; then
   ktd plan "$KTD_GGUF_PATH"
 fi
 mkdir -p run
-served=${KTD_GGUF_PATH:-the embedded model}
+# A sum, as a key may be among the settings.
+settings=$({ env | grep '^KTD_' | LC_ALL=C sort; cat ktd.toml 2>/dev/null || true; } | sha256sum)
 
 if "${supervisor[@]}" pid >/dev/null 2>&1; then
-  if [ "$(cat run/served 2>/dev/null)" != "$served" ]; then
-    echo "Another model is asked for than is served: $(cat run/served 2>/dev/null)"
+  if [ "$(cat run/settings 2>/dev/null)" != "$settings" ]; then
+    echo "Another model or other settings are asked for than the daemon was started with"
     deploy/stop.sh
     supervisord -c deploy/supervisord.conf
   fi
@@ -24,7 +25,7 @@ else
   deploy/stop.sh >/dev/null # one that is stopping just now keeps its socket until it is gone
   supervisord -c deploy/supervisord.conf
 fi
-echo "$served" >run/served
+echo "$settings" >run/settings
 "${supervisor[@]}" start ktd >/dev/null 2>&1 || true # it may run already; `ktd wait` says what is wrong if not
 ktd wait --timeout 3600
 python deploy/first_question.py "$("${supervisor[@]}" pid ktd)"

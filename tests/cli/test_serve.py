@@ -17,21 +17,14 @@ import grpc
 import httpx
 import pytest
 from kit import write_gguf
+from kit_daemon import begin, endless, free_port
 
 from ktd import main as entry
-from ktd.gguf import GgufFile
 from ktd.launch import embedded_model
-from ktd.text import TextModel
 from ktd_proto.v1 import engine_pb2 as pb
 from ktd_proto.v1 import engine_pb2_grpc
 
 KTD = Path(sys.executable).with_name("ktd")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)
@@ -134,21 +127,6 @@ def test_the_log_file_ends_with_the_reason(
     assert Path("logs/x.log").read_text().splitlines()[-1].endswith(said.removeprefix("ktd: "))
     record = json.loads(Path("ktd", f"serve-{os.environ['KTD_GRPC_PORT']}.json").read_text())
     assert (record["stage"], record["message"]) == ("refused", said.removeprefix("ktd: "))
-
-
-def endless(max_tokens: int | None = None) -> pb.ChatRequest:
-    """A question whose answer does not end by itself."""
-    with GgufFile.open(embedded_model()) as gguf:
-        ends = TextModel.from_gguf(gguf).stop_ids
-    sampling = pb.Sampling(logit_bias=dict.fromkeys(ends, -100.0), max_tokens=max_tokens)
-    return pb.ChatRequest(messages=[pb.Message(role="user", content="Who are you?")], sampling=sampling)
-
-
-def begin(stub: engine_pb2_grpc.EngineStub, request: pb.ChatRequest) -> Iterator[pb.ChatEvent]:
-    """A call whose first text has come."""
-    call = stub.Chat(request)
-    next(event for event in call if event.HasField("answer") or event.HasField("reasoning"))
-    return iter(call)
 
 
 @pytest.mark.slow

@@ -6,24 +6,22 @@ import configparser
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
+from kit_daemon import begin, endless, free_port
+
+from ktd_proto.v1 import engine_pb2 as pb
+from ktd_proto.v1 import engine_pb2_grpc
 
 BIN = Path(sys.executable).parent
 DEPLOY = Path(__file__).parents[2] / "deploy"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Supervisor:
@@ -125,6 +123,18 @@ def test_the_life_of_the_daemon(start: Callable[..., Supervisor], tmp_path: Path
     assert "Stopped with 0 requests unfinished" in supervisor.log[-1]
     assert "ktd: started" in supervisor.ctl("start", "ktd")
     assert supervisor.wait().returncode == 0
+
+
+@pytest.mark.slow
+def test_a_stop_lets_running_answers_finish(start: Callable[..., Supervisor]) -> None:
+    port = str(free_port())
+    supervisor = start(KTD_GRPC_PORT=port)
+    assert supervisor.wait().returncode == 0
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        calls = [begin(engine_pb2_grpc.EngineStub(channel), endless(400)) for _ in range(8)]
+        assert "ktd: stopped" in supervisor.ctl("stop", "ktd")
+        assert [list(call)[-1].finished.reason for call in calls] == [pb.FINISH_REASON_LENGTH] * 8
+    assert "Stopped with 0 requests unfinished" in supervisor.log[-1]
 
 
 @pytest.mark.slow

@@ -69,6 +69,8 @@ def test_the_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}"
         shown[command] = done.stdout
         if command == "make up GGUF=MODEL.gguf":  # back to the embedded model, which the rest talks to
+            again = run("KTD_MODEL_NAME=renamed make up")
+            assert "other settings are asked for" in again.stdout
             assert run("make up").returncode == 0
     assert "That is right." in shown["make up"]
     assert "tokens/s" in shown["make up GGUF=MODEL.gguf"], "the plan comes first"
