@@ -120,6 +120,8 @@ void py_linear_heads(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out) {
   linear(cpu, w, {x.data(), x.stride(0), x.stride(1)}, n, {out.data(), out.stride(0), out.stride(1)}, false);
 }
 
+}  // namespace
+
 void check_gated(const PyWeight& gate, const PyWeight& up, const PyWeight& down, int dims) {
   check_matrix(gate, "gate", dims);
   check_matrix(up, "up", dims);
@@ -131,6 +133,8 @@ void check_gated(const PyWeight& gate, const PyWeight& up, const PyWeight& down,
            shape_text(weight_shape(up).data(), static_cast<size_t>(dims)) + ", " +
            shape_text(weight_shape(down).data(), static_cast<size_t>(dims)) + ".");
 }
+
+namespace {
 
 void py_mlp(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, ConstFloats x,
             Floats out, bool accumulate) {
@@ -221,4 +225,5 @@ NB_MODULE(_C, m) {
            "d], down "
            "[E, d, f], ids int32 [n, k], weights float32 [n, k].");
   bind_ops(cpu);
+  bind_moe_job(m);
 }
