@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Final
 
 import numpy
 from numpy.typing import NDArray
@@ -98,4 +98,30 @@ class Cpu:
     def route(self, logits: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], bias: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)] | None, gating: str, groups: int, groups_used: int, group_score: str, used: int, normalise: bool, scale: float, ids_out: Annotated[NDArray[numpy.int32], dict(device='cpu')], weights_out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
         """
         Choose experts: logits [n, E], bias [E] or None, gating 'softmax' or 'sigmoid', group_score 'max' or 'top2'; ids_out int32 [n, used] in descending order of choice, weights_out [n, used].
+        """
+
+class MoeJob:
+    """
+    Cpu.moe bound to its arguments, for a CUDA stream or graph to run as a host function.
+    """
+
+    def __init__(self, cpu: Cpu, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
+        """
+        Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are.
+        """
+
+    function: Final[int] = ...
+    """Address of void run(void* data), which throws nothing."""
+
+    @property
+    def data(self) -> int:
+        """Address to call `function` with."""
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in all runs so far."""
+
+    def take_error(self) -> str:
+        """
+        What went wrong in a run since the last call, and left zeros in `out`; else an empty string.
         """
