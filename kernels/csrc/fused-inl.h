@@ -15,11 +15,12 @@ void fused_256(const MatmulArgs& a, int64_t first) {
     __m128 acc[kTokens];
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm_setzero_ps();
     for (int64_t k = 0; k < blocks; ++k) {
+      const int64_t next = ahead<kBytes>(a, k, blocks);
       VecI sum[kTokens][4], minimum[kTokens][4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const uint8_t* w = rows.w[i] + k * kBytes;
-        prefetch_row<kBytes>(w);
+        prefetch<kBytes>(w + next);
         prepared.dot(w, k, i, sum, minimum);
       }
       const __m128 d = block_scales<F>(rows.w, k * kBytes);
@@ -60,11 +61,12 @@ void fused_32(const MatmulArgs& a, int64_t first) {
     __m128 acc[kTokens];
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm_setzero_ps();
     for (int64_t k = 0; k < blocks; ++k) {
+      const int64_t next = ahead<kBytes>(a, k, blocks);
       __m256i sum[kTokens][4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const uint8_t* w = rows.w[i] + k * kBytes;
-        if (k % 2 == 0) prefetch_row<2 * kBytes>(w);
+        if (k % 2 == 0) prefetch<2 * kBytes>(w + next);
         const __m256i u = unpack_32<F>(w);
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) sum[t][i] = dot_32<F>(u, load256(x[t].q + 32 * k));

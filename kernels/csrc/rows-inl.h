@@ -55,6 +55,22 @@ inline FourRows four_rows(const MatmulArgs& a, int64_t r) {
   return rows;
 }
 
+// Four rows are four streams that the hardware prefetcher follows within a page only, so each reaches ahead
+// by hand: kAheadBytes in its own row, and from the last blocks of a row into the row that the stream reads
+// next, four rows further.
+constexpr int64_t kAheadBytes = 1024;
+
+template <int64_t kBytes>
+inline int64_t ahead(const MatmulArgs& a, int64_t k, int64_t blocks) {
+  constexpr int64_t kBlocks = (kAheadBytes + kBytes - 1) / kBytes;
+  return kBlocks * kBytes + (k + kBlocks < blocks ? 0 : 3 * a.row_bytes);
+}
+
+template <int64_t kBytes>
+inline void prefetch(const uint8_t* w) {
+  for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(w + i), _MM_HINT_T0);
+}
+
 inline void store_rows(const MatmulArgs& a, const FourRows& rows, int64_t token, __m128 value) {
   float* out = a.out + token * a.out_stride + rows.row;
   if (rows.count == 4) {

@@ -48,7 +48,7 @@ void build_tile_256(const uint8_t* const* w, int64_t at, Tile& tile) {
   using T = Traits<F>;
   for (int r = 0; r < kPanel; ++r) {
     const uint8_t* bytes = w[r] + at;
-    prefetch_row<sizeof(typename T::Block)>(bytes);
+    prefetch<sizeof(typename T::Block)>(bytes + kAheadBytes);
     unpack_row_256<F>(bytes, tile.rows[r]);
     tile.d[0][r] = block_d<F>(bytes);
     if constexpr (T::minimum) tile.dmin[0][r] = block_dmin<F>(bytes);
@@ -82,7 +82,7 @@ void build_tile_32(const uint8_t* const* w, int64_t at, int count, Tile& tile) {
   constexpr int64_t kBytes = sizeof(typename T::Block);
   for (int r = 0; r < kPanel; ++r) {
     const uint8_t* bytes = w[r] + at;
-    prefetch_row<8 * kBytes>(bytes);
+    prefetch<8 * kBytes>(bytes + kAheadBytes);
     for (int b = 0; b < count; ++b) {
       __m256i u = unpack_32<F>(bytes + b * kBytes);
       if (T::max == 255 && kVnni) u = _mm256_xor_si256(u, _mm256_set1_epi8(-128));

@@ -49,10 +49,3 @@ inline __m256i dot_32(__m256i u, __m256i x) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, factor), _mm256_set1_epi16(1));
 #endif
 }
-
-// Rows are read in order; the hardware prefetcher stops at page ends, so reach ahead by hand.
-template <int64_t kBytes>
-inline void prefetch_row(const uint8_t* w) {
-  for (int64_t i = 0; i < kBytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(w + 1024 + i), _MM_HINT_T0);
-}
