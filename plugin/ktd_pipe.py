@@ -7,12 +7,12 @@ description: DeepSeek-R1 with native thoughts, sources, progress and speeds, fro
 """
 
 # Paste this file into Open WebUI: Admin Panel, Functions, New Function. Then set BASE_URL in its valves.
-# It is one file because Open WebUI takes one file. Sections: settings, texts, events, thoughts (embedded),
-# sources
-# and markers, the chat body, gRPC, HTTP, the page, background tasks, and the Pipe itself.
+# It is one file because Open WebUI takes one file. Sections: texts, events, thoughts (embedded), sources,
+# text and markers, the chat body, tools, what upstreams share, gRPC, HTTP, the page, background tasks,
+# settings, and the Pipe itself.
 #
-# An event of an upstream (gRPC or HTTP) is one of: Queued, Prefill, Reasoning, Answer, Sources, Usage,
-# Finished.
+# An event of an upstream (gRPC or HTTP) is one of: Queued, Prefill, Reasoning, Answer, ToolCall, Sources,
+# Usage, Finished.
 # Only `Page` knows what Open WebUI wants to see; only the two upstream sections know what a server sends.
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import time
 import unicodedata
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from enum import Enum
 from typing import Any, Literal
@@ -89,6 +89,10 @@ TEXTS: dict[str, dict[Language, str]] = {
     "length": {
         "en": "Cut off: the token limit was reached (max_tokens or the context)",
         "zh": "回答被截断：已达到 token 上限（max_tokens 或上下文长度）",
+    },
+    "thought_enough": {
+        "en": "\n\nThe thinking budget is used up: I answer now.",
+        "zh": "\n\n思考预算已用完，现在作答。",
     },
     "searching": {"en": "Searching the web", "zh": "正在联网搜索"},
     "searched": {"en": "Searched {{count}} sites", "zh": "已搜索 {{count}} 个网站"},
@@ -189,6 +193,16 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A whole call of a tool; `arguments` is JSON as text."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """One search result or document; from the network, so checked by `clean_source` before it is shown."""
 
@@ -223,7 +237,7 @@ class Finished:
     reason: str
 
 
-Event = Queued | Prefill | Reasoning | Answer | Sources | Usage | Finished
+Event = Queued | Prefill | Reasoning | Answer | ToolCall | Sources | Usage | Finished
 
 
 class PipeError(Exception):
@@ -257,10 +271,11 @@ CLOSE = "</think>"
 
 # How much may wait for the end of a code block that holds a closing tag. Quoted tags sit in short blocks;
 # past this the block is taken for one that the model forgot to close.
-MOST_HELD = 4096
+MOST_HELD = 512
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)\Z")
 _TICKS = re.compile(r"`+")
+_BLANK_LINE = re.compile(r"[ \t]*\n[ \t]*\n")
 
 
 class _State(Enum):
@@ -381,33 +396,36 @@ class _Code:
     def __init__(self) -> None:
         self._fence = ""
         self._line = ""
+        self._quotes = False  # the open fence has quoted an opening tag
 
     def consume(self, text: str) -> None:
         """Moves on past `text`."""
-        self._fence, self._line = _after(self._fence, self._line + text)
+        self._fence, self._line, self._quotes = _after(self._fence, self._line + text, self._quotes)
 
     def find_close(self, text: str, final: bool) -> tuple[int, bool]:
         """Looks for the tag that ends the thought in `text`, which follows what was consumed.
 
         Returns (its position, True), or (how much of `text` is certainly thought, False).
         """
-        fence, line, start = self._fence, self._line, 0
+        fence, line, quotes, start = self._fence, self._line, self._quotes, 0
         while (at := text.find(CLOSE, start)) >= 0:
-            fence, line = _after(fence, line + text[start:at])
+            fence, line, quotes = _after(fence, line + text[start:at], quotes)
             start = at + len(CLOSE)
-            tag = _judge(fence, line, text[start:], final)
+            tag = _judge(fence, line, quotes or OPEN in line, text[start:], final)
             if tag is not _Tag.QUOTED:
                 return at, tag is _Tag.CLOSES
             line += CLOSE
         return len(text) - (0 if final else overlap(text, CLOSE)), False
 
 
-def _judge(fence: str, line: str, rest: str, final: bool) -> _Tag:
+def _judge(fence: str, line: str, quotes: bool, rest: str, final: bool) -> _Tag:
     """Whether a closing tag between `line` (its line so far) and `rest` ends the thought or is quoted in
-    code.
+    code. `quotes`: an opening tag was quoted in the same fence.
     """
     rest, complete = rest[:MOST_HELD], final or len(rest) >= MOST_HELD
     if fence and not _closes(fence, line):
+        if not quotes and _BLANK_LINE.match(rest):
+            return _Tag.CLOSES
         _, *lines = rest.split("\n")
         if not final:
             lines = lines[:-1]
@@ -427,15 +445,18 @@ def _judge(fence: str, line: str, rest: str, final: bool) -> _Tag:
     return _Tag.CLOSES if complete else _Tag.UNDECIDED
 
 
-def _after(fence: str, text: str) -> tuple[str, str]:
-    """The open fence and the unfinished line after `text`, which starts at the beginning of a line."""
+def _after(fence: str, text: str, quotes: bool) -> tuple[str, str, bool]:
+    """The open fence, the unfinished line and whether the fence quotes an opening tag, after `text`, which
+    starts at the beginning of a line.
+    """
     *lines, line = text.split("\n")
     for done in lines:
         if fence:
             fence = "" if _closes(fence, done) else fence
+            quotes = bool(fence) and (quotes or OPEN in done)
         elif (match := _FENCE.match(done)) and not (match[1][0] == "`" and "`" in match[2]):
             fence = match[1]
-    return fence, line
+    return fence, line, quotes
 
 
 def _closes(fence: str, line: str) -> bool:
@@ -543,6 +564,19 @@ def clean_url(url: object) -> str:
     return url if parts.scheme.lower() in ("http", "https") and parts.hostname else ""
 
 
+def is_public(url: str) -> bool:
+    """Whether the address may be in the list of a search status: the browser asks a favicon service for
+    each of its addresses, which must not learn of hosts inside.
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." in host and not host.endswith(
+            (".local", ".internal", ".lan", ".localdomain", ".home.arpa")
+        )
+
+
 def clean_source(title: object, url: object, text: object, limit: int = 2000) -> Source:
     """A source whose every field is safe to show."""
     link = clean_url(url)
@@ -617,7 +651,7 @@ class SourceList:
         return number if number >= 1 and (self._late or number <= len(self)) else None
 
 
-# --- Markers in the answer's text ---------------------------------------------------------------------------
+# --- Text: markers, images, live tags -----------------------------------------------------------------------
 
 _OPENING = {"[": "]", "【": "】", "［": "］"}
 _KEYWORDS = ("citation", "webpage", "摘要")
@@ -745,28 +779,44 @@ def _find_summary(scan: _Scanner) -> Marker | None:
     return Marker(tuple(numbers), end) if numbers else None
 
 
+# What may stand in front of a fence: indentation, quote marks, list markers.
+_FENCE_LINE = re.compile(r"((?:[ \t>]|[-+*][ \t]|\d{1,9}[.)][ \t])*)(`{3,}|~{3,})(.*)")
+_HTML_LINE = re.compile(r" {0,3}<(?:[A-Za-z/]|([!?]))")
+_RAW_HTML = re.compile(r" {0,3}<(?:pre|script|style|textarea)", re.IGNORECASE)
+
+
 class _Markup:
     """Follows Markdown one character at a time, to know where text is code or mathematics."""
 
     def __init__(self) -> None:
-        self._fence: tuple[str, int] | None = None
+        self._fence = ""  # the run that opened it
+        self._fence_sure = False
+        self._in_step = True  # no line so far that a Markdown parser may have read differently
+        self._html = False
+        self._line = ""
         self._span = 0  # length of the backtick run that opened a code span
         self._math = ""  # what opened it: $, $$, \( or \[
         self._run = ("", 0, False)  # character, length, whether it began its line
+        self._opens = False  # this line may open a fence
         self._escaped = False
         self._line_start = True
-        self._blank_line = True
-        self._before = "\n"  # the character in front of the run
+        self.before = "\n"  # the character in front of the next one, or of the run
 
     def prose(self, next_char: str) -> bool:
         """Whether the next character stands in plain text."""
         self._settle(next_char)
-        return not (self._fence or self._span or self._math or self._escaped)
+        return not (self._fence or self._opens or self._span or self._math or self._escaped)
+
+    @property
+    def code_for_sure(self) -> bool:
+        """Whether every Markdown parser takes the next character for code: an unindented fence is open."""
+        return bool(self._fence) and self._fence_sure
 
     def feed(self, char: str) -> None:
         """Takes the next character."""
         if char == self._run[0]:
             self._run = (char, self._run[1] + 1, self._run[2])
+            self._line += char
             return
         self._settle(char)
         if self._escaped:
@@ -780,19 +830,42 @@ class _Markup:
         elif char in "`~$":
             self._run = (char, 1, self._line_start)
         if char == "\n":
-            self._escaped = False
-            if self._math == "$":
-                self._math = ""
-            if self._blank_line:
-                self._span = 0  # neither code spans nor inline mathematics cross a blank line
-                if self._math == "\\(":
-                    self._math = ""
-            self._line_start = self._blank_line = True
+            self._end_line()
         else:
             self._line_start = self._line_start and char in " \t>"
-            self._blank_line = self._blank_line and char in " \t\r"
+            if len(self._line) < 1000:  # what is longer neither opens nor closes a fence
+                self._line += char
         if char not in "`~$":
-            self._before = char
+            self.before = char
+
+    def _end_line(self) -> None:
+        line, self._line = self._line, ""
+        self._escaped = self._opens = False
+        self._line_start = True
+        if self._math == "$":
+            self._math = ""
+        fence = _FENCE_LINE.fullmatch(line)
+        if self._fence:
+            closes = fence and fence[2].startswith(self._fence) and not fence[3].strip()
+            if fence and closes and not (self._fence_sure and fence[1] not in ("", " ", "  ", "   ")):
+                self._fence = ""
+            return
+        if fence and self._math:
+            self._in_step = False
+        elif fence and not (fence[2][0] == "`" and "`" in fence[3]):
+            self._fence_sure = self._in_step = self._in_step and not self._html and not fence[1]
+            self._fence, self._span = fence[2], 0
+            return
+        if not line.strip():
+            self._html = False
+            self._span = 0  # neither code spans nor inline mathematics cross a blank line
+            if self._math == "\\(":
+                self._math = ""
+        elif html := _HTML_LINE.match(line):
+            self._html = True
+            self._in_step = self._in_step and not html[1] and not _RAW_HTML.match(line)
+        elif line.startswith(":::"):
+            self._in_step = False
 
     def _settle(self, following: str) -> None:
         """Ends a run of backticks, tildes or dollars, once the character after it is known to be another."""
@@ -802,13 +875,10 @@ class _Markup:
         self._run = ("", 0, False)
         if char == "$":
             self._settle_dollars(length, following)
-        elif self._math:
+        elif self._math or self._fence:
             return
-        elif self._fence:
-            if began_line and char == self._fence[0] and length >= self._fence[1]:
-                self._fence = None
         elif began_line and length >= 3 and not self._span:
-            self._fence = (char, length)
+            self._opens = True
         elif char == "`":
             if not self._span:
                 self._span = length
@@ -816,7 +886,7 @@ class _Markup:
                 self._span = 0
 
     def _settle_dollars(self, length: int, following: str) -> None:
-        if self._fence or self._span or self._math.startswith("\\"):
+        if self._fence or self._opens or self._span or self._math.startswith("\\"):
             return
         if self._math == "$$":
             self._math = "" if length >= 2 else "$$"
@@ -825,21 +895,32 @@ class _Markup:
         elif length >= 2:
             self._math = "$$"
         # A price ("$5", "US$ 5") is no formula.
-        elif not (following.isspace() or following.isdecimal() or self._before.isalnum()):
+        elif not (following.isspace() or following.isdecimal() or self.before.isalnum()):
             self._math = "$"
 
 
-class MarkerRewriter:
-    """Turns the markers in a streamed answer into the page's [n], outside code and mathematics.
+# An invisible character that keeps "!" and "[" (or "<" and a tag's name) from being read together.
+_JOINER = "\u2060"
+# Tags that Open WebUI renders though other HTML is shown as text: media, which the browser fetches at once,
+# and blocks that pass for its own.
+_LIVE_TAGS = ("iframe", "video", "audio", "file", "details")
 
-    Text is held back only while it may still become a marker, so any way of cutting the stream gives the
-    same page.
-    `resolve` gives the page's number of a source, or None where there is none (the marker is then dropped);
-    `active` says whether markers are rewritten at all, `style` which forms count.
+
+class PageText:
+    """The model's text as the page may have it.
+
+    Markers outside code and mathematics become the page's [n]: `resolve` gives the number of a source, or
+    None where there is none (the marker is then dropped); `active` says whether there are markers at all,
+    `style` which forms count. Unless `media`, an image becomes a link and media tags become text: the
+    browser would fetch them from any host, and what the model was told could leave in the address.
+
+    Text is held back only while it may still become one of these, so any way of cutting the stream gives
+    the same page.
     """
 
-    def __init__(self, resolve: Callable[[int], int | None]) -> None:
+    def __init__(self, resolve: Callable[[int], int | None], *, media: bool) -> None:
         self._resolve = resolve
+        self._media = media
         self._held = ""
         self._markup = _Markup()
         self.active = False
@@ -859,22 +940,41 @@ class MarkerRewriter:
         shown: list[str] = []
         while at < len(text):
             char = text[at]
-            if self.active and (char in _OPENING or char == "摘") and self._markup.prose(char):
-                try:
+            try:
+                if self.active and (char in _OPENING or char == "摘") and self._markup.prose(char):
                     marker = find_marker(text, at, final=final, style=self.style)
-                except _NeedMore:
-                    break
-                if marker is not None:
-                    numbers = (self._resolve(number) for number in marker.numbers)
-                    shown.extend(f"[{number}]" for number in numbers if number is not None)
-                    self._markup.feed("]")
-                    at = marker.end
-                    continue
-            shown.append(char)
+                    if marker is not None:
+                        numbers = (self._resolve(number) for number in marker.numbers)
+                        shown.extend(f"[{number}]" for number in numbers if number is not None)
+                        self._markup.feed("]")
+                        at = marker.end
+                        continue
+                live = char in "!<" and not self._media and self._is_live(text, at, final)
+            except _NeedMore:
+                break
+            shown.append(char + _JOINER if live else char)
             self._markup.feed(char)
             at += 1
         self._held = text[at:]
         return "".join(shown)
+
+    def _is_live(self, text: str, at: int, final: bool) -> bool:
+        """Whether an image or a live tag begins at `at`. Raises _NeedMore."""
+        prose = self._markup.prose(text[at])
+        if self._markup.code_for_sure:
+            return False
+        if text[at] == "!":
+            if at + 1 == len(text) and not final:
+                raise _NeedMore
+            # In code that only looks like code, "vec![" is left alone.
+            before = self._markup.before
+            return text.startswith("[", at + 1) and (prose or not (before.isalnum() or before in "_#"))
+        name = text[at + 1 : at + 8].lower()
+        if name.startswith(_LIVE_TAGS):
+            return True
+        if not final and at + 1 + len(name) == len(text) and any(tag.startswith(name) for tag in _LIVE_TAGS):
+            raise _NeedMore
+        return False
 
 
 # --- The chat body ------------------------------------------------------------------------------------------
@@ -966,6 +1066,7 @@ class Job:
     low_priority: bool
     opens_thought: bool
     connect_timeout: float
+    tools: tuple[Json, ...] = ()  # OpenAI's form
 
     @property
     def continues(self) -> bool:
@@ -1121,6 +1222,39 @@ def read_thinking(body: Mapping[str, Any], *choices: str) -> bool | None:
         if choice in ("on", "off"):
             return choice == "on"
     return None
+
+
+# --- Tools: the model calls, Open WebUI runs ----------------------------------------------------------------
+
+
+def tool_rounds(messages: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
+    """The calls (name, arguments) already made for the last question, round by round.
+
+    Open WebUI hands images of a result over in a user message of their own: it is no new question.
+    """
+    rounds: list[list[tuple[str, str]]] = []
+    for position in range(len(messages) - 1, -1, -1):
+        message = messages[position]
+        if message.get("role") == "user" and not (position and messages[position - 1].get("role") == "tool"):
+            break
+        calls = [call.get("function") or {} for call in _dicts(message.get("tool_calls"))]
+        if calls:
+            rounds.insert(0, [(str(call.get("name")), str(call.get("arguments"))) for call in calls])
+    return rounds
+
+
+def read_tools(body: Mapping[str, Any], most_rounds: int) -> tuple[Json, ...]:
+    """The tools to offer. None when the rounds are used up or the last one repeated the one before it:
+    Open WebUI would go round 256 times.
+    """
+    rounds = tool_rounds(body.get("messages") or [])
+    if len(rounds) >= most_rounds or (len(rounds) > 1 and rounds[-1] == rounds[-2]):
+        return ()
+    return tuple(
+        tool
+        for tool in _dicts(body.get("tools"))
+        if isinstance(tool.get("function"), dict) and tool["function"].get("name")
+    )
 
 
 # --- Upstreams: what gRPC and HTTP share --------------------------------------------------------------------
@@ -1336,6 +1470,13 @@ def grpc_request(job: Job, wire: Wire) -> Any:
                 arguments_json=arguments if isinstance(arguments, str) else json.dumps(arguments or {}),
                 index=index,
             )
+    for tool in job.tools:
+        function = tool["function"]
+        request.tools.add(
+            name=str(function["name"]),
+            description=str(function.get("description") or ""),
+            parameters_json=json.dumps(function.get("parameters") or {}),
+        )
     request.sampling.SetInParent()
     for name, value in job.options.items():
         try:
@@ -1386,10 +1527,22 @@ def grpc_usage(usage: Any) -> Usage:
     )
 
 
+def with_thought(figures: Json, prompt: int, tokens: int, seconds: float) -> Json:
+    """The figures of an answer whose thought of `tokens` tokens, written in `seconds`, was its prompt."""
+    written = figures["completion_tokens"] + tokens
+    spent = figures["decode_seconds"] + seconds
+    return figures | {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "completion_tokens_details": {"reasoning_tokens": tokens},
+        "completion_tokens_per_second": _rate(written, spent),
+        "decode_seconds": round(spent, 3),
+    }
+
+
 def grpc_event(message: Any) -> Event | None:
-    """The event in a ktd.v1.ChatEvent; None for a kind this function does not show (tool calls, later
-    additions).
-    """
+    """The event in a ktd.v1.ChatEvent; None for a kind that was added to it later."""
     kind = message.WhichOneof("event")
     if kind == "answer":
         return Answer(message.answer.text)
@@ -1399,6 +1552,9 @@ def grpc_event(message: Any) -> Event | None:
         return Prefill(message.prefill.done, message.prefill.total, message.prefill.tokens_per_second)
     if kind == "queued":
         return Queued(message.queued.position)
+    if kind == "tool_call":
+        call = message.tool_call
+        return ToolCall(call.index, call.id, call.name, call.arguments_json)
     if kind == "usage":
         return grpc_usage(message.usage)
     if kind == "finished":
@@ -1569,6 +1725,7 @@ class ReplyReader:
         self._native_thoughts = False
         self._answered = False
         self._sources: tuple[Source, ...] = ()
+        self._calls: dict[int, Json] = {}
         self._usage: Json = {}
         self._timings: Json = {}
         self._reason = ""
@@ -1594,6 +1751,7 @@ class ReplyReader:
         delta = choice.get("delta") or choice.get("message") or {}
         events = self._read_sources(chunk, delta)
         events += self._read_text(delta)
+        self._read_calls(delta)
         self._usage = chunk.get("usage") or choice.get("usage") or self._usage
         self._timings = chunk.get("timings") or self._timings
         self._reason = choice.get("finish_reason") or self._reason
@@ -1604,10 +1762,25 @@ class ReplyReader:
         events: list[Event] = list(self._splitter.flush())
         if not self._done and not self._reason:
             raise PipeError("broke_off", address=self._address, reason="the stream ended early", code=502)
+        for index, call in sorted(self._calls.items()):
+            events.append(ToolCall(index, call["id"], call["name"], call["arguments"] or "{}"))
         figures = self._figures()
         if figures:
             events.append(Usage(figures))
         return [*events, Finished(self._reason or "stop")]
+
+    def _read_calls(self, delta: Json) -> None:
+        """Collects tool calls: the first piece names the call, the others go on with its arguments."""
+        for position, piece in enumerate(_dicts(delta.get("tool_calls"))):
+            index = piece.get("index")
+            call = self._calls.setdefault(
+                index if isinstance(index, int) else position, {"id": "", "name": "", "arguments": ""}
+            )
+            function = piece.get("function") or {}
+            arguments = function.get("arguments") or ""
+            call["id"] = str(piece.get("id") or call["id"])
+            call["name"] = str(function.get("name") or call["name"])
+            call["arguments"] += arguments if isinstance(arguments, str) else json.dumps(arguments)
 
     def _read_sources(self, chunk: Json, delta: Json) -> list[Event]:
         for reader, style, adds in _SOURCE_READERS:
@@ -1716,6 +1889,10 @@ def http_payload(job: Job, body: Mapping[str, Any]) -> Json:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if job.tools:
+        payload["tools"] = list(job.tools)
+        if body.get("tool_choice") is not None:
+            payload["tool_choice"] = body["tool_choice"]
     if job.thinking is not None:
         payload |= _thinking_switch(job)
     return payload
@@ -1838,6 +2015,7 @@ class PageOptions:
     language: Language
     show_thoughts: bool
     show_status: bool
+    show_media: bool
     annotations: bool  # an API client reads annotations; a browser reads source events
 
 
@@ -1852,7 +2030,8 @@ class Page:
         self._emitter = emitter
         self._options = options
         self._sources = sources
-        self._rewriter = MarkerRewriter(sources.resolve)
+        self._thought = PageText(sources.resolve, media=options.show_media)
+        self._answer = PageText(sources.resolve, media=options.show_media)
         self._frame = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk",
@@ -1869,13 +2048,18 @@ class Page:
         self._next_in_line: asyncio.Task[None] | None = None
         self._search_status: Json | None = None
         self._annotations: list[Json] = []
+        self._offers_tools = False
         self._usage: Json | None = None
         self._reason = "stop"
         self._ended = False
 
     def allow_markers(self) -> None:
         """Markers in this answer mean sources."""
-        self._rewriter.active = True
+        self._answer.active = True
+
+    def offer_tools(self) -> None:
+        """The model was given tools: its calls are passed on."""
+        self._offers_tools = True
 
     async def emit(self, kind: str, data: Json) -> None:
         if self._emitter is not None:
@@ -1911,7 +2095,9 @@ class Page:
                 self._annotations.append({"type": "url_citation", "url_citation": cited})
         self.allow_markers()
         items = [
-            {"title": source.title or source.url, "link": source.url} for source in sources if source.url
+            {"title": source.title or source.url, "link": source.url}
+            for source in sources
+            if is_public(source.url)
         ]
         if items:
             self._search_status = {
@@ -1928,26 +2114,32 @@ class Page:
         if isinstance(event, Answer):
             await self._begin_text()
             await self._end_hidden_thought()
-            return self._content(self._rewriter.push(event.text))
+            return self._thought_chunk(self._thought.flush()) + self._content(self._answer.push(event.text))
         if isinstance(event, Reasoning):
             await self._begin_text()
             if self._options.show_thoughts:
-                return [self._chunk({"reasoning_content": event.text})]
+                return self._thought_chunk(self._thought.push(event.text))
             if self._thought_begun is None:
                 self._thought_begun = time.monotonic()
                 await self.status("thinking")
+        elif isinstance(event, ToolCall):
+            if not self._offers_tools:
+                return []
+            await self._begin_text()
+            await self._end_hidden_thought()
+            return [*self._rest(), self._chunk({"tool_calls": [_call_delta(event)]})]
         elif isinstance(event, Prefill):
             await self._show_prefill(event)
         elif isinstance(event, Queued):
             await self._show_queue(event)
         elif isinstance(event, Sources):
-            self._rewriter.style = event.style
+            self._answer.style = event.style
             await self.show_sources(event.items)
             if self._text_begun:
                 await self._show_search()
         elif isinstance(event, Usage):
             self._usage = event.figures
-        else:
+        elif self._offers_tools or event.reason != "tool_calls":
             self._reason = event.reason
         return []
 
@@ -1956,7 +2148,7 @@ class Page:
         self._stop_timer()
         await self._begin_text()
         await self._end_hidden_thought()
-        chunks = self._content(self._rewriter.flush())
+        chunks = self._rest()
         last = self._chunk({}, finish_reason=self._reason)
         if self._usage is not None:
             last["usage"] = self._usage
@@ -1969,7 +2161,7 @@ class Page:
         """The last chunks of an answer that failed: what was held back, then the error. Open WebUI keeps
         the text.
         """
-        chunks = self._content(self._rewriter.flush())
+        chunks = self._rest()
         await self._close_status("failed")
         self._stop_timer()
         self._ended = True
@@ -2044,6 +2236,13 @@ class Page:
             self._thought_begun = None
             await self.status("thought", done=True, seconds=seconds)
 
+    def _rest(self) -> list[Json]:
+        """The chunks of what was held back."""
+        return self._thought_chunk(self._thought.flush()) + self._content(self._answer.flush())
+
+    def _thought_chunk(self, text: str) -> list[Json]:
+        return [self._chunk({"reasoning_content": text})] if text else []
+
     def _content(self, text: str) -> list[Json]:
         if not text:
             return []
@@ -2054,6 +2253,11 @@ class Page:
 
     def _chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
         return {**self._frame, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+
+def _call_delta(call: ToolCall) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 async def as_completion(chunks: AsyncIterator[Json], model: str) -> Json:
@@ -2278,6 +2482,27 @@ class Pipe:
             title="Search text / 结果长度",
             description="Characters of each result that the model reads. 模型读取每条结果的字符数。",
         )
+        TOOLS: Literal["off", "on"] = Field(
+            default="off",
+            title="Tools / 工具",
+            description="`on`: the model is told of Open WebUI's tools (some thousand tokens) and may call "
+            "them. `on`：将 Open WebUI 的工具告知模型（数千 token），模型可以调用。",
+        )
+        TOOL_ROUNDS: int = Field(
+            default=8,
+            ge=1,
+            le=50,
+            title="Tool rounds / 工具轮数",
+            description="Rounds of tool calls for one question; then the model must answer. "
+            "每个问题最多调用工具的轮数，之后模型必须作答。",
+        )
+        MEDIA: Literal["link", "show"] = Field(
+            default="link",
+            title="Images in answers / 回答中的图片",
+            description="`link`: images become links and embedded media text, because the browser would "
+            "fetch them from any host. `show`: as the model wrote them. "
+            "`link`：图片变为链接、嵌入媒体变为文字，因为浏览器会从任意主机加载它们；`show`：按模型原样显示。",
+        )
         TASKS: Literal["rule", "fast", "off"] = Field(
             default="rule",
             title="Titles and other tasks / 标题等任务",
@@ -2320,8 +2545,9 @@ class Pipe:
             default=0,
             ge=0,
             title="Thinking budget / 思考预算",
-            description="Tokens of thought, for http services that know `thinking_budget`; 0 = theirs. "
-            "思考 token 数，仅用于支持 `thinking_budget` 的 http 服务；0 表示由服务决定。",
+            description="Tokens of thought, then the answer must come; 0 = no limit (http services: sent as "
+            "`thinking_budget`). 思考的 token 数上限，到达后必须作答；0 表示不限"
+            "（http 服务：作为 `thinking_budget` 发送）。",
         )
         LANGUAGE: Literal["auto", "English", "中文"] = Field(
             default="auto",
@@ -2395,26 +2621,40 @@ class Pipe:
     ) -> AsyncIterator[Json]:
         language = pick_language(own.LANGUAGE, metadata)
         show = {"show": True, "hide": False}.get(own.THOUGHTS, valves.SHOW_THOUGHTS)
-        options = PageOptions(language, show, valves.SHOW_STATUS, annotations=not metadata.get("chat_id"))
+        options = PageOptions(
+            language,
+            show,
+            valves.SHOW_STATUS,
+            valves.MEDIA == "show",
+            annotations=not metadata.get("chat_id"),
+        )
         sources = SourceList(metadata.get("sources") or [])
         page = Page(str(body.get("model") or ""), sources, emitter, options)
         try:
             target, model = self._resolve(body, valves)
             messages = read_messages(body, text_only=target.speaks_grpc)
-            if valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search"):
+            offered = read_tools(body, valves.TOOL_ROUNDS) if valves.TOOLS == "on" else ()
+            if offered:
+                page.offer_tools()
+            elif valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search"):
                 await self._search(last_question(messages), tools, valves, page)
             if len(sources):
                 put_sources_into(messages, sources, metadata, language)
                 page.allow_markers()
-            elif not target.speaks_grpc:
+            if messages[-1]["role"] == "tool" or not (len(sources) or target.speaks_grpc):
+                # Those of a tool are known to Open WebUI alone; a service names its own later.
                 sources.expect_late()
                 page.allow_markers()
             thinking = read_thinking(body, own.THINKING, valves.THINKING)
-            job = self._job(body, valves, target, model, messages, thinking)
-            payload = None if target.speaks_grpc else http_payload(job, body)
-            if payload is not None and own.THINKING_BUDGET:
-                payload["thinking_budget"] = own.THINKING_BUDGET
-            async with contextlib.aclosing(self._events(job, payload, valves)) as events:
+            job = replace(self._job(body, valves, target, model, messages, thinking), tools=offered)
+            if target.speaks_grpc:
+                upstream = self._within_budget(job, own.THINKING_BUDGET, valves, language)
+            else:
+                payload = http_payload(job, body)
+                if own.THINKING_BUDGET:
+                    payload["thinking_budget"] = own.THINKING_BUDGET
+                upstream = self._events(job, payload, valves)
+            async with contextlib.aclosing(upstream) as events:
                 async for event in events:
                     for chunk in await page.take(event):
                         yield chunk
@@ -2489,6 +2729,39 @@ class Pipe:
             except PipeError as error:
                 if started or last_try or not error.retry:
                     raise
+
+    async def _within_budget(
+        self, job: Job, budget: int, valves: Valves, language: Language
+    ) -> AsyncGenerator[Event]:
+        """The daemon's events. A thought of more than `budget` tokens is ended, and the model goes on from
+        there with its answer; 0 = no budget.
+        """
+        prompt, thought, tokens, begun = 0, "", 0, 0.0
+        async with contextlib.aclosing(self._events(job, None, valves)) as events:
+            async for event in events:
+                yield event
+                if isinstance(event, Prefill):
+                    prompt, begun = event.total, time.monotonic()
+                elif isinstance(event, Reasoning):
+                    thought, tokens = thought + event.text, tokens + 1  # the daemon sends them one by one
+                    if tokens == budget and not job.continues:
+                        break
+            else:
+                return
+        end = say(language, "thought_enough")
+        yield Reasoning(end)
+        opening: Json = {"role": "assistant", "content": f"<think>\n{thought}{end}\n</think>\n\n"}
+        options = dict(job.options)
+        if "max_tokens" in options:
+            options["max_tokens"] = max(1, options["max_tokens"] - tokens)
+        job = replace(job, messages=(*job.messages, opening), options=options, thinking=None)
+        paused = time.monotonic()
+        async with contextlib.aclosing(self._events(job, None, valves)) as events:
+            async for event in events:
+                if isinstance(event, Usage):
+                    yield Usage(with_thought(event.figures, prompt, tokens, paused - begun))
+                elif not isinstance(event, (Queued, Prefill)):
+                    yield event
 
     async def _search(self, query: str, tools: Json, valves: Valves, page: Page) -> None:
         """Searches with Open WebUI's own tool: with native function calling nothing else does."""

@@ -60,6 +60,13 @@ CASES = [
     (True, "```py\nx\n</think>\n\n```py\nx\n```\nok", "```py\nx", "```py\nx\n```\nok"),
     (True, "```\nx\n```</think>\n\nok\n```\ny\n```", "```\nx\n```", "ok\n```\ny\n```"),
     (True, "```\nx\n</think>" + "y" * 2 * MOST_HELD + "\n```\n", "```\nx", "y" * 2 * MOST_HELD + "\n```\n"),
+    (True, "```py\nx\n</think>\n \nDone\n```\ny\n```\n", "```py\nx", "Done\n```\ny\n```\n"),
+    (
+        True,
+        "```\n<think>\nhm\n</think>\n\nso\n```\n</think>Yes",
+        "```\n<think>\nhm\n</think>\n\nso\n```",
+        "Yes",
+    ),
     (True, "甲</think>乙", "甲", "乙"),
 ]
 
@@ -122,3 +129,11 @@ def test_text_is_passed_on_at_once() -> None:
     assert not splitter.thinking
     assert splitter.push("\nA") == [Answer("A")]
     assert splitter.push("<think>") == [Answer("<think>")]
+
+
+def test_a_fence_left_open_in_the_thought_holds_the_answer_up_no_longer_than_a_blank_line() -> None:
+    splitter = ReasoningSplitter(opened=True)
+    splitter.push("```py\nx = 1")
+    assert splitter.push("\n</think>\n") == []
+    assert splitter.push("\n") == []
+    assert splitter.push("So") == [Answer("So")]

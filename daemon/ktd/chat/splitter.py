@@ -6,8 +6,9 @@ answer come out the same. The rules:
 - The text is a thought from its start when the template has opened one (`opened=True`; the model may repeat
   the tag), or when the first thing in it, blanks aside, is `<think>`. In any other case all of it is answer.
 - The thought ends at the first `</think>` outside code. Inside a code span or a closed fence the tag is
-  text: models that think about tags quote them. Where the code around the tag is never closed, the tag was
-  meant.
+  text: models that think about tags quote them. Where the code around the tag is not closed soon, the tag
+  was meant; and so it was in a fence where no `<think>` was quoted before it and a blank line follows, as
+  models end their thoughts.
 - What follows is answer, whatever tags it holds.
 - Blanks around the thought and blank lines before the answer belong to the tags and are dropped.
 """
@@ -24,10 +25,11 @@ CLOSE = "</think>"
 
 # How much may wait for the end of a code block that holds a closing tag. Quoted tags sit in short blocks;
 # past this the block is taken for one that the model forgot to close.
-MOST_HELD = 4096
+MOST_HELD = 512
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)\Z")
 _TICKS = re.compile(r"`+")
+_BLANK_LINE = re.compile(r"[ \t]*\n[ \t]*\n")
 
 
 class _State(Enum):
@@ -148,33 +150,36 @@ class _Code:
     def __init__(self) -> None:
         self._fence = ""
         self._line = ""
+        self._quotes = False  # the open fence has quoted an opening tag
 
     def consume(self, text: str) -> None:
         """Moves on past `text`."""
-        self._fence, self._line = _after(self._fence, self._line + text)
+        self._fence, self._line, self._quotes = _after(self._fence, self._line + text, self._quotes)
 
     def find_close(self, text: str, final: bool) -> tuple[int, bool]:
         """Looks for the tag that ends the thought in `text`, which follows what was consumed.
 
         Returns (its position, True), or (how much of `text` is certainly thought, False).
         """
-        fence, line, start = self._fence, self._line, 0
+        fence, line, quotes, start = self._fence, self._line, self._quotes, 0
         while (at := text.find(CLOSE, start)) >= 0:
-            fence, line = _after(fence, line + text[start:at])
+            fence, line, quotes = _after(fence, line + text[start:at], quotes)
             start = at + len(CLOSE)
-            tag = _judge(fence, line, text[start:], final)
+            tag = _judge(fence, line, quotes or OPEN in line, text[start:], final)
             if tag is not _Tag.QUOTED:
                 return at, tag is _Tag.CLOSES
             line += CLOSE
         return len(text) - (0 if final else overlap(text, CLOSE)), False
 
 
-def _judge(fence: str, line: str, rest: str, final: bool) -> _Tag:
+def _judge(fence: str, line: str, quotes: bool, rest: str, final: bool) -> _Tag:
     """Whether a closing tag between `line` (its line so far) and `rest` ends the thought or is quoted in
-    code.
+    code. `quotes`: an opening tag was quoted in the same fence.
     """
     rest, complete = rest[:MOST_HELD], final or len(rest) >= MOST_HELD
     if fence and not _closes(fence, line):
+        if not quotes and _BLANK_LINE.match(rest):
+            return _Tag.CLOSES
         _, *lines = rest.split("\n")
         if not final:
             lines = lines[:-1]
@@ -194,15 +199,18 @@ def _judge(fence: str, line: str, rest: str, final: bool) -> _Tag:
     return _Tag.CLOSES if complete else _Tag.UNDECIDED
 
 
-def _after(fence: str, text: str) -> tuple[str, str]:
-    """The open fence and the unfinished line after `text`, which starts at the beginning of a line."""
+def _after(fence: str, text: str, quotes: bool) -> tuple[str, str, bool]:
+    """The open fence, the unfinished line and whether the fence quotes an opening tag, after `text`, which
+    starts at the beginning of a line.
+    """
     *lines, line = text.split("\n")
     for done in lines:
         if fence:
             fence = "" if _closes(fence, done) else fence
+            quotes = bool(fence) and (quotes or OPEN in done)
         elif (match := _FENCE.match(done)) and not (match[1][0] == "`" and "`" in match[2]):
             fence = match[1]
-    return fence, line
+    return fence, line, quotes
 
 
 def _closes(fence: str, line: str) -> bool:
