@@ -16,9 +16,10 @@ from ktd.chat import ChatService, ServedModel
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
+from ktd.gpu import gpu_for
 from ktd.ktransformers_rules import first_not_honoured
 from ktd.model import ModelConfig, load_model
-from ktd.plan import GIB, PAGE_SIZE, Plan, make_plan
+from ktd.plan import GIB, PAGE_SIZE, Plan, budget_of, make_plan
 from ktd.server.host import Loaded
 from ktd.settings import Settings
 from ktd.text import TextModel
@@ -57,7 +58,7 @@ def prepare(settings: Settings) -> Prepared:
     plan = make_plan(
         gguf,
         config,
-        ram=settings.ram,
+        budget=budget_of(settings.ram, settings.vram, gpu_for(settings.vram)),
         context=settings.context,
         sequences=settings.max_sequences,
         chunk_tokens=settings.chunk_tokens,
@@ -103,10 +104,12 @@ def embedded_model() -> Path:
 def describe(prepared: Prepared) -> str:
     """One line about the model and what it gets of this machine."""
     served, plan, settings = prepared.served, prepared.plan, prepared.settings
+    weights = plan.routed + plan.dense + plan.vram.experts + plan.vram.dense
     disk = f", {plan.from_disk / GIB:.1f} GiB read from disk as needed" if plan.from_disk else ""
+    gpu = f", {plan.vram.total / GIB:.1f} GiB on {plan.budget.device}" if plan.budget.device else ""
     return (
         f"{served.name}: {served.parameters / 1e9:.3g} B parameters, mostly {served.quantisation}; "
-        f"weights {(plan.routed + plan.dense) / GIB:.2f} GiB{disk}, cache {plan.cache / GIB:.2f} GiB for "
+        f"weights {weights / GIB:.2f} GiB{disk}{gpu}, cache {plan.cache / GIB:.2f} GiB for "
         f"{plan.cache_tokens} tokens; context {plan.context}, {settings.max_sequences} sequences; "
         f"{prepared.cpu.isa} on {prepared.cpu.threads} threads"
     )

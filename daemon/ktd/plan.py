@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import psutil
 from ktd.cache import CacheType
 from ktd.errors import SettingsError
 from ktd.gguf import GgmlType, GgufFile
+from ktd.gpu import Gpu
 from ktd.model.config import ModelConfig
+from ktd.model.placement import Placement, VramBytes, vram_bytes
 
 GIB = 1 << 30
 # Tokens in a page of the latent cache: what the last page of a sequence wastes is then under 5 MB for R1.
@@ -20,25 +23,39 @@ PAGE_SIZE = 64
 _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 # Left to the system and to the Python process (torch, tokenizer, servers) when no budget is given.
 _RESERVE = GIB
+# Left to other programs on the GPU, the desktop among them.
+_VRAM_RESERVE = 512 << 20
 # A default context is never planned below this where the model itself allows it (design: "at least 16,384").
 _LEAST_CONTEXT = 16_384
-_ROUTED = re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_exps\.")
+_ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be used: of memory, and of the GPU `device` ("cuda:0"; None: no GPU is used)."""
+
+    ram: int
+    vram: int = 0
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Where the bytes go. Sizes in bytes, `context` and `cache_tokens` in tokens.
 
-    `routed` are the routed experts, `dense` all other weights; `routed_per_token` and `dense_per_token`
-    what one generated token reads of them. `from_disk` of the weights do not fit beside the rest: the
-    system reads them again from the file whenever a token needs them.
+    `vram` counts what lies on the GPU (all zero without one). Of the rest, in memory, `routed` are the routed
+    experts and `dense` all other weights; `..._per_token` is what one generated token reads of the weights,
+    from memory and from the GPU. `from_disk` of those in memory do not fit: the system reads them again from
+    the file whenever a token needs them.
     """
 
-    ram: int
+    budget: Budget
+    placement: Placement
+    vram: VramBytes
     routed: int
     dense: int
-    routed_per_token: int
-    dense_per_token: int
+    ram_per_token: int
+    vram_per_token: int
     context: int
     cache_tokens: int
     cache_per_token: int
@@ -56,68 +73,161 @@ class Plan:
         return self.cache_tokens * self.cache_per_token
 
     def tokens_per_second(self, bandwidth: float) -> float:
-        """The decode wall at `bandwidth` bytes a second: a token takes as long as reading its weights."""
-        return bandwidth / (self.routed_per_token + self.dense_per_token)
+        """The decode wall at `bandwidth` bytes a second of memory: a token takes as long as reading what it
+        needs of its weights there. The GPU's own share is not counted; it is an order faster."""
+        return bandwidth / max(self.ram_per_token, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What a plan is asked to fit."""
+
+    gguf: GgufFile
+    config: ModelConfig
+    sequences: int
+    chunk_tokens: int
+    cache_type: CacheType
+
+    @property
+    def cache_per_token(self) -> int:
+        return self.config.layers * self.config.latent * _VALUE_BYTES[self.cache_type]
+
+    def on_gpu(self, placement: Placement, cache_tokens: int) -> VramBytes:
+        return vram_bytes(
+            self.gguf,
+            self.config,
+            placement,
+            rows=self.chunk_tokens,
+            logit_rows=self.sequences,
+            pages=cache_tokens // PAGE_SIZE,
+            page_size=PAGE_SIZE,
+            cache_type=self.cache_type,
+        )
+
+    def cache_for(self, context: int, room: int) -> int:
+        """Tokens of a cache that the sequences share: one whole context at least, one for each where `room`
+        bytes allow it. A page to spare for each: admission keeps one for every sequence that runs."""
+        wanted = self.sequences * (context + PAGE_SIZE)
+        return _paged(min(wanted, max(context, room // self.cache_per_token)))
 
 
 def make_plan(
     gguf: GgufFile,
     config: ModelConfig,
     *,
-    ram: int | None,
+    budget: Budget,
     context: int | None,
     sequences: int,
     chunk_tokens: int,
     cache_type: CacheType,
 ) -> Plan:
-    """Fits weights, latent cache and buffers into `ram` bytes (None: what is available now, less a reserve).
+    """Fits weights, latent cache and buffers into `budget`.
 
-    `context` None takes as much as fits, up to the model's own. `sequences` share a cache that holds at
-    least one whole context and, where half of the free memory allows, one for each of them.
-    Raises SettingsError when the asked context, or the least useful one, does not fit.
+    `context` None takes as much as fits, up to the model's own. With a GPU everything but the routed experts
+    and the token embedding goes there; what is left of it takes routed experts, layer by layer. Raises
+    SettingsError when the asked context, or the least useful one, does not fit.
     """
-    budget = ram if ram is not None else max(available_memory() - _RESERVE, 0)
-    routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
-    dense = gguf.nbytes - routed
-    per_token = config.layers * config.latent * _VALUE_BYTES[cache_type]
-    buffers = _buffers(config, sequences, chunk_tokens) + _copies(gguf, config)
-    # Routed experts may stay on disk; everything that every token reads may not.
-    room = budget - dense - buffers
+    sizes = _Sizes(gguf, config, sequences, chunk_tokens, cache_type)
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
     if asked > config.context:
         raise SettingsError(
             f"A context of {asked} tokens was asked for, but {gguf.name} was made for {config.context}:"
             " ask for less."
         )
+    if budget.device is None:
+        return _on_cpu(sizes, budget, asked, grow=context is None)
+    return _on_gpu(sizes, budget, budget.device, asked, grow=context is None)
+
+
+def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
+    gguf, config, per_token = sizes.gguf, sizes.config, sizes.cache_per_token
+    routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
+    dense = gguf.nbytes - routed
+    buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens) + _copies(gguf, config)
+    # Routed experts may stay on disk; everything that every token reads may not.
+    room = budget.ram - dense - buffers
     if room < _paged(asked) * per_token:
-        fits = max(room // per_token // PAGE_SIZE * PAGE_SIZE, 0)
         need = dense + buffers + _paged(asked) * per_token
-        raise SettingsError(
-            f"A context of {asked} tokens needs {size_text(need)} beside the routed experts, but the"
-            f" memory budget is {size_text(budget)}: "
-            + (f"set --context to at most {fits}, or " if fits else "")
-            + "free memory or raise --ram."
-        )
+        raise _too_small("memory", "--ram", budget.ram, need, asked, room // per_token)
     # The rest of the budget after all weights; when they do not fit, the cache stays as small as was asked.
     spare = max(room - routed, 0)
-    if context is None:
-        growing = max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked)
-        asked = min(config.context, growing)
-    # A page to spare for each: admission keeps one for every sequence that runs.
-    shared = min(sequences * (asked + PAGE_SIZE), max(asked, spare // 2 // per_token))
-    cache_tokens = _paged(shared)
+    if grow:
+        asked = min(config.context, max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked))
+    cache_tokens = sizes.cache_for(asked, spare // 2)
     return Plan(
-        ram=budget,
+        budget=budget,
+        placement=Placement(),
+        vram=sizes.on_gpu(Placement(), 0),
         routed=routed,
         dense=dense,
-        routed_per_token=_routed_per_token(routed, config),
-        dense_per_token=dense - _embedding(gguf),
+        ram_per_token=_active(routed, config) + dense - _embedding(gguf),
+        vram_per_token=0,
         context=asked,
         cache_tokens=cache_tokens,
         cache_per_token=per_token,
         buffers=buffers,
-        from_disk=max(routed + dense + buffers + cache_tokens * per_token - budget, 0),
+        from_disk=max(routed + dense + buffers + cache_tokens * per_token - budget.ram, 0),
     )
+
+
+def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: bool) -> Plan:
+    gguf, config, per_token = sizes.gguf, sizes.config, sizes.cache_per_token
+    layers: Counter[int] = Counter()
+    for tensor in gguf.tensors.values():
+        if match := _ROUTED.match(tensor.name):
+            layers[int(match[1])] += tensor.nbytes
+    routed = sum(layers.values())
+    alone = sizes.on_gpu(Placement(device), 0).total
+    room = budget.vram - alone
+    if room < _paged(asked) * per_token:
+        need = alone + _paged(asked) * per_token
+        raise _too_small("GPU memory", "--vram", budget.vram, need, asked, room // per_token)
+    spare = max(room - routed, 0)  # beyond all experts
+    if grow:
+        asked = min(config.context, max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked))
+    # A quarter of the room for conversations side by side; the experts take the rest.
+    cache_tokens = sizes.cache_for(asked, max(spare // 2, room // 4))
+    chosen: set[int] = set()
+    for layer in sorted(layer for layer in layers if layer < config.layers):
+        if sizes.on_gpu(Placement(device, frozenset(chosen | {layer})), cache_tokens).total > budget.vram:
+            break
+        chosen.add(layer)
+    placement = Placement(device, frozenset(chosen))
+    vram = sizes.on_gpu(placement, cache_tokens)
+    embedding = _embedding(gguf)
+    buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens)
+    return Plan(
+        budget=budget,
+        placement=placement,
+        vram=vram,
+        routed=routed - vram.experts,
+        dense=embedding,
+        ram_per_token=_active(routed - vram.experts, config),
+        vram_per_token=_active(vram.experts, config) + vram.dense,
+        context=asked,
+        cache_tokens=cache_tokens,
+        cache_per_token=per_token,
+        buffers=buffers,
+        from_disk=max(routed - vram.experts + embedding + buffers - budget.ram, 0),
+    )
+
+
+def _too_small(what: str, flag: str, budget: int, need: int, asked: int, fitting: int) -> SettingsError:
+    fits = max(fitting // PAGE_SIZE * PAGE_SIZE, 0)
+    return SettingsError(
+        f"A context of {asked} tokens needs {size_text(need)} beside the routed experts, but the"
+        f" {what} budget is {size_text(budget)}: "
+        + (f"set --context to at most {fits}, or " if fits else "")
+        + f"free memory or raise {flag}."
+    )
+
+
+def budget_of(ram: int | None, vram: int | None, gpu: Gpu | None) -> Budget:
+    """The budgets that settings ask for; what they leave open is what is free now, less a reserve."""
+    ram = ram if ram is not None else max(available_memory() - _RESERVE, 0)
+    if gpu is None:
+        return Budget(ram)
+    return Budget(ram, vram if vram is not None else max(gpu.free - _VRAM_RESERVE, 0), gpu.device)
 
 
 def size_text(size: int) -> str:
@@ -146,7 +256,8 @@ def _paged(tokens: int) -> int:
     return math.ceil(tokens / PAGE_SIZE) * PAGE_SIZE
 
 
-def _routed_per_token(routed: int, config: ModelConfig) -> int:
+def _active(routed: int, config: ModelConfig) -> int:
+    """Bytes of `routed` experts that one token reads."""
     return routed * config.moe.used // config.moe.experts if config.moe else 0
 
 

@@ -82,6 +82,9 @@ class Settings(BaseModel):
     ram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(
         "engine", None, "memory to use, such as 60GiB (default: what is available)", ge=2**20
     )
+    vram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(
+        "engine", None, "GPU memory to use, such as 14GiB; 0 uses no GPU (default: what is free)", ge=0
+    )
     context: int | None = _setting(
         "engine", None, "tokens of prompt and answer together (default: what the memory allows)", ge=16
     )

@@ -8,9 +8,10 @@ import pytest
 
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
+from ktd.gpu import Gpu, gpu_for
 from ktd.main import run
 from ktd.model import ModelConfig
-from ktd.plan import PAGE_SIZE, Plan, available_memory, make_plan
+from ktd.plan import PAGE_SIZE, Budget, Plan, available_memory, budget_of, make_plan
 
 MIB = 2**20
 
@@ -22,11 +23,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def plan_of(model: Path, *, ram: int | None = None, context: int | None = None, sequences: int = 8) -> Plan:
+def plan_of(
+    model: Path, *, ram: int, vram: int | None = None, context: int | None = None, sequences: int = 8
+) -> Plan:
+    budget = Budget(ram) if vram is None else Budget(ram, vram, "cuda:0")
     with GgufFile.open(model) as gguf:
-        config = ModelConfig.from_gguf(gguf)
         return make_plan(
-            gguf, config, ram=ram, context=context, sequences=sequences, chunk_tokens=64, cache_type="bf16"
+            gguf,
+            ModelConfig.from_gguf(gguf),
+            budget=budget,
+            context=context,
+            sequences=sequences,
+            chunk_tokens=64,
+            cache_type="bf16",
         )
 
 
@@ -40,7 +49,8 @@ def test_with_room_every_sequence_gets_the_models_own_context(model: Path) -> No
         config = ModelConfig.from_gguf(gguf)
         assert plan.cache_per_token == config.layers * config.latent * 2
         assert config.moe
-        assert plan.routed_per_token == plan.routed * config.moe.used // config.moe.experts
+        routed = plan.routed * config.moe.used // config.moe.experts
+        assert routed < plan.ram_per_token < routed + plan.dense
 
 
 def test_a_budget_is_kept_and_the_context_never_silently_less_than_asked(model: Path) -> None:
@@ -51,7 +61,7 @@ def test_a_budget_is_kept_and_the_context_never_silently_less_than_asked(model: 
         assert plan.context == 4096
         assert plan.cache_tokens >= 4096
         assert plan.cache_tokens % PAGE_SIZE == 0
-        assert least + plan.cache <= plan.ram + plan.from_disk
+        assert least + plan.cache <= plan.budget.ram + plan.from_disk
         assert plan.from_disk == 0
 
 
@@ -79,9 +89,59 @@ def test_more_than_the_model_was_made_for_is_refused(model: Path) -> None:
 
 def test_the_rate_is_the_bandwidth_over_the_bytes_of_a_token(model: Path) -> None:
     plan = plan_of(model, ram=1024 * MIB)
-    read = plan.routed_per_token + plan.dense_per_token
-    assert plan.tokens_per_second(10.0 * read) == pytest.approx(10.0)
-    assert read < plan.routed + plan.dense
+    assert plan.tokens_per_second(10.0 * plan.ram_per_token) == pytest.approx(10.0)
+    assert plan.ram_per_token < plan.routed + plan.dense
+
+
+def test_a_gpu_takes_all_but_the_experts_and_then_as_many_of_those_as_fit(model: Path) -> None:
+    on_cpu = plan_of(model, ram=1024 * MIB, context=512)
+    most = plan_of(model, ram=1024 * MIB, vram=8192 * MIB, context=512)
+    with GgufFile.open(model) as gguf:
+        config = ModelConfig.from_gguf(gguf)
+        embedding = gguf.tensors["token_embd.weight"].nbytes
+    moe_layers = config.layers - config.dense_layers
+    assert len(most.placement.expert_layers_on_gpu) == moe_layers
+    assert (most.routed, most.dense, most.ram_per_token) == (0, embedding, 0)
+    one_layer = most.vram.experts // moe_layers
+    counts = []
+    for less in range(0, most.vram.experts + one_layer, one_layer // 2):
+        plan = plan_of(model, ram=1024 * MIB, vram=most.vram.total - less, context=512)
+        counts.append(len(plan.placement.expert_layers_on_gpu))
+        assert plan.vram.total <= plan.budget.vram
+        assert plan.budget.vram - plan.vram.total < one_layer or counts[-1] == moe_layers
+        assert plan.cache_tokens >= 512
+        assert plan.routed + plan.vram.experts == on_cpu.routed
+    assert counts[0] == moe_layers
+    assert counts[-1] == 0
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_a_gpu_too_small_for_the_context_is_refused_with_one_that_fits(model: Path) -> None:
+    least = plan_of(model, ram=1024 * MIB, vram=8192 * MIB, context=64, sequences=1)
+    vram = least.vram.total - least.vram.experts - least.vram.cache + 1000 * least.cache_per_token
+    with pytest.raises(SettingsError, match=r"GPU memory budget .* at most 960, or .*--vram"):
+        plan_of(model, ram=1024 * MIB, vram=vram, context=2048, sequences=1)
+    assert plan_of(model, ram=1024 * MIB, vram=vram, context=960, sequences=1).context == 960
+
+
+def test_open_budgets_are_what_is_free_less_a_reserve() -> None:
+    gpu = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
+    assert 0 < budget_of(None, None, None).ram < available_memory()
+    assert budget_of(5, None, gpu).ram == 5
+    assert 9 << 30 < budget_of(5, None, gpu).vram < 10 << 30
+    assert budget_of(5, 7, gpu) == Budget(5, 7, "cuda:0")
+
+
+def test_gpu_memory_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: None)
+    assert gpu_for(0) is gpu_for(None) is None
+    with pytest.raises(SettingsError, match="no CUDA GPU"):
+        gpu_for(14 << 30)
+    small = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
+    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: small)
+    assert gpu_for(None) is gpu_for(10 << 30) is small
+    with pytest.raises(SettingsError, match=r"14.00 GiB, but a GPU has 10.00 GiB free"):
+        gpu_for(14 << 30)
 
 
 def test_available_memory_is_positive_and_within_the_machine() -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from ktd.settings import Settings, add_arguments, load
 
 NAME = "plan"
-HELP = "show what a model takes of RAM, the context that fits and the speed to expect"
+HELP = "show what a model takes of RAM and of the GPU, the context that fits and the speed to expect"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,17 +23,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises GgufError and SettingsError."""
     from ktd.gguf import GgufFile
+    from ktd.gpu import gpu_for
     from ktd.model.config import ModelConfig
-    from ktd.plan import make_plan, size_text
+    from ktd.plan import budget_of, make_plan, size_text
     from ktd_kernels import Cpu, memory_bandwidth
 
     settings: Settings = load(args)
+    gpu = gpu_for(settings.vram)
     with GgufFile.open(args.gguf) as gguf:
-        config = ModelConfig.from_gguf(gguf)
         plan = make_plan(
             gguf,
-            config,
-            ram=settings.ram,
+            ModelConfig.from_gguf(gguf),
+            budget=budget_of(settings.ram, settings.vram, gpu),
             context=settings.context,
             sequences=settings.max_sequences,
             chunk_tokens=settings.chunk_tokens,
@@ -43,24 +44,30 @@ def run(args: argparse.Namespace) -> int:
     threads = Cpu(settings.cpu_infer, settings.isa).threads
     bandwidth = memory_bandwidth(threads, 0.5)
 
-    table = Table(title=f"{name} on this machine", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for what, size in (
-        ("memory budget", plan.ram),
-        ("routed experts", plan.routed),
-        ("all other weights", plan.dense),
-        (f"latent cache, {plan.cache_tokens:,} tokens", plan.cache),
-        ("buffers, and what is kept rearranged", plan.buffers),
-        ("left on disk, read when needed", plan.from_disk),
+    table = Table(title=f"{name} on this machine", title_justify="left")
+    columns = ["", "memory"] if gpu is None else ["", "memory", gpu.name]
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    vram = plan.vram
+    cache = f"latent cache, {plan.cache_tokens:,} tokens"
+    for what, in_ram, on_gpu in (
+        ("budget", plan.budget.ram, plan.budget.vram),
+        ("routed experts", plan.routed, vram.experts),
+        ("all other weights", plan.dense, vram.dense),
+        (cache, plan.cache - vram.cache, vram.cache),
+        ("buffers, and what is kept rearranged", plan.buffers, vram.buffers + vram.runtime),
+        ("left on disk, read when needed", plan.from_disk, 0),
+        ("weights read for a token", plan.ram_per_token, plan.vram_per_token),
     ):
-        table.add_row(what, size_text(size))
+        table.add_row(what, *map(size_text, (in_ram, on_gpu)[: len(columns) - 1]))
     table.add_row("context of one conversation", f"{plan.context:,} tokens")
-    read = plan.routed_per_token + plan.dense_per_token
-    table.add_row("weights read for a token", size_text(read))
     table.add_row(f"memory bandwidth, {threads} threads", f"{bandwidth / 1e9:.1f} GB/s")
-    rate = plan.tokens_per_second(bandwidth)
-    table.add_row("decode at that bandwidth, at most", f"{rate:.1f} tokens/s")
+    if plan.ram_per_token:
+        rate = plan.tokens_per_second(bandwidth)
+        table.add_row("decode at that bandwidth, at most", f"{rate:.1f} tokens/s")
+    if gpu is not None:
+        layers = len(plan.placement.expert_layers_on_gpu)
+        table.add_row("layers whose routed experts are on the GPU", "", str(layers))
     Console().print(table)
     if plan.from_disk:
         print(

@@ -1,0 +1,53 @@
+"""The GPU that a model may use, if there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ktd.errors import SettingsError
+
+# Triton serves sm_80 and up.
+_LEAST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A CUDA device. `free` and `total` are bytes of its memory when it was asked."""
+
+    device: str
+    name: str
+    free: int
+    total: int
+
+
+def find_gpu() -> Gpu | None:
+    """The first CUDA GPU that ktd can compute on; None where there is none."""
+    import torch  # takes seconds, and most commands need none
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(0) < _LEAST_CAPABILITY:
+        return None
+    free, total = torch.cuda.mem_get_info(0)
+    return Gpu("cuda:0", torch.cuda.get_device_name(0), free, total)
+
+
+def gpu_for(vram: int | None) -> Gpu | None:
+    """The GPU for a budget of `vram` bytes: None when it is 0, or when it is None and there is no GPU.
+
+    Raises SettingsError for a budget without a GPU, or beyond what is free.
+    """
+    if vram == 0:
+        return None
+    gpu = find_gpu()
+    if vram is None:
+        return gpu
+    if gpu is None:
+        raise SettingsError(
+            "--vram asks for GPU memory, but no CUDA GPU of compute capability 8.0 or more was found: see"
+            " `ktd doctor`, or leave --vram out."
+        )
+    if vram > gpu.free:
+        raise SettingsError(
+            f"--vram asks for {vram / 2**30:.2f} GiB, but {gpu.name} has {gpu.free / 2**30:.2f} GiB free:"
+            " ask for less, or end what else uses it."
+        )
+    return gpu
