@@ -1,41 +1,50 @@
 #include "topology.h"
 
 #include <sched.h>
+#include <stdio.h>
 
 #include <algorithm>
-#include <fstream>
 #include <set>
 #include <string>
 
 namespace ktd {
 namespace {
 
+// A small text file, or nothing where it cannot be read. C's files, because C++ streams need the locale of
+// whichever libstdc++ the process loaded first.
+std::string read_text(const std::string& path) {
+  char text[4096];
+  size_t length = 0;
+  if (FILE* file = fopen(path.c_str(), "re")) {
+    length = fread(text, 1, sizeof text, file);
+    fclose(file);
+  }
+  return std::string(text, length);
+}
+
 // First logical CPU of the core that `cpu` belongs to, e.g. 3 for the list "3,35" or "3-4".
 int first_sibling(int cpu) {
-  std::ifstream in("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
   int first = cpu;
-  return (in >> first) ? first : cpu;
+  sscanf(read_text("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list")
+             .c_str(),
+         "%d", &first);
+  return first;
 }
 
 // CPUs' worth of time that the control group grants, or 0 for no limit (v2 cpu.max, else v1 cfs quota).
 double cgroup_cpus() {
+  const std::string self = "\n" + read_text("/proc/self/cgroup");
   std::string group = "/";
-  std::ifstream self("/proc/self/cgroup");
-  for (std::string line; std::getline(self, line);)
-    if (line.rfind("0::", 0) == 0) group = line.substr(3);
-  for (const std::string& folder : {"/sys/fs/cgroup" + group, std::string("/sys/fs/cgroup")}) {
-    std::ifstream in(folder + "/cpu.max");
-    std::string quota;
-    double period = 0;
-    if (in >> quota >> period) {
-      if (quota == "max" || period <= 0) continue;
-      return std::stod(quota) / period;
-    }
-  }
-  std::ifstream quota_file("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
-      period_file("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  if (const size_t at = self.find("\n0::"); at != std::string::npos)
+    group = self.substr(at + 4, self.find('\n', at + 1) - at - 4);
   double quota = 0, period = 0;
-  if (quota_file >> quota && period_file >> period && quota > 0 && period > 0) return quota / period;
+  for (const std::string& folder : {"/sys/fs/cgroup" + group, std::string("/sys/fs/cgroup")})
+    if (sscanf(read_text(folder + "/cpu.max").c_str(), "%lf %lf", &quota, &period) == 2 && period > 0)
+      return quota / period;
+  if (sscanf(read_text("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").c_str(), "%lf", &quota) == 1 &&
+      sscanf(read_text("/sys/fs/cgroup/cpu/cpu.cfs_period_us").c_str(), "%lf", &period) == 1 && quota > 0 &&
+      period > 0)
+    return quota / period;
   return 0;
 }
 
