@@ -42,26 +42,8 @@ std::unique_ptr<Cpu> make_cpu(std::optional<int> threads, std::optional<std::str
 }
 
 void init_weight(PyWeight* self, Array<const uint8_t> data, int ggml_type, std::vector<int64_t> shape) {
-  Format format;
-  const FormatInfo* info = find_format(ggml_type, &format);
-  if (info == nullptr) reject("GGUF tensor type " + std::to_string(ggml_type) + " has no CPU kernel.");
-  if (shape.size() != 2 && shape.size() != 3)
-    reject("A weight's shape is [rows, cols] or [count, rows, cols], not " +
-           shape_text(shape.data(), shape.size()) + ".");
-  for (int64_t size : shape)
-    if (size < 0)
-      reject("A weight's shape cannot be negative: " + shape_text(shape.data(), shape.size()) + ".");
-  PyWeight w;
-  w.dims = static_cast<int>(shape.size());
-  w.count = w.dims == 3 ? shape[0] : 1;
-  w.rows = shape[shape.size() - 2];
-  w.cols = shape[shape.size() - 1];
-  w.format = format;
-  if (w.cols % info->block != 0)
-    reject("Rows of " + std::to_string(w.cols) + " values are not a whole number of " + info->name +
-           " blocks (" + std::to_string(info->block) + " values each).");
-  w.row_bytes = w.cols / info->block * info->bytes;
-  check_array(data, "data", {w.count * w.rows * w.row_bytes});
+  PyWeight w{describe_weight(ggml_type, shape), {}};
+  check_array(data, "data", {w.nbytes()});
   w.data = data.data();
   w.owner = nb::cast(data, nb::rv_policy::reference);
   new (self) PyWeight(std::move(w));
@@ -85,8 +67,7 @@ nb::object dequantize(const PyWeight& w) {
   std::unique_ptr<float[]> values(new float[static_cast<size_t>(rows * w.cols)]);
   {
     nb::gil_scoped_release released;
-    for (int64_t r = 0; r < rows; ++r)
-      dequantize_row(w.format, w.row(0, r), w.cols, values.get() + r * w.cols);
+    for (int64_t r = 0; r < rows; ++r) w.dequantize(r / w.rows, r % w.rows, values.get() + r * w.cols);
   }
   std::vector<size_t> shape;
   for (int64_t size : weight_shape(w)) shape.push_back(static_cast<size_t>(size));
@@ -95,15 +76,18 @@ nb::object dequantize(const PyWeight& w) {
   return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.data(), owner));
 }
 
-void check_matrix(const PyWeight& w, const char* name, int dims) {
+void check_matrix(const Cpu& cpu, const PyWeight& w, const char* name, int dims) {
   if (w.dims != dims)
     reject(std::string(name) + " must be " +
            (dims == 2 ? "one matrix [rows, cols]" : "a stack [count, rows, cols]") + ", not " +
            shape_text(weight_shape(w).data(), static_cast<size_t>(w.dims)) + ".");
+  if (w.layout && w.layout != cpu.table.packed[static_cast<int>(w.format)].layout)
+    reject(std::string(name) + " is packed in a layout that instruction set " + cpu.table.name +
+           " does not know; pack it with the Cpu that multiplies it.");
 }
 
 void py_linear(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out, bool accumulate) {
-  check_matrix(w, "w", 2);
+  check_matrix(cpu, w, "w", 2);
   check_array(x, "x", {-1, w.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(out, "out", {n, w.rows}, true);
@@ -112,7 +96,7 @@ void py_linear(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out, bool accu
 }
 
 void py_linear_heads(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out) {
-  check_matrix(w, "w", 3);
+  check_matrix(cpu, w, "w", 3);
   check_array(x, "x", {-1, w.count, w.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(out, "out", {n, w.count, w.rows}, true);
@@ -122,10 +106,31 @@ void py_linear_heads(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out) {
 
 }  // namespace
 
-void check_gated(const PyWeight& gate, const PyWeight& up, const PyWeight& down, int dims) {
-  check_matrix(gate, "gate", dims);
-  check_matrix(up, "up", dims);
-  check_matrix(down, "down", dims);
+Weight describe_weight(int ggml_type, const std::vector<int64_t>& shape) {
+  Weight w{};
+  const FormatInfo* info = find_format(ggml_type, &w.format);
+  if (info == nullptr) reject("GGUF tensor type " + std::to_string(ggml_type) + " has no CPU kernel.");
+  if (shape.size() != 2 && shape.size() != 3)
+    reject("A weight's shape is [rows, cols] or [count, rows, cols], not " +
+           shape_text(shape.data(), shape.size()) + ".");
+  for (int64_t size : shape)
+    if (size < 0)
+      reject("A weight's shape cannot be negative: " + shape_text(shape.data(), shape.size()) + ".");
+  w.dims = static_cast<int>(shape.size());
+  w.count = w.dims == 3 ? shape[0] : 1;
+  w.rows = shape[shape.size() - 2];
+  w.cols = shape[shape.size() - 1];
+  if (w.cols % info->block != 0)
+    reject("Rows of " + std::to_string(w.cols) + " values are not a whole number of " + info->name +
+           " blocks (" + std::to_string(info->block) + " values each).");
+  w.row_bytes = w.cols / info->block * info->bytes;
+  return w;
+}
+
+void check_gated(const Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, int dims) {
+  check_matrix(cpu, gate, "gate", dims);
+  check_matrix(cpu, up, "up", dims);
+  check_matrix(cpu, down, "down", dims);
   if (gate.count != up.count || gate.count != down.count || gate.rows != up.rows || gate.cols != up.cols ||
       down.rows != gate.cols || down.cols != gate.rows)
     reject("gate, up and down do not belong together: " +
@@ -138,7 +143,7 @@ namespace {
 
 void py_mlp(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, ConstFloats x,
             Floats out, bool accumulate) {
-  check_gated(gate, up, down, 2);
+  check_gated(cpu, gate, up, down, 2);
   check_array(x, "x", {-1, gate.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(out, "out", {n, down.rows}, true);
@@ -157,7 +162,7 @@ void py_mlp(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& 
 
 void py_moe(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, ConstFloats x,
             Array<const int32_t> ids, ConstFloats weights, Floats out, bool accumulate) {
-  check_gated(gate, up, down, 3);
+  check_gated(cpu, gate, up, down, 3);
   check_array(x, "x", {-1, gate.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(ids, "ids", {n, -1});
@@ -201,7 +206,10 @@ NB_MODULE(_C, m) {
           "shape", [](const PyWeight& w) { return nb::tuple(nb::cast(weight_shape(w))); },
           nb::sig("def shape(self) -> tuple[int, ...]"))
       .def_prop_ro("ggml_type", [](const PyWeight& w) { return format_info(w.format).ggml_type; })
-      .def_prop_ro("nbytes", [](const PyWeight& w) { return w.count * w.rows * w.row_bytes; })
+      .def_prop_ro("nbytes", [](const PyWeight& w) { return w.nbytes(); })
+      .def_prop_ro(
+          "layout", [](const PyWeight& w) { return w.layout ? w.layout->name : "file"; },
+          "'file' for GGUF blocks, else the name of the layout that Cpu.pack chose.")
       .def("dequantize", &dequantize, nb::sig("def dequantize(self) -> NDArray[numpy.float32]"),
            "float32 array of `shape`, bit-equal to gguf.quants.dequantize.");
 
@@ -224,6 +232,7 @@ NB_MODULE(_C, m) {
            "Sum over j of weights[n, j] * expert ids[n, j] of x[n], added in the order of j; gate, up [E, f, "
            "d], down "
            "[E, d, f], ids int32 [n, k], weights float32 [n, k].");
+  bind_pack(cpu);
   bind_ops(cpu);
   bind_moe_job(m);
 }

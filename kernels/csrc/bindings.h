@@ -1,6 +1,8 @@
 // Shared by the files that define the Python module.
 #pragma once
 
+#include <vector>
+
 #include "arrays.h"
 #include "cpu.h"
 #include "weight.h"
@@ -12,8 +14,15 @@ struct PyWeight : Weight {
   nb::object owner;
 };
 
-// Raises ValueError unless the three belong to one gated layer: matrices (dims 2) or stacks of them (3).
-void check_gated(const PyWeight& gate, const PyWeight& up, const PyWeight& down, int dims);
+// A weight in the file's blocks without its data. Raises ValueError for a type or shape that cannot be.
+Weight describe_weight(int ggml_type, const std::vector<int64_t>& shape);
+
+// Raises ValueError unless the three belong to one gated layer, matrices (dims 2) or stacks of them (3), that
+// `cpu` can multiply.
+void check_gated(const Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, int dims);
+
+// Adds packing to class Cpu.
+void bind_pack(nb::class_<Cpu>& cpu);
 
 // Adds the ops of bindings_ops.cc to class Cpu.
 void bind_ops(nb::class_<Cpu>& cpu);

@@ -18,7 +18,7 @@ struct PyMoeJob : MoeJob {
 
 void init_job(PyMoeJob* self, Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down,
               Array<const float> x, Array<const int32_t> ids, Array<const float> weights, Array<float> out) {
-  check_gated(gate, up, down, 3);
+  check_gated(cpu, gate, up, down, 3);
   check_array(x, "x", {-1, gate.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(ids, "ids", {n, -1});

@@ -2,6 +2,7 @@
 
 #include "blocks.h"
 #include "kernel_table.h"
+#include "packed.h"
 
 #define KTD_ISA_NAME "avx2"
 
@@ -17,6 +18,8 @@ namespace {
 #include "fused_avx2-inl.h"
 #include "fused-inl.h"
 #include "tile-inl.h"
+#include "packed-inl.h"
+#include "packed_iq1-inl.h"
 #include "float-inl.h"
 namespace ops {
 #include "ops-inl.h"

@@ -2,6 +2,7 @@
 
 #include "blocks.h"
 #include "kernel_table.h"
+#include "packed.h"
 
 #define KTD_ISA_NAME "avx512bw"
 
@@ -18,6 +19,8 @@ namespace {
 #include "fused_avx512-inl.h"
 #include "fused-inl.h"
 #include "tile-inl.h"
+#include "packed-inl.h"
+#include "packed_iq1-inl.h"
 #include "float-inl.h"
 namespace ops {
 #include "ops-inl.h"

@@ -11,6 +11,7 @@ namespace {
 #include "decode-inl.h"
 #include "quantize-inl.h"
 #include "matmul_scalar-inl.h"
+#include "packed-inl.h"
 namespace ops {
 #include "ops-inl.h"
 }

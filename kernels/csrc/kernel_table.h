@@ -48,7 +48,8 @@ struct Activations {
   const int16_t* sums;
 };
 
-// out[t][r] (+)= w[r] . x[index[t]] for r < rows, t < n. Rows of `w` are `row_bytes` apart.
+// out[t][r] (+)= w[r] . x[index[t]] for r < rows, t < n. Rows of `w`, or its groups of rows in a packed
+// layout, are `row_bytes` apart.
 struct MatmulArgs {
   const uint8_t* w;
   int64_t row_bytes;
@@ -66,9 +67,22 @@ struct MatmulArgs {
 };
 constexpr int64_t kMatmulScratch = 512 << 10;
 
+struct PackedLayout;  // packed.h
+
+// A format in a layout that this instruction set multiplies faster than the file's. Results are the same
+// bits.
+struct PackedKernels {
+  const PackedLayout* layout;  // null: the file's blocks are kept
+  void (*matmul)(const MatmulArgs& args);
+  // Rows w .. w + rows (up to 32) of `cols` values in the file's blocks -> their groups, one after the other.
+  // Uses args.scratch; activations and outputs are not looked at.
+  void (*pack)(const MatmulArgs& args, uint8_t* groups);
+};
+
 struct KernelTable {
   const char* name;
   void (*matmul[kFormatCount])(const MatmulArgs& args);
+  PackedKernels packed[kFormatCount];
   // One row of `cols` floats -> q, scales, sums. A row part with NaN or infinity gets a NaN scale.
   void (*quantize_256)(const float* x, int64_t cols, int8_t* q, float* scales, int16_t* sums);
   void (*quantize_32)(const float* x, int64_t cols, int8_t* q, float* scales, int16_t* sums);

@@ -37,6 +37,34 @@ Activations quantize(Cpu& cpu, QuantizedRows& to, int64_t block, Rows<const floa
   return {q, scales, sums};
 }
 
+std::optional<Weight> packed_weight(const Cpu& cpu, const Weight& w) {
+  Weight packed = w;
+  packed.data = nullptr;
+  packed.layout = cpu.table.packed[static_cast<int>(w.format)].layout;
+  if (w.layout != nullptr || packed.layout == nullptr) return std::nullopt;
+  packed.row_bytes = packed.layout->group_bytes(w.cols);
+  return packed;
+}
+
+void pack(Cpu& cpu, const Weight& w, const Weight& packed, uint8_t* data) {
+  const auto pack_rows = cpu.table.packed[static_cast<int>(w.format)].pack;
+  const auto turn = cpu.pool.turn();
+  uint8_t* scratch = cpu.scratch();
+  const int64_t panels = (w.rows + kPanel - 1) / kPanel;
+  cpu.pool.parallel_for(w.count * panels, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t matrix = piece / panels, row = piece % panels * kPanel;
+      MatmulArgs args{};
+      args.w = w.row(matrix, row);
+      args.row_bytes = w.row_bytes;
+      args.rows = std::min(kPanel, w.rows - row);
+      args.cols = w.cols;
+      args.scratch = scratch + thread * kMatmulScratch;
+      pack_rows(args, data + packed.offset(matrix, row));
+    }
+  });
+}
+
 void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<float> out, bool accumulate) {
   if (n == 0 || w.rows == 0 || w.count == 0) return;
   const auto turn = cpu.pool.turn();
@@ -44,7 +72,7 @@ void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<floa
   Activations quantized{};
   if (block != 0) quantized = quantize(cpu, cpu.x, block, x, n, heads, w.cols);
   uint8_t* scratch = cpu.scratch();
-  const auto matmul = cpu.table.matmul[static_cast<int>(w.format)];
+  const auto matmul = matmul_of(cpu, w);
 
   // About eight pieces a thread, so that a thread that starts late or runs slow does not hold up the rest.
   const int64_t pieces = 8 * cpu.pool.threads();

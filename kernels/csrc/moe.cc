@@ -98,7 +98,7 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
     m.out = out;
     m.out_stride = kHiddenChunk;
     m.scratch = matmul_scratch + thread * kMatmulScratch;
-    layer.cpu.table.matmul[static_cast<int>(w.format)](m);
+    matmul_of(layer.cpu, w)(m);
   };
   product(*args.gate, layer.x_gate, gate_out);
   product(*args.up, layer.x_up, up_out);
@@ -147,7 +147,7 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
     m.out_stride = direct ? args.out.stride : rows;
     m.accumulate = direct && args.accumulate;
     m.scratch = matmul_scratch;
-    layer.cpu.table.matmul[static_cast<int>(down.format)](m);
+    matmul_of(layer.cpu, down)(m);
   }
   if (direct) return;
   for (int64_t t = 0; t < args.n; ++t) {

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "formats.h"
-
 namespace ktd {
 namespace {
 
@@ -54,7 +52,7 @@ void embed(Cpu& cpu, const Weight& w, const int32_t* ids, int64_t n, float* out)
   const auto turn = cpu.pool.turn();
   cpu.pool.parallel_for(n, row_grain(w.cols), [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i)
-      dequantize_row(w.format, w.row(0, ids[i]), w.cols, out + i * w.cols);
+      w.dequantize(0, ids[i], out + i * w.cols);
   });
 }
 

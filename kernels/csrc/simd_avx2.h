@@ -24,6 +24,30 @@ inline VecI mul_i32(VecI a, VecI b) { return _mm256_mullo_epi32(a, b); }
 inline VecI maddubs(VecI u, VecI x) { return _mm256_maddubs_epi16(u, x); }
 inline VecI abs_i8(VecI a) { return _mm256_abs_epi8(a); }
 inline VecI sign_i8(VecI x, VecI w) { return _mm256_sign_epi8(x, w); }
+inline VecI xor_i(VecI a, VecI b) { return _mm256_xor_si256(a, b); }
+inline VecI and_i(VecI a, VecI b) { return _mm256_and_si256(a, b); }
+inline VecI or_i(VecI a, VecI b) { return _mm256_or_si256(a, b); }
+inline VecI add_i8(VecI a, VecI b) { return _mm256_add_epi8(a, b); }
+inline VecI average_u8(VecI a, VecI b) { return _mm256_avg_epu8(a, b); }
+inline VecI sub_i32(VecI a, VecI b) { return _mm256_sub_epi32(a, b); }
+inline VecI madd_i16(VecI a, VecI b) { return _mm256_madd_epi16(a, b); }
+inline VecI mul_i16(VecI a, VecI b) { return _mm256_mullo_epi16(a, b); }
+inline VecI left_i32(VecI a, int by) { return _mm256_slli_epi32(a, by); }
+inline VecI right_u32(VecI a, int by) { return _mm256_srli_epi32(a, by); }
+// Low words of `low` next to high words of `high`, in every dword.
+inline VecI blend_words(VecI low, VecI high) { return _mm256_blend_epi16(low, high, 0xaa); }
+// The same 16 bytes in both 128-bit lanes; and looking up bytes, or dwords by their low two bits, in each.
+inline VecI repeat_128(const void* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline VecI lookup_i8(VecI table, VecI index) { return _mm256_shuffle_epi8(table, index); }
+inline VecI lookup_i32(VecI table, VecI index) {
+  return _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castsi256_ps(table), index));
+}
+template <int kControl>
+inline VecI shuffle_i32(VecI v) {
+  return _mm256_shuffle_epi32(v, kControl);
+}
 inline VecI dp_i16(VecI acc, VecI a, VecI b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 // Exact for u <= 128 only: the pair sums go through 16 bits.
 inline VecI dp_u8s8(VecI acc, VecI u, VecI x) { return dp_i16(acc, maddubs(u, x), set_i16(1)); }

@@ -24,6 +24,28 @@ inline VecI madd_i16(VecI a, VecI b) { return _mm512_madd_epi16(a, b); }
 inline VecI maddubs(VecI u, VecI x) { return _mm512_maddubs_epi16(u, x); }
 inline VecI abs_i8(VecI a) { return _mm512_abs_epi8(a); }
 inline VecI xor_i(VecI a, VecI b) { return _mm512_xor_si512(a, b); }
+inline VecI and_i(VecI a, VecI b) { return _mm512_and_si512(a, b); }
+inline VecI or_i(VecI a, VecI b) { return _mm512_or_si512(a, b); }
+inline VecI add_i8(VecI a, VecI b) { return _mm512_add_epi8(a, b); }
+inline VecI average_u8(VecI a, VecI b) { return _mm512_avg_epu8(a, b); }
+inline VecI sub_i32(VecI a, VecI b) { return _mm512_sub_epi32(a, b); }
+inline VecI mul_i16(VecI a, VecI b) { return _mm512_mullo_epi16(a, b); }
+inline VecI left_i32(VecI a, int by) { return _mm512_slli_epi32(a, static_cast<unsigned>(by)); }
+inline VecI right_u32(VecI a, int by) { return _mm512_srli_epi32(a, static_cast<unsigned>(by)); }
+// Low words of `low` next to high words of `high`, in every dword.
+inline VecI blend_words(VecI low, VecI high) { return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high); }
+// The same 16 bytes in every 128-bit lane; and looking up bytes, or dwords by their low two bits, in each.
+inline VecI repeat_128(const void* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline VecI lookup_i8(VecI table, VecI index) { return _mm512_shuffle_epi8(table, index); }
+inline VecI lookup_i32(VecI table, VecI index) {
+  return _mm512_castps_si512(_mm512_permutevar_ps(_mm512_castsi512_ps(table), index));
+}
+template <int kControl>
+inline VecI shuffle_i32(VecI v) {
+  return _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(kControl));
+}
 // x with the sign of w. Where w is 0, x may stay: it is multiplied by |w|.
 inline VecI sign_i8(VecI x, VecI w) {
   return _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);

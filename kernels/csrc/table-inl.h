@@ -10,6 +10,14 @@ constinit const KernelTable kTable = {
 #include "quantized_formats.h"
 #undef KTD_FORMAT
     },
+    {
+        {},
+        {},
+        {},
+#define KTD_FORMAT(NAME) kPackedKernels<Format::NAME>,
+#include "quantized_formats.h"
+#undef KTD_FORMAT
+    },
     quantize_row<256>,
     quantize_row<32>,
     silu_mul,

@@ -267,28 +267,48 @@ void multiply_tile_32(const Tile& tile, const TokenX* x, int64_t k, int count, f
   }
 }
 
-template <Format F, int kTokens>
+template <Format F, int kMax, int kTokens>
 void multiply_tile(const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
   using T = Traits<F>;
   if constexpr (T::block == 256)
-    multiply_tile_256<T::sub, T::minimum, kTileMax<F>, kTokens>(tile, x, k, out);
+    multiply_tile_256<T::sub, T::minimum, kMax, kTokens>(tile, x, k, out);
   else
-    multiply_tile_32<T::offset, T::minimum, kTileMax<F>, kTokens>(tile, x, k, count, out);
+    multiply_tile_32<T::offset, T::minimum, kMax, kTokens>(tile, x, k, count, out);
 }
 
-template <Format F, int kTokens = kTileTokens>
+template <Format F, int kMax, int kTokens = kTileTokens>
 void multiply_tile_up_to(int tokens, const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
   if (tokens == kTokens) {
-    multiply_tile<F, kTokens>(tile, x, k, count, out);
+    multiply_tile<F, kMax, kTokens>(tile, x, k, count, out);
   } else if constexpr (kTokens > 1) {
-    multiply_tile_up_to<F, kTokens - 1>(tokens, tile, x, k, count, out);
+    multiply_tile_up_to<F, kMax, kTokens - 1>(tokens, tile, x, k, count, out);
   }
 }
 
+// The rows of a panel in the file's blocks; too few are filled up with the first.
 template <Format F>
+struct FileRows {
+  static constexpr int64_t kBytes = sizeof(typename Traits<F>::Block);
+  static constexpr int max = kTileMax<F>;
+  const uint8_t* w[kPanel];
+
+  FileRows(const MatmulArgs& a, int64_t r0, int64_t rows) {
+    for (int64_t r = 0; r < kPanel; ++r) w[r] = a.w + (r0 + (r < rows ? r : 0)) * a.row_bytes;
+  }
+  // `count` blocks (one of 256 values) from block k on.
+  void build(int64_t k, int count, Tile& tile) const {
+    if constexpr (Traits<F>::block == 256)
+      build_tile_256<F>(w, k * kBytes, tile);
+    else
+      build_tile_32<F>(w, k * kBytes, count, tile);
+  }
+};
+
+// `Panel` says how rows become tiles: FileRows, or that of another layout.
+template <Format F, class Panel = FileRows<F>>
 void matmul_tiled(const MatmulArgs& a) {
   using T = Traits<F>;
-  constexpr int64_t kBytes = sizeof(typename T::Block), kStep = T::block == 256 ? 1 : 8;  // blocks per tile
+  constexpr int64_t kStep = T::block == 256 ? 1 : 8;  // blocks per tile
   Tile& tile = *static_cast<Tile*>(a.scratch);
   float* const sums = reinterpret_cast<float*>(&tile + 1);
   const int64_t blocks = a.cols / T::block;
@@ -297,21 +317,17 @@ void matmul_tiled(const MatmulArgs& a) {
     const int64_t groups = (n + kTileTokens - 1) / kTileTokens;
     for (int64_t r0 = 0; r0 < a.rows; r0 += kPanel) {
       const int64_t rows = a.rows - r0 < kPanel ? a.rows - r0 : kPanel;
-      const uint8_t* w[kPanel];
-      for (int64_t r = 0; r < kPanel; ++r) w[r] = a.w + (r0 + (r < rows ? r : 0)) * a.row_bytes;
+      const Panel panel(a, r0, rows);
       for (int64_t i = 0; i < n * kPanel; i += kRowLanes) store_f(sums + i, zero_f());
       for (int64_t k = 0; k < blocks; k += kStep) {
         const int count = static_cast<int>(blocks - k < kStep ? blocks - k : kStep);
-        if constexpr (T::block == 256)
-          build_tile_256<F>(w, k * kBytes, tile);
-        else
-          build_tile_32<F>(w, k * kBytes, count, tile);
+        panel.build(k, count, tile);
         // Groups of nearly equal size: 16 tokens are 6 + 5 + 5.
         for (int64_t g = 0, t = 0; g < groups; ++g) {
           const int tokens = static_cast<int>((n - t + groups - g - 1) / (groups - g));
           TokenX x[kTileTokens];
           for (int i = 0; i < tokens; ++i) x[i] = token_x(a, t0 + t + i, T::block);
-          multiply_tile_up_to<F>(tokens, tile, x, k, count, sums + t * kPanel);
+          multiply_tile_up_to<F, Panel::max>(tokens, tile, x, k, count, sums + t * kPanel);
           t += tokens;
         }
       }

@@ -1,0 +1,65 @@
+// Python methods of Cpu that pack weights.
+#include <nanobind/stl/vector.h>
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <memory>
+#include <vector>
+
+#include "bindings.h"
+#include "matmul.h"
+
+namespace ktd {
+namespace {
+
+struct Free {
+  void operator()(uint8_t* p) const { free(p); }
+};
+
+// Huge pages where the system grants them: a product walks many megabytes in a row.
+std::unique_ptr<uint8_t, Free> allocate(int64_t bytes) {
+  constexpr size_t kHuge = 2 << 20;
+  const size_t unit = static_cast<size_t>(bytes) >= kHuge ? kHuge : 4096;
+  const size_t size = (static_cast<size_t>(bytes) + unit) / unit * unit;
+  std::unique_ptr<uint8_t, Free> data(static_cast<uint8_t*>(aligned_alloc(unit, size)));
+  if (!data) throw std::bad_alloc();
+  if (unit == kHuge) madvise(data.get(), size, MADV_HUGEPAGE);
+  return data;
+}
+
+PyWeight py_pack(Cpu& cpu, const PyWeight& w) {
+  const std::optional<Weight> packed = packed_weight(cpu, w);
+  if (!packed)
+    reject(w.layout ? std::string("w is packed already.")
+                    : std::string("Instruction set ") + cpu.table.name + " multiplies " +
+                          format_info(w.format).name + " as it lies in the file; do not pack it.");
+  std::unique_ptr<uint8_t, Free> data = allocate(packed->nbytes());
+  {
+    nb::gil_scoped_release released;
+    pack(cpu, w, *packed, data.get());
+  }
+  PyWeight result{*packed, {}};
+  result.data = data.get();
+  result.owner = nb::capsule(data.release(), [](void* p) noexcept { free(p); });
+  return result;
+}
+
+int64_t packed_bytes(const Cpu& cpu, int ggml_type, std::vector<int64_t> shape) {
+  const std::optional<Weight> packed = packed_weight(cpu, describe_weight(ggml_type, shape));
+  return packed ? packed->nbytes() : 0;
+}
+
+}  // namespace
+
+void bind_pack(nb::class_<Cpu>& cpu) {
+  using namespace nb::literals;
+  cpu.def("packed_bytes", &packed_bytes, "ggml_type"_a, "shape"_a,
+          "Bytes of such a weight after `pack`, or 0 where the file's own blocks are multiplied best.")
+      .def("pack", &py_pack, "w"_a,
+           "A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the "
+           "same "
+           "bits. Raises ValueError where packed_bytes is 0.");
+}
+
+}  // namespace ktd

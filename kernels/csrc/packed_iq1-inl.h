@@ -1,0 +1,431 @@
+// IQ1_S and IQ1_M in groups of 16 rows (packed.h): lane r of every vector belongs to row r, activations are
+// broadcast four columns at a time in the file's order. With 8 lanes a group is two halves.
+//
+// A step multiplies 4 columns. Trits are never extracted where VNNI takes any byte as a factor: with the
+// fraction b and its successor b' the sum of trit * x is (3 sum(b x) - sum(b' x)) / 256. That needs two
+// products a step and token; for more tokens, and where products are limited to 16 bits, two averages make
+// trit + 1 of b: avg(b, avg(b, 253)) / 64.
+
+constexpr int kHalves = static_cast<int>(kPackedRows) / kRowLanes;
+
+// Bytes ahead of the block at hand that are asked of memory: some 100 ns at 13 GB/s a core, twice.
+constexpr int64_t kPackedAhead = 4096;
+
+template <int kTokens>
+constexpr bool kTwoSums = kVnni && kTokens <= 2;
+// What is added to every trit, and which power of two sums are multiplied by.
+template <int kTokens>
+constexpr int kTritBias = kTwoSums<kTokens> ? 0 : 1;
+template <int kTokens>
+constexpr int kDotShift = kTwoSums<kTokens> ? 8 : 6;
+// Factors of the activation sums for delta +1/8 and -1/8: 8 * (trit - 1) +- 1 = 8 * (trit + bias) - factor.
+template <int kTokens>
+constexpr int kPlus = 7 + 8 * kTritBias<kTokens>;
+template <int kTokens>
+constexpr int kMinus = kPlus<kTokens> + 2;
+
+// In the two high bits: trit + 1.
+inline VecI trit_bits(VecI code) { return average_u8(code, average_u8(code, set_i8(-3))); }
+inline VecI next_trit(VecI code) { return add_i8(add_i8(code, code), code); }  // also 3 n
+
+// Steps kStep to kEnd of a block. VNNI: `sum` gets the sums of kDotShift (and `second` helps); else int16
+// pairs.
+template <int kStep, int kEnd, int kTokens>
+[[gnu::always_inline]] inline void multiply_steps(const uint8_t* codes, VecI& code, const int8_t* const* q,
+                                                  VecI (&sum)[kTokens], VecI (&second)[kTokens]) {
+  if constexpr (kStep < kEnd) {
+    if constexpr (kStep % 5 == 0) code = load_i(codes + kStep / 5 * 64);
+    if constexpr (kTwoSums<kTokens>) {
+      const VecI next = next_trit(code);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const VecI x = broadcast_i32(q[t] + 4 * kStep);
+        sum[t] = dp_u8s8(sum[t], code, x);
+        second[t] = dp_u8s8(second[t], next, x);
+      }
+      code = next;
+    } else {
+      const VecI bits = trit_bits(code);
+      const VecI u = kVnni ? and_i(bits, set_i8(-64)) : and_i(right_u32(bits, 6), set_i8(3));
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const VecI x = broadcast_i32(q[t] + 4 * kStep);
+        sum[t] = kVnni ? dp_u8s8(sum[t], u, x) : add_i16(sum[t], maddubs(u, x));
+      }
+      if constexpr (kStep % 5 != 4) code = next_trit(code);
+    }
+    multiply_steps<kStep + 1, kEnd, kTokens>(codes, code, q, sum, second);
+  }
+}
+
+// The same from a start value: `start` is what 8 * (trit - 1) +- 1 adds, as two_sums or digits want it.
+template <int kStep, int kEnd, int kTokens>
+[[gnu::always_inline]] inline void dot_steps(const uint8_t* codes, VecI& code, const int8_t* const* q,
+                                             VecI (&start)[kTokens], VecI (&dot)[kTokens]) {
+  VecI sum[kTokens], second[kTokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    sum[t] = kTwoSums<kTokens> ? zero_i() : start[t];
+    second[t] = start[t];
+  }
+  multiply_steps<kStep, kEnd, kTokens>(codes, code, q, sum, second);
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t)
+    dot[t] = kTwoSums<kTokens> ? add_i32(add_i32(sum[t], sum[t]), sub_i32(sum[t], second[t])) : sum[t];
+}
+
+// total += scale_a * a + scale_b * b for scales in the low and high words, a and b with kShift bits to drop.
+template <int kShift>
+inline VecI add_scaled_pair(VecI total, VecI a, VecI b, VecI scale) {
+  if constexpr (kVnni)
+    return dp_i16(total, blend_words(right_u32(a, kShift), left_i32(b, 16 - kShift)), scale);
+  else
+    return dp_i16(dp_i16(total, a, spread_low(scale)), b, spread_high(scale));
+}
+
+// Scales of a pair of sub-blocks: nibble i of both halves of a dword.
+inline VecI scale_pair(VecI scales, int i) {
+  return or_i(and_i(right_u32(scales, 4 * i), set_i32(0x000e000e)), set_i32(0x00010001));
+}
+
+// What a block needs of a token's activations besides q, computed once a call.
+template <Format F, int kTokens>
+struct PackedX;
+
+// Sums of every 32 as 64 * high + low, in the order of the nibbles of PackedIQ1_S::scales: the low ones of
+// its bytes, then the high ones.
+template <int kTokens>
+struct PackedX<Format::IQ1_S, kTokens> {
+  int8_t high[8], low[8];
+
+  void prepare(const int8_t*, const int16_t* sums) {
+    constexpr int kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+    for (int i = 0; i < 8; ++i) {
+      const int sum = sums[2 * kOrder[i]] + sums[2 * kOrder[i] + 1];
+      high[i] = static_cast<int8_t>(sum >> 6);
+      low[i] = static_cast<int8_t>(sum & 63);
+    }
+  }
+};
+
+// For every 16 values the term of their activation sums, one for each sign of delta of the first and second 8
+// (bit 0, bit 1): VNNI as a start value of dot_steps, else as two int16.
+template <int kTokens>
+struct PackedX<Format::IQ1_M, kTokens> {
+  int32_t start[16][4];
+
+  void prepare(const int8_t* q, const int16_t*) {
+    constexpr int kFactor = !kVnni ? -1 : kTwoSums<kTokens> ? 32 : -8;
+    constexpr int p = kFactor * kPlus<kTokens>, m = kFactor * kMinus<kTokens>;
+    alignas(16) static constexpr int16_t kFactors[8] = {p, p, m, p, p, m, m, m};
+    for (int at = 0; at < 256; at += kVectorBytes) {
+      const VecI fours = madd_i16(maddubs(set_i8(1), load_i(q + at)), set_i16(1));
+      const VecI eights = add_i32(fours, shuffle_i32<0xb1>(fours));
+      const VecI pair = blend_words(shuffle_i32<0x00>(eights), left_i32(shuffle_i32<0xaa>(eights), 16));
+      const VecI factors = repeat_128(kFactors);
+      store_i(start[at / 16], kVnni ? madd_i16(pair, factors) : mul_i16(pair, factors));
+    }
+  }
+};
+
+template <int kPair, int kTokens>
+[[gnu::always_inline]] inline void sum_pairs(const PackedIQ1_S& w, int half, VecI& code, VecI scales,
+                                             const int8_t* const* q, VecI (&total)[kTokens]) {
+  if constexpr (kPair < 4) {
+    const uint8_t* codes = w.codes[0] + half * kVectorBytes;
+    VecI zero[kTokens], a[kTokens], b[kTokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) zero[t] = zero_i();
+    dot_steps<16 * kPair, 16 * kPair + 8, kTokens>(codes, code, q, zero, a);
+    dot_steps<16 * kPair + 8, 16 * kPair + 16, kTokens>(codes, code, q, zero, b);
+    const VecI scale = scale_pair(scales, kPair);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t)
+      total[t] = add_scaled_pair<kDotShift<kTokens>>(total[t], a[t], b[t], scale);
+    sum_pairs<kPair + 1, kTokens>(w, half, code, scales, q, total);
+  }
+}
+
+// The integer sums of one block of (half of) a group: scale * (8 * (trit - 1) +- 1) * q.
+template <int kTokens>
+inline void block_sums(const PackedIQ1_S& w, int half, const int8_t* const* q,
+                       const PackedX<Format::IQ1_S, kTokens>* const* x, VecI (&value)[kTokens]) {
+  const VecI scales = load_i(w.scales + half * kRowLanes);
+  VecI code, total[kTokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) total[t] = zero_i();
+  sum_pairs<0, kTokens>(w, half, code, scales, q, total);
+
+  constexpr int p = kPlus<kTokens>, m = kMinus<kTokens>;
+  alignas(16) static constexpr uint8_t kFactors[16] = {p,      m,      3 * p,  3 * m, 5 * p,  5 * m,
+                                                       7 * p,  7 * m,  9 * p,  9 * m, 11 * p, 11 * m,
+                                                       13 * p, 13 * m, 15 * p, 15 * m};
+  const VecI factors = repeat_128(kFactors), fifteen = set_i8(15);
+  const VecI first = lookup_i8(factors, and_i(scales, fifteen)),
+             last = lookup_i8(factors, and_i(right_u32(scales, 4), fifteen));
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    const auto add = [&](VecI sum, const int8_t* sums) {
+      return dp_u8s8(dp_u8s8(sum, first, broadcast_i32(sums)), last, broadcast_i32(sums + 4));
+    };
+    const VecI shift = add(left_i32(add(zero_i(), x[t]->high), 6), x[t]->low);
+    value[t] = sub_i32(left_i32(total[t], 3), shift);
+  }
+}
+
+template <int kPair, int kTokens>
+[[gnu::always_inline]] inline void sum_pairs(const PackedIQ1_M& w, int half, VecI& code, VecI negative,
+                                             const int8_t* const* q,
+                                             const PackedX<Format::IQ1_M, kTokens>* const* x,
+                                             VecI (&total)[kTokens], VecI (&shift)[kTokens]) {
+  if constexpr (kPair < 8) {
+    const uint8_t* codes = w.codes[0] + half * kVectorBytes;
+    const VecI index_a = right_u32(negative, 4 * kPair), index_b = right_u32(negative, 4 * kPair + 2);
+    VecI start_a[kTokens], start_b[kTokens], a[kTokens], b[kTokens];
+    const VecI scale = scale_pair(load_i(w.scales[kPair / 4] + half * kRowLanes), kPair % 4);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      start_a[t] = lookup_i32(repeat_128(x[t]->start[2 * kPair]), index_a);
+      start_b[t] = lookup_i32(repeat_128(x[t]->start[2 * kPair + 1]), index_b);
+      if constexpr (!kVnni) {
+        shift[t] = add_scaled_pair<0>(shift[t], start_a[t], start_b[t], scale);
+        start_a[t] = start_b[t] = zero_i();
+      }
+    }
+    dot_steps<8 * kPair, 8 * kPair + 4, kTokens>(codes, code, q, start_a, a);
+    dot_steps<8 * kPair + 4, 8 * kPair + 8, kTokens>(codes, code, q, start_b, b);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t)
+      total[t] = add_scaled_pair<kDotShift<kTokens> - 3>(total[t], a[t], b[t], scale);
+    sum_pairs<kPair + 1, kTokens>(w, half, code, negative, q, x, total, shift);
+  }
+}
+
+template <int kTokens>
+inline void block_sums(const PackedIQ1_M& w, int half, const int8_t* const* q,
+                       const PackedX<Format::IQ1_M, kTokens>* const* x, VecI (&value)[kTokens]) {
+  VecI code, shift[kTokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) value[t] = shift[t] = zero_i();
+  sum_pairs<0, kTokens>(w, half, code, load_i(w.negative + half * kRowLanes), q, x, value, shift);
+  if constexpr (!kVnni)
+    for (int t = 0; t < kTokens; ++t) value[t] = add_i32(left_i32(value[t], 3), shift[t]);
+}
+
+// Results of up to 16 rows from row `row` on.
+inline void store_group(const MatmulArgs& a, int64_t row, int64_t token, const VecF (&acc)[kHalves]) {
+  float* out = a.out + token * a.out_stride + row;
+  if (a.rows - row >= kPackedRows) {
+    for (int h = 0; h < kHalves; ++h, out += kRowLanes)
+      store_f(out, a.accumulate ? add_f(load_f(out), acc[h]) : acc[h]);
+    return;
+  }
+  float values[kPackedRows];
+  for (int h = 0; h < kHalves; ++h) store_f(values + h * kRowLanes, acc[h]);
+  for (int64_t r = 0; r < a.rows - row; ++r) out[r] = a.accumulate ? out[r] + values[r] : values[r];
+}
+
+template <Format F>
+struct PackedBlock;
+template <>
+struct PackedBlock<Format::IQ1_S> {
+  using Type = PackedIQ1_S;
+};
+template <>
+struct PackedBlock<Format::IQ1_M> {
+  using Type = PackedIQ1_M;
+};
+
+template <Format F, int kTokens>
+void packed_few(const MatmulArgs& a) {
+  using Block = typename PackedBlock<F>::Type;
+  using X = PackedX<F, kTokens>;
+  const int64_t blocks = a.cols / 256;
+  TokenX tokens[kTokens];
+  X* const prepared = static_cast<X*>(a.scratch);
+  for (int t = 0; t < kTokens; ++t) {
+    tokens[t] = token_x(a, t, 256);
+    for (int64_t k = 0; k < blocks; ++k)
+      prepared[t * blocks + k].prepare(tokens[t].q + 256 * k, tokens[t].sums + 16 * k);
+  }
+  for (int64_t r = 0; r < a.rows; r += kPackedRows) {
+    const auto* w = reinterpret_cast<const Block*>(a.w + r / kPackedRows * a.row_bytes);
+    VecF acc[kTokens][kHalves];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t)
+      for (int h = 0; h < kHalves; ++h) acc[t][h] = zero_f();
+    for (int64_t k = 0; k < blocks; ++k, ++w) {
+      // The next groups follow at once, so what lies ahead is wanted soon.
+      for (size_t i = 0; i < sizeof(Block); i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(w) + kPackedAhead + i, _MM_HINT_T0);
+      const int8_t* q[kTokens];
+      const X* x[kTokens];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) q[t] = tokens[t].q + 256 * k, x[t] = prepared + t * blocks + k;
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        VecI value[kTokens];
+        block_sums<kTokens>(*w, h, q, x, value);
+        const VecF d = mul_f(load_f16(w->d + h * kRowLanes), set_f(block_factor<F>()));
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t)
+          acc[t][h] = add_f(acc[t][h], mul_f(mul_f(d, set_f(tokens[t].scales[k])), to_f(value[t])));
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) store_group(a, r, t, acc[t]);
+  }
+}
+
+// Rows for the tile path: 8 * (trit + 1) + (0 or 2) as codes, so that 17 is weight 0.
+template <Format F>
+struct PackedRowsIq1 {
+  using Block = typename PackedBlock<F>::Type;
+  // The largest code counts only where pair sums go through 16 bits (kTileMax).
+  static constexpr int max = kVnni ? 1 : 26, offset = 17;
+  const Block* group[2];
+
+  PackedRowsIq1(const MatmulArgs& a, int64_t r0, int64_t rows) {
+    for (int i = 0; i < 2; ++i)
+      group[i] = reinterpret_cast<const Block*>(a.w + (r0 + (rows > i * kPackedRows ? i : 0) * kPackedRows) /
+                                                          kPackedRows * a.row_bytes);
+  }
+
+  void build(int64_t k, int, Tile& tile) const {
+    for (int i = 0; i < 2; ++i)
+      for (int h = 0; h < kHalves; ++h)
+        build_lanes(group[i][k], h, i * static_cast<int>(kPackedRows) + h * kRowLanes, tile);
+  }
+
+  static void build_lanes(const Block& w, int half, int lane, Tile& tile) {
+    const int at = half * kRowLanes;
+    for (size_t i = 0; i < sizeof(Block) / static_cast<size_t>(kHalves); i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(&w) + 2 * sizeof(Block) +
+                       static_cast<size_t>(half) * sizeof(Block) / 2 + i,
+                   _MM_HINT_T0);
+    store_f(tile.d[0] + lane, mul_f(load_f16(w.d + at), set_f(block_factor<F>())));
+    VecI twos[2];  // of the 32 (16) values at hand
+    VecI code = zero_i();
+    for (int sub = 0; sub < 16; ++sub) {
+      VecI scale;
+      if constexpr (F == Format::IQ1_S) {
+        const VecI scales = load_i(w.scales + at);
+        const int nibble = sub / 4 * 4 + sub / 2 % 2 * 16;
+        scale = scale_of(right_u32(scales, nibble));
+        twos[0] = twos[1] = twos_of(scales, nibble);
+      } else {
+        const VecI negative = load_i(w.negative + at);
+        scale = scale_of(right_u32(load_i(w.scales[sub / 8] + at), sub % 8 / 2 * 4 + sub % 2 * 16));
+        twos[0] = twos_of(negative, 2 * sub);
+        twos[1] = twos_of(negative, 2 * sub + 1);
+      }
+      store_i(&tile.sc[sub][lane], kVnni ? scale : or_i(scale, left_i32(scale, 16)));
+      // -17 * scale, in the word of this sub-block.
+      const VecI factor = and_i(mul_i16(scale, set_i32(-offset)), set_i32(0xffff));
+      VecI* const factors = reinterpret_cast<VecI*>(&tile.sum_factor[sub / 2][lane]);
+      store_i(factors, sub % 2 == 0 ? factor : or_i(load_i(factors), left_i32(factor, 16)));
+#pragma GCC unroll 4
+      for (int step = 4 * sub; step < 4 * sub + 4; ++step) {
+        code = step % 5 == 0 ? load_i(w.codes[step / 5] + half * kVectorBytes) : next_trit(code);
+        store_i(tile.u[step][lane],
+                or_i(and_i(right_u32(trit_bits(code), 3), set_i8(0x18)), twos[step % 4 / 2]));
+      }
+    }
+  }
+
+  static VecI scale_of(VecI nibble) { return or_i(and_i(nibble, set_i32(14)), set_i32(1)); }
+  // The byte 2 in every byte of a lane whose bit is 0.
+  static VecI twos_of(VecI bits, int bit) {
+    const VecI set = and_i(right_u32(bits, bit), set_i32(1));
+    return and_i(add_i32(set, set_i32(-1)), set_i8(2));
+  }
+};
+
+template <Format F>
+void matmul_packed(const MatmulArgs& a) {
+  const int64_t blocks = a.cols / 256;
+  const auto run = [&]<int kTokens>() {
+    if (kTokens * blocks * static_cast<int64_t>(sizeof(PackedX<F, kTokens>)) > kMatmulScratch)
+      matmul_tiled<F, PackedRowsIq1<F>>(a);
+    else
+      packed_few<F, kTokens>(a);
+  };
+  if (a.n == 1)
+    run.template operator()<1>();
+  else if (a.n == 2)
+    run.template operator()<2>();
+  else if (a.n == 3)
+    run.template operator()<3>();
+  else if (a.n == 4)
+    run.template operator()<4>();
+  else
+    matmul_tiled<F, PackedRowsIq1<F>>(a);
+}
+
+inline uint16_t half_of(const BlockIQ1_S& b) { return b.d; }
+inline uint16_t half_of(const BlockIQ1_M& b) { return iq1m_scale(b); }
+
+inline void pack_scales(const BlockIQ1_S& b, int r, PackedIQ1_S& out) {
+  uint32_t scales = 0;
+  for (int s = 0; s < 8; ++s)
+    scales |= static_cast<uint32_t>((b.qh[s] >> 12 & 7) << 1 | b.qh[s] >> 15) << (s / 2 * 4 + s % 2 * 16);
+  out.scales[r] = scales;
+}
+
+inline void pack_scales(const BlockIQ1_M& b, int r, PackedIQ1_M& out) {
+  uint32_t negative = 0;
+  for (int g = 0; g < 32; ++g) negative |= static_cast<uint32_t>(b.qh[g / 2] >> (g % 2 * 4 + 3) & 1) << g;
+  out.negative[r] = negative;
+  for (int h = 0; h < 2; ++h) {
+    uint32_t scales = 0;
+    for (int s = 0; s < 8; ++s)
+      scales |= static_cast<uint32_t>(b.scales[2 * h + s / 4] >> (3 * (s % 4)) & 7)
+                << 1 << (s / 2 * 4 + s % 2 * 16);
+    out.scales[h][r] = scales;
+  }
+}
+
+// Up to 32 rows of the file's blocks -> their groups. The filling of the last group repeats a row.
+template <Format F>
+void pack_rows(const MatmulArgs& a, uint8_t* groups) {
+  using Block = typename Traits<F>::Block;
+  using Packed = typename PackedBlock<F>::Type;
+  Tile& tile = *static_cast<Tile*>(a.scratch);
+  const FileRows<F> rows(a, 0, a.rows);
+  const int64_t blocks = a.cols / 256;
+  for (int64_t k = 0; k < blocks; ++k) {
+    rows.build(k, 1, tile);
+    for (int64_t g = 0; g * kPackedRows < a.rows; ++g) {
+      Packed& out = reinterpret_cast<Packed*>(groups)[g * blocks + k];
+      for (int p = 0; p < kTritRegisters; ++p) {
+        alignas(64) uint8_t number[64];
+        for (int h = 0; h < kHalves; ++h) {
+          VecI n = zero_i();
+          for (int step = 5 * p; step < 5 * p + 5; ++step) {
+            n = next_trit(n);
+            if (step < 64) {
+              const VecI codes = load_i(tile.u[step][g * kPackedRows + h * kRowLanes]);
+              n = add_i8(n, and_i(right_u32(codes, 3), set_i8(3)));
+            }
+          }
+          store_i(number + h * kVectorBytes, n);
+        }
+        for (int i = 0; i < 64; ++i)  // ceil(256 n / 243)
+          out.codes[p][i] = static_cast<uint8_t>((number[i] * 256u + 242) * 69043 >> 24);
+      }
+      for (int r = 0; r < kPackedRows; ++r) {
+        const auto& b = *reinterpret_cast<const Block*>(rows.w[g * kPackedRows + r] +
+                                                        k * static_cast<int64_t>(sizeof(Block)));
+        out.d[r] = half_of(b);
+        pack_scales(b, r, out);
+      }
+    }
+  }
+}
+
+template <>
+constexpr PackedKernels kPackedKernels<Format::IQ1_S>{&kPackedIQ1_S, matmul_packed<Format::IQ1_S>,
+                                                      pack_rows<Format::IQ1_S>};
+template <>
+constexpr PackedKernels kPackedKernels<Format::IQ1_M>{&kPackedIQ1_M, matmul_packed<Format::IQ1_M>,
+                                                      pack_rows<Format::IQ1_M>};
