@@ -51,8 +51,7 @@ void store_latent(Cpu& cpu, const StoreLatent& s, int64_t n) {
 void embed(Cpu& cpu, const Weight& w, const int32_t* ids, int64_t n, float* out) {
   const auto turn = cpu.pool.turn();
   cpu.pool.parallel_for(n, row_grain(w.cols), [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i)
-      w.dequantize(0, ids[i], out + i * w.cols);
+    for (int64_t i = begin; i < end; ++i) w.dequantize(0, ids[i], out + i * w.cols);
   });
 }
 

@@ -12,21 +12,17 @@ constexpr int kHalves = static_cast<int>(kPackedRows) / kRowLanes;
 constexpr int64_t kPackedAhead = 4096;
 
 template <int kTokens>
-constexpr bool kTwoSums = kVnni && kTokens <= 2;
-// What is added to every trit, and which power of two sums are multiplied by.
-template <int kTokens>
-constexpr int kTritBias = kTwoSums<kTokens> ? 0 : 1;
+constexpr bool kTwoSums = kVnni && kTokens == 1;
+// Two sums are 256 times, digits 64 times the product; digits are trit + 1.
 template <int kTokens>
 constexpr int kDotShift = kTwoSums<kTokens> ? 8 : 6;
-// Factors of the activation sums for delta +1/8 and -1/8: 8 * (trit - 1) +- 1 = 8 * (trit + bias) - factor.
-template <int kTokens>
-constexpr int kPlus = 7 + 8 * kTritBias<kTokens>;
-template <int kTokens>
-constexpr int kMinus = kPlus<kTokens> + 2;
+// Factor of the activation sums where delta is +1/8: 8 * (trit - 1) + 1 = 8 * trit - 7; two more for -1/8.
+template <bool kTwo>
+constexpr int kPlus = kTwo ? 7 : 15;
 
 // In the two high bits: trit + 1.
 inline VecI trit_bits(VecI code) { return average_u8(code, average_u8(code, set_i8(-3))); }
-inline VecI next_trit(VecI code) { return add_i8(add_i8(code, code), code); }  // also 3 n
+inline VecI next_trit(VecI code) { return add_i8(add_i8(code, code), code); }
 
 // Steps kStep to kEnd of a block. VNNI: `sum` gets the sums of kDotShift (and `second` helps); else int16
 // pairs.
@@ -89,13 +85,13 @@ inline VecI scale_pair(VecI scales, int i) {
 }
 
 // What a block needs of a token's activations besides q, computed once a call.
-template <Format F, int kTokens>
+template <Format F, bool kTwo>
 struct PackedX;
 
 // Sums of every 32 as 64 * high + low, in the order of the nibbles of PackedIQ1_S::scales: the low ones of
 // its bytes, then the high ones.
-template <int kTokens>
-struct PackedX<Format::IQ1_S, kTokens> {
+template <bool kTwo>
+struct PackedX<Format::IQ1_S, kTwo> {
   int8_t high[8], low[8];
 
   void prepare(const int8_t*, const int16_t* sums) {
@@ -110,13 +106,13 @@ struct PackedX<Format::IQ1_S, kTokens> {
 
 // For every 16 values the term of their activation sums, one for each sign of delta of the first and second 8
 // (bit 0, bit 1): VNNI as a start value of dot_steps, else as two int16.
-template <int kTokens>
-struct PackedX<Format::IQ1_M, kTokens> {
+template <bool kTwo>
+struct PackedX<Format::IQ1_M, kTwo> {
   int32_t start[16][4];
 
   void prepare(const int8_t* q, const int16_t*) {
-    constexpr int kFactor = !kVnni ? -1 : kTwoSums<kTokens> ? 32 : -8;
-    constexpr int p = kFactor * kPlus<kTokens>, m = kFactor * kMinus<kTokens>;
+    constexpr int kFactor = !kVnni ? -1 : kTwo ? 32 : -8;
+    constexpr int p = kFactor * kPlus<kTwo>, m = kFactor * (kPlus<kTwo> + 2);
     alignas(16) static constexpr int16_t kFactors[8] = {p, p, m, p, p, m, m, m};
     for (int at = 0; at < 256; at += kVectorBytes) {
       const VecI fours = madd_i16(maddubs(set_i8(1), load_i(q + at)), set_i16(1));
@@ -149,14 +145,14 @@ template <int kPair, int kTokens>
 // The integer sums of one block of (half of) a group: scale * (8 * (trit - 1) +- 1) * q.
 template <int kTokens>
 inline void block_sums(const PackedIQ1_S& w, int half, const int8_t* const* q,
-                       const PackedX<Format::IQ1_S, kTokens>* const* x, VecI (&value)[kTokens]) {
+                       const PackedX<Format::IQ1_S, kTwoSums<kTokens>>* const* x, VecI (&value)[kTokens]) {
   const VecI scales = load_i(w.scales + half * kRowLanes);
   VecI code, total[kTokens];
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) total[t] = zero_i();
   sum_pairs<0, kTokens>(w, half, code, scales, q, total);
 
-  constexpr int p = kPlus<kTokens>, m = kMinus<kTokens>;
+  constexpr int p = kPlus<kTwoSums<kTokens>>, m = p + 2;
   alignas(16) static constexpr uint8_t kFactors[16] = {p,      m,      3 * p,  3 * m, 5 * p,  5 * m,
                                                        7 * p,  7 * m,  9 * p,  9 * m, 11 * p, 11 * m,
                                                        13 * p, 13 * m, 15 * p, 15 * m};
@@ -176,7 +172,7 @@ inline void block_sums(const PackedIQ1_S& w, int half, const int8_t* const* q,
 template <int kPair, int kTokens>
 [[gnu::always_inline]] inline void sum_pairs(const PackedIQ1_M& w, int half, VecI& code, VecI negative,
                                              const int8_t* const* q,
-                                             const PackedX<Format::IQ1_M, kTokens>* const* x,
+                                             const PackedX<Format::IQ1_M, kTwoSums<kTokens>>* const* x,
                                              VecI (&total)[kTokens], VecI (&shift)[kTokens]) {
   if constexpr (kPair < 8) {
     const uint8_t* codes = w.codes[0] + half * kVectorBytes;
@@ -203,7 +199,7 @@ template <int kPair, int kTokens>
 
 template <int kTokens>
 inline void block_sums(const PackedIQ1_M& w, int half, const int8_t* const* q,
-                       const PackedX<Format::IQ1_M, kTokens>* const* x, VecI (&value)[kTokens]) {
+                       const PackedX<Format::IQ1_M, kTwoSums<kTokens>>* const* x, VecI (&value)[kTokens]) {
   VecI code, shift[kTokens];
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) value[t] = shift[t] = zero_i();
@@ -236,44 +232,77 @@ struct PackedBlock<Format::IQ1_M> {
   using Type = PackedIQ1_M;
 };
 
+// Up to this many tokens the products of a group are faster than tiles; more than four in several passes,
+// while the group is in the cache.
+constexpr int64_t kFewTokens = kVnni ? 8 : 4;
+
+// Rows of one group times tokens [first, first + kTokens); `prepared` is that of the call's first token.
 template <Format F, int kTokens>
-void packed_few(const MatmulArgs& a) {
+void multiply_group(const MatmulArgs& a, int64_t row, int64_t first,
+                    const PackedX<F, kTwoSums<kTokens>>* prepared) {
   using Block = typename PackedBlock<F>::Type;
-  using X = PackedX<F, kTokens>;
   const int64_t blocks = a.cols / 256;
+  const auto* w = reinterpret_cast<const Block*>(a.w + row / kPackedRows * a.row_bytes);
   TokenX tokens[kTokens];
-  X* const prepared = static_cast<X*>(a.scratch);
+  VecF acc[kTokens][kHalves];
+#pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) {
-    tokens[t] = token_x(a, t, 256);
-    for (int64_t k = 0; k < blocks; ++k)
-      prepared[t * blocks + k].prepare(tokens[t].q + 256 * k, tokens[t].sums + 16 * k);
+    tokens[t] = token_x(a, first + t, 256);
+    for (int h = 0; h < kHalves; ++h) acc[t][h] = zero_f();
   }
-  for (int64_t r = 0; r < a.rows; r += kPackedRows) {
-    const auto* w = reinterpret_cast<const Block*>(a.w + r / kPackedRows * a.row_bytes);
-    VecF acc[kTokens][kHalves];
+  for (int64_t k = 0; k < blocks; ++k, ++w) {
+    for (size_t i = 0; i < sizeof(Block); i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(w) + kPackedAhead + i, _MM_HINT_T0);
+    const int8_t* q[kTokens];
+    const PackedX<F, kTwoSums<kTokens>>* x[kTokens];
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t)
-      for (int h = 0; h < kHalves; ++h) acc[t][h] = zero_f();
-    for (int64_t k = 0; k < blocks; ++k, ++w) {
-      // The next groups follow at once, so what lies ahead is wanted soon.
-      for (size_t i = 0; i < sizeof(Block); i += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(w) + kPackedAhead + i, _MM_HINT_T0);
-      const int8_t* q[kTokens];
-      const X* x[kTokens];
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) q[t] = tokens[t].q + 256 * k, x[t] = prepared + t * blocks + k;
+      q[t] = tokens[t].q + 256 * k, x[t] = prepared + (first + t) * blocks + k;
 #pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) {
-        VecI value[kTokens];
-        block_sums<kTokens>(*w, h, q, x, value);
-        const VecF d = mul_f(load_f16(w->d + h * kRowLanes), set_f(block_factor<F>()));
+    for (int h = 0; h < kHalves; ++h) {
+      VecI value[kTokens];
+      block_sums<kTokens>(*w, h, q, x, value);
+      const VecF d = mul_f(load_f16(w->d + h * kRowLanes), set_f(block_factor<F>()));
 #pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t)
-          acc[t][h] = add_f(acc[t][h], mul_f(mul_f(d, set_f(tokens[t].scales[k])), to_f(value[t])));
-      }
+      for (int t = 0; t < kTokens; ++t)
+        acc[t][h] = add_f(acc[t][h], mul_f(mul_f(d, set_f(tokens[t].scales[k])), to_f(value[t])));
     }
+  }
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) store_group(a, r, t, acc[t]);
+  for (int t = 0; t < kTokens; ++t) store_group(a, row, first + t, acc[t]);
+}
+
+template <Format F, bool kTwo>
+const PackedX<F, kTwo>* prepare_tokens(const MatmulArgs& a) {
+  const int64_t blocks = a.cols / 256;
+  auto* const prepared = static_cast<PackedX<F, kTwo>*>(a.scratch);
+  for (int64_t t = 0; t < a.n; ++t) {
+    const TokenX x = token_x(a, t, 256);
+    for (int64_t k = 0; k < blocks; ++k) prepared[t * blocks + k].prepare(x.q + 256 * k, x.sums + 16 * k);
+  }
+  return prepared;
+}
+
+template <Format F>
+void matmul_few(const MatmulArgs& a) {
+  if (a.n == 1) {
+    const auto* prepared = prepare_tokens<F, kTwoSums<1>>(a);
+    for (int64_t r = 0; r < a.rows; r += kPackedRows) multiply_group<F, 1>(a, r, 0, prepared);
+    return;
+  }
+  const auto* prepared = prepare_tokens<F, false>(a);
+  const int64_t passes = (a.n + 3) / 4;
+  for (int64_t r = 0; r < a.rows; r += kPackedRows) {
+    for (int64_t pass = 0, first = 0; pass < passes; ++pass) {
+      const int64_t tokens = (a.n - first + passes - pass - 1) / (passes - pass);  // 2 to 4: 5 are 3 + 2
+      if (tokens == 2)
+        multiply_group<F, 2>(a, r, first, prepared);
+      else if (tokens == 3)
+        multiply_group<F, 3>(a, r, first, prepared);
+      else
+        multiply_group<F, 4>(a, r, first, prepared);
+      first += tokens;
+    }
   }
 }
 
@@ -283,16 +312,17 @@ struct PackedRowsIq1 {
   using Block = typename PackedBlock<F>::Type;
   // The largest code counts only where pair sums go through 16 bits (kTileMax).
   static constexpr int max = kVnni ? 1 : 26, offset = 17;
-  const Block* group[2];
+  static constexpr int kGroups = kPanel / static_cast<int>(kPackedRows);
+  const Block* group[kGroups];
 
   PackedRowsIq1(const MatmulArgs& a, int64_t r0, int64_t rows) {
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kGroups; ++i)
       group[i] = reinterpret_cast<const Block*>(a.w + (r0 + (rows > i * kPackedRows ? i : 0) * kPackedRows) /
                                                           kPackedRows * a.row_bytes);
   }
 
   void build(int64_t k, int, Tile& tile) const {
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kGroups; ++i)
       for (int h = 0; h < kHalves; ++h)
         build_lanes(group[i][k], h, i * static_cast<int>(kPackedRows) + h * kRowLanes, tile);
   }
@@ -343,21 +373,9 @@ struct PackedRowsIq1 {
 
 template <Format F>
 void matmul_packed(const MatmulArgs& a) {
-  const int64_t blocks = a.cols / 256;
-  const auto run = [&]<int kTokens>() {
-    if (kTokens * blocks * static_cast<int64_t>(sizeof(PackedX<F, kTokens>)) > kMatmulScratch)
-      matmul_tiled<F, PackedRowsIq1<F>>(a);
-    else
-      packed_few<F, kTokens>(a);
-  };
-  if (a.n == 1)
-    run.template operator()<1>();
-  else if (a.n == 2)
-    run.template operator()<2>();
-  else if (a.n == 3)
-    run.template operator()<3>();
-  else if (a.n == 4)
-    run.template operator()<4>();
+  const int64_t prepared = a.n * (a.cols / 256) * static_cast<int64_t>(sizeof(PackedX<F, false>));
+  if (a.n <= kFewTokens && prepared <= kMatmulScratch)
+    matmul_few<F>(a);
   else
     matmul_tiled<F, PackedRowsIq1<F>>(a);
 }
@@ -385,39 +403,43 @@ inline void pack_scales(const BlockIQ1_M& b, int r, PackedIQ1_M& out) {
   }
 }
 
-// Up to 32 rows of the file's blocks -> their groups. The filling of the last group repeats a row.
+// The codes of 16 rows of a tile.
+inline void pack_codes(const Tile& tile, int row, uint8_t (*codes)[64]) {
+  for (int p = 0; p < kTritRegisters; ++p) {
+    alignas(64) uint8_t number[64];
+    for (int h = 0; h < kHalves; ++h) {
+      VecI n = zero_i();
+      for (int step = 5 * p; step < 5 * p + 5; ++step) {
+        n = add_i8(add_i8(n, n), n);
+        if (step == 64) continue;
+        n = add_i8(n, and_i(right_u32(load_i(tile.u[step][row + h * kRowLanes]), 3), set_i8(3)));
+      }
+      store_i(number + h * kVectorBytes, n);
+    }
+    for (int i = 0; i < 64; ++i)  // ceil(256 n / 243)
+      codes[p][i] = static_cast<uint8_t>((number[i] * 256u + 242) * 69043 >> 24);
+  }
+}
+
+// Rows of the file's blocks -> their groups. The filling of the last group repeats a row.
 template <Format F>
 void pack_rows(const MatmulArgs& a, uint8_t* groups) {
   using Block = typename Traits<F>::Block;
   using Packed = typename PackedBlock<F>::Type;
   Tile& tile = *static_cast<Tile*>(a.scratch);
-  const FileRows<F> rows(a, 0, a.rows);
   const int64_t blocks = a.cols / 256;
-  for (int64_t k = 0; k < blocks; ++k) {
-    rows.build(k, 1, tile);
-    for (int64_t g = 0; g * kPackedRows < a.rows; ++g) {
-      Packed& out = reinterpret_cast<Packed*>(groups)[g * blocks + k];
-      for (int p = 0; p < kTritRegisters; ++p) {
-        alignas(64) uint8_t number[64];
-        for (int h = 0; h < kHalves; ++h) {
-          VecI n = zero_i();
-          for (int step = 5 * p; step < 5 * p + 5; ++step) {
-            n = next_trit(n);
-            if (step < 64) {
-              const VecI codes = load_i(tile.u[step][g * kPackedRows + h * kRowLanes]);
-              n = add_i8(n, and_i(right_u32(codes, 3), set_i8(3)));
-            }
-          }
-          store_i(number + h * kVectorBytes, n);
+  for (int64_t r0 = 0; r0 < a.rows; r0 += kPanel) {
+    const FileRows<F> panel(a, r0, a.rows - r0 < kPanel ? a.rows - r0 : kPanel);
+    for (int64_t k = 0; k < blocks; ++k) {
+      panel.build(k, 1, tile);
+      for (int row = 0; row < kPanel && r0 + row < a.rows; row += static_cast<int>(kPackedRows)) {
+        Packed& out = reinterpret_cast<Packed*>(groups)[(r0 + row) / kPackedRows * blocks + k];
+        pack_codes(tile, row, out.codes);
+        for (int r = 0; r < kPackedRows; ++r) {
+          const Block& b = reinterpret_cast<const Block*>(panel.w[row + r])[k];
+          out.d[r] = half_of(b);
+          pack_scales(b, r, out);
         }
-        for (int i = 0; i < 64; ++i)  // ceil(256 n / 243)
-          out.codes[p][i] = static_cast<uint8_t>((number[i] * 256u + 242) * 69043 >> 24);
-      }
-      for (int r = 0; r < kPackedRows; ++r) {
-        const auto& b = *reinterpret_cast<const Block*>(rows.w[g * kPackedRows + r] +
-                                                        k * static_cast<int64_t>(sizeof(Block)));
-        out.d[r] = half_of(b);
-        pack_scales(b, r, out);
       }
     }
   }

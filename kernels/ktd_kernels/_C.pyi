@@ -35,6 +35,12 @@ class Weight:
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def layout(self) -> str:
+        """
+        'file' for GGUF blocks, else the name of the layout that Cpu.pack chose.
+        """
+
     def dequantize(self) -> NDArray[numpy.float32]:
         """float32 array of `shape`, bit-equal to gguf.quants.dequantize."""
 
@@ -70,6 +76,16 @@ class Cpu:
     def moe(self, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], accumulate: bool = False) -> None:
         """
         Sum over j of weights[n, j] * expert ids[n, j] of x[n], added in the order of j; gate, up [E, f, d], down [E, d, f], ids int32 [n, k], weights float32 [n, k].
+        """
+
+    def packed_bytes(self, ggml_type: int, shape: Sequence[int]) -> int:
+        """
+        Bytes of such a weight after `pack`, or 0 where the file's own blocks are multiplied best.
+        """
+
+    def pack(self, w: Weight) -> Weight:
+        """
+        A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the same bits. Raises ValueError where packed_bytes is 0.
         """
 
     def embed(self, w: Weight, ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:

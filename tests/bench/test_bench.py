@@ -56,7 +56,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_figures_follow_from_the_seconds() -> None:
-    result = KernelResult("Q8_0", 2048, 7168, 4, 1, "avx2", 2048 * 7168 * 34 // 32, 0.01, 2e10, 0.02)
+    result = KernelResult("Q8_0", 2048, 7168, 4, 1, "avx2", "file", 2048 * 7168 * 34 // 32, 0.01, 2e10, 0.02)
     assert result.ns_per_block == pytest.approx(0.01e9 / (2048 * 28 * 4))
     assert result.gigabytes_per_second == pytest.approx(2048 * 7168 * 34 / 32 / 0.01 / 1e9)
     assert result.gigaops_per_second == pytest.approx(2 * 2048 * 7168 * 4 / 0.01 / 1e9)

@@ -100,6 +100,17 @@ def test_nothing_is_copied(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_released_tensors_are_read_again(tmp_path: Path) -> None:
+    tensors = {name: np.random.default_rng(i).random(5000, np.float32) for i, name in enumerate("abc")}
+    with GgufFile.open(kit.write_gguf(tmp_path / "m.gguf", {}, tensors)) as gguf:
+        before = gguf.data("b")
+        for name in "bab":
+            gguf.release(name)
+        for name, tensor in tensors.items():
+            assert np.array_equal(gguf.data(name).view(np.float32), tensor)
+        assert np.array_equal(before.view(np.float32), tensors["b"])
+
+
 def test_views_outlive_the_file(tmp_path: Path) -> None:
     tensor = np.arange(32, dtype=np.float32)
     gguf = GgufFile.open(kit.write_gguf(tmp_path / "m.gguf", {"a.words": ["x", "y"]}, {"w": tensor}))

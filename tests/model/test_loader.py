@@ -14,7 +14,9 @@ from kit_model import (
     Bench,
     family_config,
     load_gguf_model,
+    mix,
     model_tensors,
+    quantise,
     random_hf_model,
     random_tokens,
     write_model,
@@ -22,7 +24,7 @@ from kit_model import (
 
 from ktd.errors import GgufError, SettingsError
 from ktd.gguf import GgufFile
-from ktd.model import load_model
+from ktd.model import load_model, packed_growth
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 
@@ -167,6 +169,33 @@ def test_progress_rises_to_one(config: Any, tensors: dict[str, Any], tmp_path: P
     assert len(heard) > len(tensors)
     assert heard[-1] == 1.0
     assert heard[0] < 0.5
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["split", "merged"])
+def test_repacking_changes_no_bit(
+    config: Any, tensors: dict[str, Any], tmp_path: Path, cpu: Cpu, merged: bool
+) -> None:
+    blocks, _ = quantise(tensors, mix("ud-iq1_s"))
+    if merged:
+        for layer in (1, 2):
+            (gate, kind), (up, _) = (
+                blocks.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")
+            )
+            blocks[f"blk.{layer}.ffn_gate_up_exps.weight"] = (np.concatenate([gate, up], axis=1), kind)
+    heard: list[float] = []
+    with GgufFile.open(write_model(tmp_path / "m.gguf", config, blocks)) as gguf:
+        plain = load_model(gguf, cpu, context=64, progress=heard.append)
+        told = len(heard)
+        packed = load_model(gguf, cpu, context=64, progress=heard.append, repack=True)
+        growth = packed_growth(gguf, cpu)
+        experts = sum(tensor.nbytes for tensor in gguf.tensors.values() if "_exps" in tensor.name)
+    assert 0 <= growth <= experts // 5
+    assert (growth > 0) == (cpu.packed_bytes(int(Q.IQ1_S), (16, 256)) > 0)
+    assert heard[told:] == sorted(heard[told:])
+    assert heard[-1] == 1.0
+    for chunk in (1, 12):  # one by one, and as a prompt
+        want, got = (Bench(model).logits(TOKENS, chunk) for model in (plain, packed))
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("context", [0, 2049])

@@ -29,7 +29,10 @@ _LEAST_MATRICES = 4
 
 @dataclass(frozen=True, slots=True)
 class KernelResult:
-    """One measurement: median seconds of one product [rows, cols] x tokens, bandwidth in bytes a second."""
+    """One measurement: median seconds of one product [rows, cols] x tokens, bandwidth in bytes a second.
+
+    `layout` is how the weights lay in memory, "file" for GGUF blocks; `nbytes` are the file's in any case.
+    """
 
     type: str
     rows: int
@@ -37,6 +40,7 @@ class KernelResult:
     tokens: int
     threads: int
     isa: str
+    layout: str
     nbytes: int
     seconds: float
     bandwidth: float
@@ -114,6 +118,8 @@ class KernelBench:
         step = max(1, _ROUND_COLUMNS // tokens)
         rounds = [order[start : start + step] for start in range(0, len(order), step)][:_MOST_ROUNDS]
         weights = [Weight(matrix, int(kind), shape) for matrix in stack]
+        if cpu.packed_bytes(int(kind), shape):  # as the loader does
+            weights = [cpu.pack(weight) for weight in weights]
 
         def multiply(number: int) -> None:
             for pick in rounds[number]:
@@ -135,6 +141,7 @@ class KernelBench:
             tokens=tokens,
             threads=cpu.threads,
             isa=cpu.isa,
+            layout=weights[0].layout,
             nbytes=stack.shape[1],
             seconds=medians[0],
             bandwidth=read_bandwidth(cpu.threads),

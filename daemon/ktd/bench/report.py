@@ -29,12 +29,31 @@ def _print(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 def print_kernels(results: Sequence[KernelResult]) -> None:
     """One line a measurement; the peer's columns appear where it was measured."""
-    names = ["type", "matrix", "tokens", "threads", "isa", "ns/256 weights", "GB/s", "GOP/s", "of wall"]
+    names = [
+        "type",
+        "matrix",
+        "tokens",
+        "threads",
+        "isa",
+        "layout",
+        "ns/256 weights",
+        "GB/s",
+        "GOP/s",
+        "of wall",
+    ]
     if any(result.speedup is not None for result in results):
         names += ["llama.cpp GOP/s", "ours/llama.cpp"]
     rows = []
     for r in results:
-        row = [r.type, f"{r.rows}x{r.cols}", str(r.tokens), str(r.threads), r.isa, f"{r.ns_per_block:.2f}"]
+        row = [
+            r.type,
+            f"{r.rows}x{r.cols}",
+            str(r.tokens),
+            str(r.threads),
+            r.isa,
+            r.layout,
+            f"{r.ns_per_block:.2f}",
+        ]
         row += [f"{r.gigabytes_per_second:.2f}", f"{r.gigaops_per_second:.1f}", f"{r.wall_percent:.0f} %"]
         if r.speedup is not None:
             row += [f"{r.gigaops_per_second / r.speedup:.1f}", f"{r.speedup:.2f}"]

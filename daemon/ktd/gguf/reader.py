@@ -105,6 +105,14 @@ class GgufFile:
             )
         return value
 
+    def release(self, name: str) -> None:
+        """Gives the memory that holds the blocks of tensor `name` back to the system.
+
+        Views stay valid; reading them fetches the pages from the file again.
+        """
+        tensor = self.tensors[name]
+        self._shards[tensor.shard].release(tensor)
+
     def close(self) -> None:
         """Drops the mappings; views already handed out stay valid."""
         for shard in self._shards:

@@ -60,6 +60,13 @@ class Shard:
             raise ValueError(f"{self.path} is closed")
         return self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
 
+    def release(self, tensor: TensorInfo) -> None:
+        """Gives the pages that hold nothing but this tensor back to the system."""
+        first = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.offset + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0 and self._bytes is not None:
+            self._buffer.madvise(mmap.MADV_DONTNEED, first, length)
+
     def close(self) -> None:
         """Forgets the mapping; the system unmaps it when the last view of it is gone."""
         self._bytes = None

@@ -3,7 +3,7 @@
 from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig, MoeConfig, YarnConfig
 from ktd.model.deepseek import DeepseekModel
-from ktd.model.loader import load_model
+from ktd.model.loader import load_model, packed_growth
 from ktd.model.placement import Placement, VramBytes, vram_bytes
 
 Model = DeepseekModel
@@ -19,5 +19,6 @@ __all__ = [
     "VramBytes",
     "YarnConfig",
     "load_model",
+    "packed_growth",
     "vram_bytes",
 ]

@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ktd.errors import SettingsError
-from ktd.gguf import GgufFile
+from ktd.gguf import WEIGHT_TYPES, GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.deepseek import DeepseekModel
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 
 
-def load_model(gguf: GgufFile, cpu: Cpu, *, context: int, progress: Callable[[float], None]) -> DeepseekModel:
+def packed_growth(gguf: GgufFile, cpu: Cpu) -> int:
+    """Bytes of memory that loading with `repack` takes beyond the size of the tensors in the file."""
+    growth = 0
+    for tensor in gguf.tensors.values():
+        if len(tensor.shape) in (2, 3) and tensor.ggml_type in WEIGHT_TYPES:
+            packed = cpu.packed_bytes(int(tensor.ggml_type), tensor.shape)
+            growth += packed - tensor.nbytes if packed else 0
+    return growth
+
+
+def load_model(
+    gguf: GgufFile, cpu: Cpu, *, context: int, progress: Callable[[float], None], repack: bool = False
+) -> DeepseekModel:
     """Maps the tensors of `gguf` and prepares the graph for sequences of up to `context` tokens.
 
+    With `repack`, tensors of the types that `cpu` packs are copied into its faster layout; `packed_growth`
+    says what that takes. Results are the same bits.
     `progress` is told fractions from 0 to 1. Draft-head (nextn) layers are left out. Raises GgufError naming
     the key or tensor that is missing, misshapen or unsupported, SettingsError for a context the model cannot
     have.
@@ -24,6 +38,6 @@ def load_model(gguf: GgufFile, cpu: Cpu, *, context: int, progress: Callable[[fl
         raise SettingsError(
             f"A context of {context} tokens was asked for; {gguf.name} can have 1 to {config.context}."
         )
-    model = DeepseekModel(WeightSource(gguf, progress), config, cpu, context)
+    model = DeepseekModel(WeightSource(gguf, progress, cpu if repack else None), config, cpu, context)
     progress(1.0)
     return model

@@ -10,7 +10,7 @@ import psutil
 
 from ktd.errors import GgufError
 from ktd.gguf import WEIGHT_TYPES, GgmlType, GgufFile, TensorInfo
-from ktd_kernels import Weight
+from ktd_kernels import Cpu, Weight
 
 _TOUCH_BYTES = 64 << 20  # progress is told this often while pages are read in
 _PAGE = 4096
@@ -22,11 +22,15 @@ class WeightSource:
 
     Where the whole file fits into free memory its pages are read in as tensors are taken, so that the first
     answer does not wait for the disk; else they are left to be read when first used.
+
+    With `packer`, matrices of the types that it packs become copies in its layout, and the file's pages are
+    given back to the system: never both stay in memory.
     """
 
-    def __init__(self, gguf: GgufFile, progress: Callable[[float], None]) -> None:
+    def __init__(self, gguf: GgufFile, progress: Callable[[float], None], packer: Cpu | None = None) -> None:
         self._gguf = gguf
         self._progress = progress
+        self._packer = packer
         self._total = max(gguf.nbytes, 1)
         self._done = 0
         self._touch = self._total <= psutil.virtual_memory().available
@@ -41,14 +45,12 @@ class WeightSource:
         return vector
 
     def matrix(self, name: str, rows: int, cols: int) -> Weight:
-        """A linear layer [rows, cols], mapped."""
-        info = self._info(name, (rows, cols))
-        return Weight(self._data(name), int(info.ggml_type), (rows, cols))
+        """A linear layer [rows, cols], mapped or packed."""
+        return self._weight(name, (rows, cols))
 
     def stack(self, name: str, count: int, rows: int, cols: int) -> Weight:
-        """One matrix for each expert or head, [count, rows, cols], mapped."""
-        info = self._info(name, (count, rows, cols))
-        return Weight(self._data(name), int(info.ggml_type), (count, rows, cols))
+        """One matrix for each expert or head, [count, rows, cols], mapped or packed."""
+        return self._weight(name, (count, rows, cols))
 
     def halves(self, name: str, count: int, rows: int, cols: int) -> tuple[Weight, Weight]:
         """The upper and the lower `rows` rows of each matrix of [count, 2 · rows, cols], as two stacks,
@@ -57,7 +59,11 @@ class WeightSource:
         blocks = self._data(name).reshape(count, 2, -1)
         upper, lower = (np.ascontiguousarray(blocks[:, half]).reshape(-1) for half in (0, 1))
         shape = (count, rows, cols)
-        return Weight(upper, int(info.ggml_type), shape), Weight(lower, int(info.ggml_type), shape)
+        self._gguf.release(name)
+        return (
+            self._packed(Weight(upper, int(info.ggml_type), shape)),
+            self._packed(Weight(lower, int(info.ggml_type), shape)),
+        )
 
     def split_kv_b(self, name: str, heads: int, nope: int, value: int, kv_lora: int) -> tuple[Weight, Weight]:
         """k_b [heads, kv_lora, nope] and v_b [heads, value, kv_lora] out of kv_b [heads · (nope + value),
@@ -74,6 +80,21 @@ class WeightSource:
         v_b = Weight(v_blocks, int(info.ggml_type), (heads, value, kv_lora))
         k = Weight(k_blocks, int(info.ggml_type), (heads, nope, kv_lora)).dequantize()
         return _float_weight(np.ascontiguousarray(k.transpose(0, 2, 1)), info.ggml_type), v_b
+
+    def _weight(self, name: str, shape: tuple[int, ...]) -> Weight:
+        info = self._info(name, shape)
+        if self._packer is None or not self._packer.packed_bytes(int(info.ggml_type), shape):
+            return Weight(self._data(name), int(info.ggml_type), shape)
+        packed = self._packer.pack(Weight(self._gguf.data(name), int(info.ggml_type), shape))
+        self._gguf.release(name)
+        self._advance(info.nbytes)
+        return packed
+
+    def _packed(self, weight: Weight) -> Weight:
+        packer = self._packer
+        if packer is None or not packer.packed_bytes(weight.ggml_type, weight.shape):
+            return weight
+        return packer.pack(weight)
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self._gguf.tensors.get(name)
@@ -99,9 +120,12 @@ class WeightSource:
             part = data[start : start + _TOUCH_BYTES]
             if self._touch:
                 part[::_PAGE].max()
-            self._done += part.size
-            self._progress(min(self._done / self._total, 1.0))
+            self._advance(part.size)
         return data
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(min(self._done / self._total, 1.0))
 
 
 def _float_weight(values: F32, like: GgmlType) -> Weight:

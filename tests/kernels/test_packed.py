@@ -1,0 +1,173 @@
+"""Weights packed for an instruction set: the same values, the same bits of every product."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from kit_kernels import ALL_TYPES, F32, TYPES_256, blocks, normal, type_id, weight
+
+from ktd_kernels import Cpu, Weight, isa_list
+
+COLS = (256, 512, 768, 1280, 2048)
+
+
+def packed_types(cpu: Cpu) -> list[str]:
+    return [name for name in TYPES_256 if cpu.packed_bytes(type_id(name), (16, 256))]
+
+
+#: What this machine packs: (instruction set, type).
+PACKED = [(isa, name) for isa in isa_list() for name in packed_types(Cpu(1, isa))]
+each_packed = pytest.mark.parametrize(("isa", "name"), PACKED)
+each_iq1 = pytest.mark.parametrize(("isa", "name"), [case for case in PACKED if "IQ1" in case[1]])
+each_packing_isa = pytest.mark.parametrize("isa", sorted({isa for isa, _ in PACKED}))
+
+
+def product(cpu: Cpu, w: Weight, x: F32) -> F32:
+    out = np.full((len(x), w.shape[-2]), np.nan, np.float32)
+    cpu.linear(w, x, out)
+    return out
+
+
+def test_every_vector_instruction_set_packs_iq1() -> None:
+    for isa in isa_list():
+        packs = packed_types(Cpu(1, isa))
+        assert ("IQ1_S" in packs, "IQ1_M" in packs) == (isa != "scalar", isa != "scalar"), isa
+
+
+@pytest.mark.parametrize("name", TYPES_256)
+def test_packing_costs_at_most_a_fifth(cpu: Cpu, name: str) -> None:
+    shape = (3, 2048, 7168)
+    file = 3 * 2048 * 7168 // 256 * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
+    assert cpu.packed_bytes(type_id(name), shape) <= 1.2 * file
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the oracle overflows on the largest halves, as we do
+@each_packed
+@pytest.mark.parametrize("rows", [1, 9, 16, 33])
+@pytest.mark.parametrize("scale", [1.0, None], ids=["usual", "extreme"])
+def test_packed_weights_mean_what_the_file_means(cpu: Cpu, name: str, rows: int, scale: float | None) -> None:
+    for cols in COLS:
+        data = blocks(name, rows, cols, seed=rows, scale=scale)
+        want = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]).astype(np.float32)
+        packed = cpu.pack(Weight(data.ravel(), type_id(name), (rows, cols)))
+        data[:] = 0xFF  # a copy, not a view
+        assert packed.shape == (rows, cols)
+        assert packed.ggml_type == type_id(name)
+        assert packed.layout != "file"
+        assert packed.nbytes == cpu.packed_bytes(type_id(name), (rows, cols))
+        np.testing.assert_array_equal(packed.dequantize().view(np.uint32), want.view(np.uint32))
+
+
+@each_packed
+@pytest.mark.parametrize("rows", [*range(1, 10), 16, 31, 32, 47, 100])
+def test_products_have_the_bits_of_the_file(cpu: Cpu, name: str, rows: int) -> None:
+    for cols in COLS if rows in (1, 47) else COLS[2:3]:
+        w, x = weight(name, rows, cols, seed=cols), normal(rows, 19, cols)
+        x[3] = 1.0  # sums of codes as large as they can be
+        x[4] = -1.0
+        packed = cpu.pack(w)
+        for n in (*range(1, 10), 19):
+            np.testing.assert_array_equal(
+                product(cpu, packed, x[:n]), product(cpu, w, x[:n]), err_msg=f"{cols} columns, {n} tokens"
+            )
+
+
+def uniform(name: str, rows: int, cols: int, byte: int) -> Weight:
+    """All indices, scales and signs of every block as `byte` has them, block scales 1."""
+    block = np.full(
+        (rows * cols // 256, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]), byte, np.uint8
+    )
+    if name == "IQ1_M":  # the half 0x3c00 is spread over the top nibbles of four words
+        block[:, 49:56:2] = [byte & 0x0F, byte & 0x0F, 0xC0 | byte & 0x0F, 0x30 | byte & 0x0F]
+    else:
+        block[:, 0:2] = [0x00, 0x3C]
+    return Weight(block.ravel(), type_id(name), (rows, cols))
+
+
+@each_iq1
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+def test_extreme_codes_times_extreme_activations(cpu: Cpu, name: str, byte: int) -> None:
+    w = uniform(name, 16, 512, byte)
+    x = np.array([1, -1, 1, -1, 1], np.float32)[:, None] * np.ones((1, 512), np.float32)
+    packed = cpu.pack(w)
+    for n in range(1, 6):
+        np.testing.assert_array_equal(product(cpu, packed, x[:n]), product(Cpu(1, "scalar"), w, x[:n]))
+
+
+@each_packed
+def test_threads_strides_and_accumulation(isa: str, name: str) -> None:
+    cpu = Cpu(1, isa)
+    w = weight(name, 200, 512)
+    x = np.full((3, 600), np.nan, np.float32)
+    x[:, :512] = normal(7, 3, 512)
+    want = product(cpu, w, np.ascontiguousarray(x[:, :512]))
+    for threads in (1, 2, 5):
+        many = Cpu(threads, isa)
+        packed = many.pack(w)
+        out = np.full((3, 210), 3.0, np.float32)
+        many.linear(packed, x[:, :512], out[:, 5:205])
+        np.testing.assert_array_equal(out[:, 5:205], want)
+        many.linear(packed, x[:, :512], out[:, 5:205], accumulate=True)
+        np.testing.assert_array_equal(out[:, 5:205], want + want)
+        assert (out[:, :5] == 3).all()
+        assert (out[:, 205:] == 3).all()
+
+
+@each_packing_isa
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_gated_layers_and_heads_take_packed_weights(cpu: Cpu, n: int) -> None:
+    gate, up = weight("IQ1_S", 5, 256, 512), weight("IQ1_M", 5, 256, 512, seed=1)
+    down = weight("IQ1_S", 5, 512, 256, seed=2)
+    rng = np.random.default_rng(n)
+    x, ids = normal(3, n, 512), rng.integers(0, 5, (n, 3)).astype(np.int32)
+    weights = normal(4, n, 3)
+    want, got = (np.full((n, 512), np.nan, np.float32) for _ in range(2))
+    cpu.moe(gate, up, down, x, ids, weights, want)
+    cpu.moe(cpu.pack(gate), up, cpu.pack(down), x, ids, weights, got)
+    np.testing.assert_array_equal(got, want)
+    cpu.moe(cpu.pack(gate), cpu.pack(up), cpu.pack(down), x, ids, weights, got)
+    np.testing.assert_array_equal(got, want)
+    wide = normal(5, n, 5, 512)
+    out, packed_out = (np.empty((n, 5, 256), np.float32) for _ in range(2))
+    cpu.linear_heads(gate, wide, out)
+    cpu.linear_heads(cpu.pack(gate), wide, packed_out)
+    np.testing.assert_array_equal(packed_out, out)
+
+
+@each_iq1
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_not_a_number_stays_in_its_row(cpu: Cpu, name: str, n: int) -> None:
+    w, x = cpu.pack(weight(name, 33, 512)), normal(9, n + 3, 512)
+    clean = product(cpu, w, x)
+    x[0, 300], x[1, 5], x[2, 511] = np.nan, np.inf, -np.inf
+    got = product(cpu, w, x)
+    assert not np.isfinite(got[:3]).any()
+    np.testing.assert_array_equal(got[3:], clean[3:])
+
+
+def test_what_cannot_be_packed_is_refused(cpu: Cpu) -> None:
+    for name in set(ALL_TYPES) - set(packed_types(cpu)):
+        assert cpu.packed_bytes(type_id(name), (16, 256)) == 0
+        with pytest.raises(ValueError, match="do not pack it"):
+            cpu.pack(weight(name, 16, 256))
+    for name in packed_types(cpu):
+        with pytest.raises(ValueError, match="packed already"):
+            cpu.pack(cpu.pack(weight(name, 16, 256)))
+
+
+@pytest.mark.skipif(not PACKED, reason="this CPU packs nothing")
+def test_another_instruction_set_refuses_a_layout_it_does_not_know() -> None:
+    best, scalar = Cpu(1), Cpu(1, "scalar")
+    packed = best.pack(weight("IQ1_S", 16, 256))
+    with pytest.raises(ValueError, match="does not know"):
+        product(scalar, packed, normal(0, 1, 256))
+    embedded = np.empty((2, 256), np.float32)
+    scalar.embed(packed, np.array([15, 2], np.int32), embedded)  # decoding needs no instruction set
+    np.testing.assert_array_equal(embedded, packed.dequantize()[[15, 2]])
+
+
+@each_packing_isa
+def test_an_empty_weight_is_packed(cpu: Cpu) -> None:
+    packed = cpu.pack(Weight(np.empty(0, np.uint8), type_id("IQ1_S"), (0, 256)))
+    assert product(cpu, packed, normal(0, 2, 256)).shape == (2, 0)
