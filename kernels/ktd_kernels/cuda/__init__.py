@@ -1,0 +1,9 @@
+"""Quantised products on NVIDIA GPUs: CUDA C++ compiled at run time, for every GGUF block type.
+
+The first use of a tensor type compiles its kernels (seconds); cubins are kept in the user's cache folder.
+"""
+
+from ktd_kernels.cuda.ops import MAX_ROWS, embed, linear, linear_heads, mlp, moe
+from ktd_kernels.cuda.weight import GpuWeight
+
+__all__ = ["MAX_ROWS", "GpuWeight", "embed", "linear", "linear_heads", "mlp", "moe"]

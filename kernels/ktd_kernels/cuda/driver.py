@@ -1,0 +1,90 @@
+"""Modules and launches through the CUDA driver API, by ctypes, in the context and stream that torch uses."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+_INVALID_CONTEXT = 201
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+        return library
+    raise DriverError("The NVIDIA driver (libcuda) is missing; install it, or run without a GPU.")
+
+
+def _check(result: int, call: str) -> None:
+    if result:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        raise DriverError(f"{call} failed: {(text.value or b'unknown error').decode()} ({result}).")
+
+
+class Module:
+    """A loaded cubin; its kernels run on the device that was current when it was loaded."""
+
+    def __init__(self, cubin: bytes) -> None:
+        """Load `cubin` into torch's context of the current device; raises DriverError."""
+        torch.cuda.current_stream()  # makes torch create its context
+        torch.cuda.synchronize()
+        self._handle = ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(self._handle), cubin), "cuModuleLoadData")
+        self._functions: dict[str, Function] = {}
+
+    def function(self, name: str) -> Function:
+        """The kernel `name`; raises DriverError where the module has none."""
+        if name not in self._functions:
+            handle = ctypes.c_void_p()
+            _check(
+                _driver().cuModuleGetFunction(ctypes.byref(handle), self._handle, name.encode()),
+                f"cuModuleGetFunction({name})",
+            )
+            self._functions[name] = Function(name, handle)
+        return self._functions[name]
+
+
+class Function:
+    """One kernel."""
+
+    def __init__(self, name: str, handle: ctypes.c_void_p) -> None:
+        self._name = name
+        self._handle = handle
+        self._occupancy: dict[int, int] = {}
+
+    def resident(self, threads: int) -> int:
+        """Blocks of `threads` threads that one multiprocessor holds at a time."""
+        if threads not in self._occupancy:
+            count = ctypes.c_int()
+            _check(
+                _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    ctypes.byref(count), self._handle, threads, ctypes.c_size_t(0)
+                ),
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+            )
+            self._occupancy[threads] = max(count.value, 1)
+        return self._occupancy[threads]
+
+    def launch(self, grid: int, threads: int, *arguments: ctypes.Structure | ctypes._SimpleCData[int]) -> None:
+        """Queue `grid` blocks of `threads` threads on torch's current stream; arguments by value."""
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        launch = _driver().cuLaunchKernel
+        shape = (grid, 1, 1, threads, 1, 1, 0)
+        result = launch(self._handle, *shape, stream, pointers, None)
+        if result == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
+            torch.cuda.synchronize()
+            result = launch(self._handle, *shape, stream, pointers, None)
+        _check(result, f"cuLaunchKernel({self._name})")

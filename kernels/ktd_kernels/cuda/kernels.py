@@ -1,0 +1,67 @@
+"""Which source, with which definitions, makes the kernels of a tensor type."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from ktd_kernels.cuda import nvrtc, tables
+
+_Q = GGMLQuantizationType
+_FLOATS = {_Q.F32: ("KTD_BYTES=4",), _Q.F16: ("KTD_BYTES=2",), _Q.BF16: ("KTD_BYTES=2", "KTD_BFLOAT")}
+_WITH_TABLE = (_Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XXS, _Q.IQ2_XS, _Q.IQ2_S, _Q.IQ3_XXS, _Q.IQ3_S)
+_PLAIN = (_Q.Q4_0, _Q.Q4_1, _Q.Q5_0, _Q.Q5_1, _Q.Q8_0, _Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K)
+_OTHERS = (_Q.IQ4_NL, _Q.IQ4_XS, _Q.TQ1_0, _Q.TQ2_0, _Q.MXFP4)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A tensor type: `block` weights in `nbytes` bytes; `coded` types are block types, the rest floats."""
+
+    ggml_type: int
+    name: str
+    block: int
+    nbytes: int
+    coded: bool
+
+
+#: Every type that has kernels, by its id in a GGUF file.
+FORMATS = {
+    int(kind): Format(int(kind), kind.name, *GGML_QUANT_SIZES[kind], kind not in _FLOATS)
+    for kind in (*_FLOATS, *_PLAIN, *_WITH_TABLE, *_OTHERS)
+}
+
+
+def has_table(name: str) -> bool:
+    """True for the types that look weights up in a grid (tables.py)."""
+    return GGMLQuantizationType[name] in _WITH_TABLE
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    texts = {file.name: file.read_text() for file in Path(__file__).parent.joinpath("src").glob("*.cu*")}
+    return texts | {"tables.cuh": tables.header()}
+
+
+def _cubin(name: str, source: str, arch: int, defines: tuple[str, ...] = ()) -> bytes:
+    headers = {key: text for key, text in _sources().items() if key.endswith(".cuh")}
+    return nvrtc.compile_cubin(name, _sources()[source], headers, arch, defines)
+
+
+def product_cubin(ggml_type: int, arch: int) -> bytes:
+    """Products with a tensor type (and, for block types, repack and dequantize) for sm_`arch`."""
+    kind = GGMLQuantizationType(ggml_type)
+    if kind in _FLOATS:
+        return _cubin(f"product-{kind.name}", "floats.cu", arch, _FLOATS[kind])
+    defines = (f"KTD_TYPE={kind.name}",)
+    if kind in _WITH_TABLE:
+        defines += (f"KTD_GRID=kTable{kind.name}",)
+    return _cubin(f"product-{kind.name}", "quantized.cu", arch, defines)
+
+
+def activation_cubin(arch: int) -> bytes:
+    """Quantisation of activations and SwiGLU for sm_`arch`."""
+    return _cubin("activations", "activations.cu", arch)

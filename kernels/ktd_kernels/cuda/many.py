@@ -1,0 +1,106 @@
+"""Products of many tokens: weights decoded by tiles to bfloat16 in a reused buffer, multiplied by torch.
+
+Sums and results are float32; weights and activations are rounded to bfloat16 (2^-9 relative each).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ktd_kernels.cuda.scratch import scratch
+from ktd_kernels.cuda.weight import GpuWeight
+
+_TILE = 1 << 25  # weights decoded at a time
+
+
+def _matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x[n, cols] @ w[rows, cols].T in float32 from bfloat16 factors."""
+    if torch.cuda.get_device_capability(x.device) < (8, 0):  # no bfloat16 tensor cores
+        return torch.mm(x.float(), w.float().T)
+    return torch.mm(x, w.T, out_dtype=torch.float32)
+
+
+def _decoded(w: GpuWeight, first: int, count: int) -> torch.Tensor:
+    """bfloat16 [count, cols]: rows of w's matrices, valid until the next call."""
+    tile = scratch("tile", (count, w.cols), torch.bfloat16, w.device)
+    w.dequantize_rows(first, count, tile)
+    return tile
+
+
+def _multiply(w: GpuWeight, matrix: int, x: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
+    """out (+)= x @ w[matrix].T; x bfloat16."""
+    step = max(_TILE // w.cols, 1)
+    for first in range(0, w.rows, step):
+        count = min(step, w.rows - first)
+        values = _matmul(x, _decoded(w, matrix * w.rows + first, count))
+        part = out[:, first : first + count]
+        part.add_(values) if accumulate else part.copy_(values)
+
+
+def linear(w: GpuWeight, x: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
+    """As ops.linear, for any number of tokens."""
+    _multiply(w, 0, x.bfloat16(), out, accumulate)
+
+
+def linear_heads(w: GpuWeight, x: torch.Tensor, out: torch.Tensor) -> None:
+    """As ops.linear_heads, for any number of tokens."""
+    heads = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)
+    step = max(_TILE // (w.rows * w.cols), 1)
+    for first in range(0, w.matrices, step):
+        count = min(step, w.matrices - first)
+        tile = _decoded(w, first * w.rows, count * w.rows).view(count, w.rows, w.cols)
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            values = torch.bmm(heads[first : first + count].float(), tile.float().mT)
+        else:
+            values = torch.bmm(heads[first : first + count], tile.mT, out_dtype=torch.float32)
+        out[:, first : first + count] = values.transpose(0, 1)
+
+
+def _hidden(gate: GpuWeight, up: GpuWeight, matrix: int, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate x) * (up x) of one matrix, in bfloat16."""
+    parts = x.new_empty((2, x.shape[0], gate.rows), dtype=torch.float32)
+    _multiply(gate, matrix, x, parts[0], False)
+    _multiply(up, matrix, x, parts[1], False)
+    return torch.nn.functional.silu(parts[0]).mul_(parts[1]).bfloat16()
+
+
+def mlp(
+    gate: GpuWeight, up: GpuWeight, down: GpuWeight, x: torch.Tensor, out: torch.Tensor, accumulate: bool
+) -> None:
+    """As ops.mlp, for any number of tokens."""
+    _multiply(down, 0, _hidden(gate, up, 0, x.bfloat16()), out, accumulate)
+
+
+def moe(
+    gate: GpuWeight,
+    up: GpuWeight,
+    down: GpuWeight,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    accumulate: bool,
+    first: int = 0,
+) -> None:
+    """As ops.moe, for any number of tokens, with the experts first … first + E - 1 of the ids.
+
+    Experts are taken in ascending order and a token meets an expert at most once, so every sum has one order.
+    Reads the ids back to group tokens: one synchronisation.
+    """
+    if not accumulate:
+        out.zero_()
+    used = ids.shape[1]
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    bounds = torch.arange(first, first + gate.matrices + 1, device=ids.device, dtype=ids.dtype)
+    starts = torch.searchsorted(flat[order], bounds).tolist()
+    rounded, factors = x.bfloat16(), weights.reshape(-1)
+    for expert in range(gate.matrices):
+        if starts[expert] == starts[expert + 1]:
+            continue
+        pairs = order[starts[expert] : starts[expert + 1]]
+        tokens = pairs // used
+        hidden = _hidden(gate, up, expert, rounded[tokens])
+        result = hidden.new_empty((len(pairs), down.rows), dtype=torch.float32)
+        _multiply(down, expert, hidden, result, False)
+        out.index_add_(0, tokens, result.mul_(factors[pairs, None]))

@@ -1,0 +1,162 @@
+"""Launches of the products straight from the blocks (see src/product.cuh) and of what feeds them.
+
+Activations are quantised to int8 per block exactly as on the CPU, so sums inside a block are exact integers
+and only the order in which blocks are added differs. A token's result does not depend on what shares its call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ktd_kernels.cuda import kernels
+from ktd_kernels.cuda.driver import Module
+from ktd_kernels.cuda.scratch import scratch
+from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over, processors, product_module
+
+_THREADS = 256  # kThreads of product.cuh
+_ROWS = 2  # rows that one group of lanes takes at a time
+
+
+class ProductArgs(ctypes.Structure):
+    """ProductArgs of product.cuh."""
+
+    _fields_ = (
+        ("w", ctypes.c_void_p * 2),
+        ("matrix_bytes", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
+        ("q", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("x_slot", ctypes.c_int64),
+        ("x_token", ctypes.c_int64),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stack", ctypes.c_int64),
+        ("out_slot", ctypes.c_int64),
+        ("out_token", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("rows", "cols", "slots", "terms", "tokens", "matrices")),
+        *((name, ctypes.c_int) for name in ("stacks", "share", "lanes", "accumulate")),
+    )
+
+
+class ActivationArgs(ctypes.Structure):
+    """ActivationArgs of activations.cu."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("x_slot", ctypes.c_int64),
+        ("x_token", ctypes.c_int64),
+        ("q", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("slots", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+        ("cols", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a product reads: int8 rows with scales and sums, or floats as they are."""
+
+    q: torch.Tensor | None
+    scales: torch.Tensor | None
+    sums: torch.Tensor | None
+    x: torch.Tensor | None
+    x_slot: int
+    x_token: int
+
+
+@functools.cache
+def _activation_module(device: int) -> Module:
+    with torch.cuda.device(device):
+        return Module(kernels.activation_cubin(architecture(device)))
+
+
+def activations(
+    w: GpuWeight, x: torch.Tensor, up: torch.Tensor | None = None, name: str = "x"
+) -> Activations:
+    """x [slots, tokens, cols] as products with w take it; with `up`, silu(x) · up of it.
+
+    `name` keeps apart the scratch of two activations that live at the same time.
+    """
+    slots, tokens, cols = x.shape
+    coded = w.format.coded
+    if not coded and up is None:
+        return Activations(None, None, None, x, x.stride(0), x.stride(1))
+    args = ActivationArgs(x=x.data_ptr(), up=up.data_ptr() if up is not None else None)
+    args.x_slot, args.x_token = x.stride(0), x.stride(1)
+    args.slots, args.tokens, args.cols = slots, tokens, cols
+    rows = slots * tokens
+    if coded:
+        q = scratch(f"{name}.q", (rows, cols), torch.int8, x.device)
+        scales = scratch(f"{name}.scales", (rows, cols // w.format.block), torch.float32, x.device)
+        sums = scratch(f"{name}.sums", (rows, cols // 32), torch.int32, x.device)
+        args.q, args.scales, args.sums = q.data_ptr(), scales.data_ptr(), sums.data_ptr()
+        result = Activations(q, scales, sums, None, 0, 0)
+    else:
+        out = scratch(f"{name}.floats", (slots, tokens, cols), torch.float32, x.device)
+        args.out = out.data_ptr()
+        result = Activations(None, None, None, out, out.stride(0), out.stride(1))
+    kernel = _activation_module(w.index).function("quantize_32" if w.format.block == 32 else "quantize_256")
+    launch_over(kernel, w.index, rows * -(-cols // 256) * 32, args)
+    return result
+
+
+def lanes_per_row(w: GpuWeight) -> int:
+    """Threads that share a row: a choice by the matrix alone, so that the order of adding is fixed."""
+    pieces = w.cols // 32 if w.format.coded else w.cols // 4
+    lanes = 4
+    while lanes < 32 and pieces % (2 * lanes) == 0:
+        lanes *= 2
+    if lanes < 32 and pieces > 4 * lanes:
+        lanes = 32
+    rows, wanted = w.rows * min(w.matrices, 8), processors(w.index) * 512 * _ROWS
+    while 32 <= lanes < _THREADS and rows * lanes < wanted and pieces >= 2 * lanes:
+        lanes *= 2
+    return lanes
+
+
+def product(
+    w: tuple[GpuWeight, ...],
+    x: Activations,
+    out: torch.Tensor,
+    *,
+    slots: int,
+    tokens: int,
+    terms: int = 1,
+    ids: torch.Tensor | None = None,
+    share: int = 1,
+    weights: torch.Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """One launch of product.cuh; out [stacks, slots, tokens, rows], the last dimension contiguous."""
+    first = w[0]
+    args = ProductArgs()
+    for i, stack in enumerate(w):
+        args.w[i] = stack.data.data_ptr()
+    args.matrix_bytes, args.blocks = first.matrix_bytes, first.blocks
+    if x.q is not None and x.scales is not None and x.sums is not None:
+        args.q, args.scales, args.sums = x.q.data_ptr(), x.scales.data_ptr(), x.sums.data_ptr()
+    if x.x is not None:
+        args.x, args.x_slot, args.x_token = x.x.data_ptr(), x.x_slot, x.x_token
+    args.ids = ids.data_ptr() if ids is not None else None
+    args.weights = weights.data_ptr() if weights is not None else None
+    args.out = out.data_ptr()
+    args.out_stack, args.out_slot, args.out_token = out.stride(0), out.stride(1), out.stride(2)
+    args.rows, args.cols, args.matrices = first.rows, first.cols, first.matrices
+    args.slots, args.terms, args.tokens, args.stacks = slots, terms, tokens, len(w)
+    args.share, args.lanes, args.accumulate = share, lanes_per_row(first), accumulate
+    tile = 1 if tokens == 1 else 2 if tokens == 2 else 4 if tokens <= 4 else 8
+    kernel = product_module(first.ggml_type, first.index).function(f"product_{tile}")
+    tile_rows = _THREADS // args.lanes * _ROWS
+    items = -(-first.rows // tile_rows) * -(-tokens // tile) * slots * len(w)
+    kernel.launch(min(items, processors(first.index) * kernel.resident(_THREADS)), _THREADS, args)

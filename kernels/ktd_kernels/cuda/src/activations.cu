@@ -1,0 +1,88 @@
+// Activations on their way into a product: int8 as on the CPU (the same bits), SwiGLU before it.
+#include "formats.cuh"
+
+struct ActivationArgs {
+  const float* x;
+  const float* up;  // null, or x is the gate: silu(x) * up is taken
+  i64 x_slot, x_token;
+  i8* q;            // [slots][tokens][cols]
+  float* scales;    // per 256 or 32 values
+  int* sums;        // per 32: the sums of the first and the last 16
+  float* out;       // instead of q: the floats
+  int slots, tokens, cols;
+};
+
+// Adding 1.5 * 2^23 leaves the nearest integer (ties to even) in the low mantissa bits, for |x| < 2^22.
+constexpr float kRound = 12582912.0f;
+
+// e^x within 2 units in the last place for x in [-87, 88]: range reduction by ln 2, Taylor to degree 7.
+KTD_FN float exp_clamped(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return bits_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+}
+
+KTD_FN float silu_mul(float gate, float up) { return gate / (1.0f + exp_clamped(-gate)) * up; }
+
+// A warp takes 256 values of a row, a lane 8 of them; a scale covers `kLanes` lanes.
+template <int kLanes>
+KTD_FN void quantize(const ActivationArgs& a) {
+  const int chunks = (a.cols + 255) / 256, lane = threadIdx.x % 32;
+  const i64 warps = static_cast<i64>(gridDim.x) * (blockDim.x / 32), rows = static_cast<i64>(a.slots) * a.tokens;
+  for (i64 i = static_cast<i64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; i < rows * chunks; i += warps) {
+    const i64 row = i / chunks;
+    const int k = static_cast<int>(i % chunks) * 256 + 8 * lane;
+    const bool inside = k < a.cols;
+    const i64 at = row / a.tokens * a.x_slot + row % a.tokens * a.x_token + k;
+    float x[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      x[j] = inside ? a.x[at + j] : 0.0f;
+      if (a.up && inside) x[j] = silu_mul(x[j], a.up[at + j]);
+    }
+    if (a.out) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (inside) a.out[row * a.cols + k + j] = x[j];
+      continue;
+    }
+    int top = 0;  // as integers, absolute values order like floats, with infinity and NaN on top
+#pragma unroll
+    for (int j = 0; j < 8; ++j) top = max(top, static_cast<int>(__float_as_uint(x[j]) & 0x7fffffff));
+#pragma unroll
+    for (int step = kLanes / 2; step; step /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
+    // Below 2^-119 the inverse would overflow: such a block is zero. NaN or infinity make the scale NaN.
+    const bool finite = top < 0x7f800000, usable = finite && top >= 0x04000000;
+    const float largest = bits_float(static_cast<u32>(top));
+    const float inverse = usable ? 127.0f / largest : 0.0f;
+    const float scale = usable ? largest / 127.0f : finite ? 0.0f : bits_float(0x7fc00000);
+    int sum = 0;
+    u32 words[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int q = usable ? static_cast<int>(__float_as_uint(x[j] * inverse + kRound) - 0x4b400000u) : 0;
+      sum += q;
+      words[j / 4] |= static_cast<u32>(q & 255) << (8 * (j % 4));
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    const int other = __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (!inside) continue;
+    *reinterpret_cast<uint2*>(a.q + row * a.cols + k) = {words[0], words[1]};
+    if (lane % kLanes == 0) a.scales[(row * a.cols + k) / (8 * kLanes)] = scale;
+    if (lane % 4 == 0) a.sums[(row * a.cols + k) / 32] = (sum & 0xffff) | other << 16;
+  }
+}
+
+extern "C" __global__ void quantize_256(const ActivationArgs a) { quantize<32>(a); }
+extern "C" __global__ void quantize_32(const ActivationArgs a) { quantize<4>(a); }

@@ -1,0 +1,70 @@
+// Products with F32, F16 and BF16 matrices (KTD_BYTES 4, 2; KTD_BFLOAT) and activations in float32.
+#include "product.cuh"
+
+// Four consecutive weights.
+KTD_FN float4 load_weights(const u8* p) {
+#if KTD_BYTES == 4
+  return __ldg(reinterpret_cast<const float4*>(p));
+#else
+  const Words2 v = load8(p);
+#ifdef KTD_BFLOAT
+  return {bits_float(v.x << 16), bits_float(v.x & 0xffff0000), bits_float(v.y << 16), bits_float(v.y & 0xffff0000)};
+#else
+  return {half_float(v.x & 0xffff), half_float(v.x >> 16), half_float(v.y & 0xffff), half_float(v.y >> 16)};
+#endif
+#endif
+}
+
+template <int T, int R>
+KTD_FN void product(const ProductArgs& a) {
+  __shared__ float partial[kThreads / 32 * R * T];
+  const int lane = threadIdx.x % a.lanes, tile_rows = kThreads / a.lanes * R;
+  const i64 count = item_count(a, tile_rows, T);
+  for (i64 index = blockIdx.x; index < count; index += gridDim.x) {
+    const Item item = item_at<T, R>(a, index, tile_rows);
+    float sum[R * T] = {};
+    for (int term = 0; term < a.terms; ++term) {
+      const int product = item.slot * a.terms + term;
+      const int matrix = a.ids ? a.ids[product] : item.slot;
+      if (matrix < 0 || matrix >= a.matrices) continue;
+      const u8* w = a.w[item.stack] + matrix * a.matrix_bytes;
+      float part[R * T] = {};
+#pragma unroll 4
+      for (int k = 4 * lane; k < a.cols; k += 4 * a.lanes) {
+        float4 value[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const int row = item.row + r < a.rows ? item.row + r : a.rows - 1;
+          value[r] = load_weights(w + (static_cast<i64>(row) * a.cols + k) * KTD_BYTES);
+        }
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+          const int token = item.token + t < a.tokens ? item.token + t : a.tokens - 1;
+          const float* x = a.x + k + (a.ids ? product / a.share * a.x_token : item.slot * a.x_slot + token * a.x_token);
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            float& s = part[r * T + t];
+            s = fmaf(value[r].x, x[0], s);
+            s = fmaf(value[r].y, x[1], s);
+            s = fmaf(value[r].z, x[2], s);
+            s = fmaf(value[r].w, x[3], s);
+          }
+        }
+      }
+      const float weight = a.weights ? a.weights[product] : 1.0f;
+#pragma unroll
+      for (int i = 0; i < R * T; ++i) sum[i] = fmaf(weight, part[i], sum[i]);
+    }
+    reduce(sum, a.lanes, partial);
+    store<T, R>(a, item, sum);
+  }
+}
+
+#define KTD_PRODUCT(T)                                                                       \
+  extern "C" __global__ void __launch_bounds__(kThreads) product_##T(const ProductArgs a) { \
+    product<T, 2>(a);                                                                        \
+  }
+KTD_PRODUCT(1)
+KTD_PRODUCT(2)
+KTD_PRODUCT(4)
+KTD_PRODUCT(8)

@@ -1,0 +1,482 @@
+// Every block type on the device: how a file's block is rearranged at upload (repack) and how 32 weights are
+// read back (decode). Compiles as host C++ too, where the tests compare it with gguf.quants.
+//
+// A matrix of `blocks` blocks lies as planes, one field of all blocks after another, so that every load is
+// aligned and neighbouring lanes read neighbouring bytes; the size stays that of the file. A unit is 32
+// consecutive weights. Inside a unit the codes have one order for all types of the same width:
+//   4 bits: byte i holds weight i (low) and 16 + i (high); word j of 4 gives weights 4j.. and 16 + 4j..
+//   IQ4, MXFP4: nibble i of word j is weight 8j + i (byte permutes look four of them up at once)
+//   2 bits: (word j >> 2k) & 3 in byte b is weight 16j + 4k + b
+//   1 bit:  (word >> k) & 1 in byte b is weight 4k + b
+#pragma once
+
+#ifdef __CUDACC__
+#define KTD_FN static __device__ __forceinline__
+#define KTD_TABLE static __device__ const
+#else
+#include <string.h>
+#define KTD_FN static inline
+#define KTD_TABLE static const
+#endif
+
+using u8 = unsigned char;
+using i8 = signed char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+#include "tables.cuh"
+
+struct Words2 {
+  u32 x, y;
+};
+struct Words4 {
+  u32 x, y, z, w;
+};
+
+#ifdef __CUDACC__
+KTD_FN u32 load1(const u8* p) { return __ldg(p); }
+KTD_FN u32 load2(const u8* p) { return __ldg(reinterpret_cast<const u16*>(p)); }
+KTD_FN u32 load4(const u8* p) { return __ldg(reinterpret_cast<const u32*>(p)); }
+KTD_FN Words2 load8(const u8* p) {
+  const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
+  return {v.x, v.y};
+}
+KTD_FN Words4 load16(const u8* p) {
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+  return {v.x, v.y, v.z, v.w};
+}
+KTD_FN u32 permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+KTD_FN float bits_float(u32 bits) { return __uint_as_float(bits); }
+KTD_FN float half_float(u32 half) {
+  float out;
+  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(out) : "r"(half));
+  return out;
+}
+#else
+template <class T>
+KTD_FN T load_as(const u8* p) {
+  T v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+KTD_FN u32 load1(const u8* p) { return *p; }
+KTD_FN u32 load2(const u8* p) { return load_as<u16>(p); }
+KTD_FN u32 load4(const u8* p) { return load_as<u32>(p); }
+KTD_FN Words2 load8(const u8* p) { return load_as<Words2>(p); }
+KTD_FN Words4 load16(const u8* p) { return load_as<Words4>(p); }
+KTD_FN u32 permute(u32 a, u32 b, u32 selector) {
+  const u64 bytes = a | static_cast<u64>(b) << 32;
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 choice = selector >> (4 * i) & 15;
+    u32 byte = static_cast<u32>(bytes >> (8 * (choice & 7))) & 255;
+    if (choice & 8) byte = byte & 128 ? 255 : 0;
+    out |= byte << (8 * i);
+  }
+  return out;
+}
+KTD_FN float bits_float(u32 bits) {
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+KTD_FN float half_float(u32 half) {
+  const u32 sign = (half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
+  if (exponent == 31) return bits_float(sign | 0x7f800000 | mantissa << 13);
+  if (exponent) return bits_float(sign | (exponent + 112) << 23 | mantissa << 13);
+  const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+  return sign ? -magnitude : magnitude;
+}
+#endif
+
+// weight i = (d * sc[i / 16]) * (code i - Format::kOffset) - dmin * mn[i / 16]; codes are signed bytes.
+struct Unit {
+  u32 c[8];
+  float d, dmin;
+  int sc[2], mn[2];
+};
+
+// A matrix on the device (or, packing, one being written).
+template <class Byte>
+struct Planes {
+  Byte* base;
+  u64 blocks;
+};
+
+enum Type {
+  Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
+  IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23,
+  IQ1_M = 29, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39,
+};
+
+// kBlock: weights of a block; kBytes: its bytes in the file; kSub16: two scales per unit; kTable: words of the
+// lookup table; W0..W4: bytes per block of each plane, in an order that keeps every plane aligned.
+#define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, TABLE, W0, W1, W2, W3, W4)          \
+  template <>                                                                                      \
+  struct Format<NAME> {                                                                            \
+    static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE;         \
+    static constexpr int kUnits = BLOCK / 32;                                                      \
+    static constexpr bool kMinimum = MINIMUM, kSub16 = SUB16;                                      \
+    template <int P>                                                                               \
+    static constexpr int width = P == 0 ? W0 : P == 1 ? W1 : P == 2 ? W2 : P == 3 ? W3 : W4;       \
+    template <int P>                                                                               \
+    static constexpr int before = (P > 0 ? W0 : 0) + (P > 1 ? W1 : 0) + (P > 2 ? W2 : 0) +         \
+                                  (P > 3 ? W3 : 0);                                                \
+    static_assert(W0 + W1 + W2 + W3 + W4 == BYTES, "a repacked block is as large as the file's");  \
+  };
+template <int TYPE>
+struct Format;
+KTD_FORMAT(Q4_0, 32, 18, 8, false, false, 0, 16, 2, 0, 0, 0)
+KTD_FORMAT(Q4_1, 32, 20, 0, true, false, 0, 16, 4, 0, 0, 0)
+KTD_FORMAT(Q5_0, 32, 22, 16, false, false, 0, 16, 4, 2, 0, 0)
+KTD_FORMAT(Q5_1, 32, 24, 0, true, false, 0, 16, 4, 4, 0, 0)
+KTD_FORMAT(Q8_0, 32, 34, 0, false, false, 0, 32, 2, 0, 0, 0)
+KTD_FORMAT(IQ4_NL, 32, 18, 0, false, false, 0, 16, 2, 0, 0, 0)
+KTD_FORMAT(MXFP4, 32, 17, 0, false, false, 0, 16, 1, 0, 0, 0)
+KTD_FORMAT(Q2_K, 256, 84, 0, true, true, 0, 64, 16, 4, 0, 0)
+KTD_FORMAT(Q3_K, 256, 110, 4, false, true, 0, 64, 32, 12, 2, 0)
+KTD_FORMAT(Q4_K, 256, 144, 0, true, false, 0, 128, 16, 0, 0, 0)
+KTD_FORMAT(Q5_K, 256, 176, 0, true, false, 0, 128, 32, 16, 0, 0)
+KTD_FORMAT(Q6_K, 256, 210, 32, false, true, 0, 128, 64, 16, 2, 0)
+KTD_FORMAT(IQ1_S, 256, 50, 9, false, false, 2048, 32, 16, 2, 0, 0)
+KTD_FORMAT(IQ1_M, 256, 56, 9, false, true, 2048, 32, 16, 8, 0, 0)
+KTD_FORMAT(IQ2_XXS, 256, 66, 0, false, false, 544, 64, 2, 0, 0, 0)
+KTD_FORMAT(IQ2_XS, 256, 74, 0, false, true, 1056, 64, 8, 2, 0, 0)
+KTD_FORMAT(IQ2_S, 256, 82, 0, false, true, 2048, 32, 32, 8, 8, 2)
+KTD_FORMAT(IQ3_XXS, 256, 98, 0, false, false, 288, 64, 32, 2, 0, 0)
+KTD_FORMAT(IQ3_S, 256, 110, 0, false, false, 512, 64, 32, 8, 4, 2)
+KTD_FORMAT(IQ4_XS, 256, 136, 0, false, false, 0, 128, 8, 0, 0, 0)
+KTD_FORMAT(TQ1_0, 256, 54, 1, false, false, 0, 48, 4, 2, 0, 0)
+KTD_FORMAT(TQ2_0, 256, 66, 1, false, false, 0, 64, 2, 0, 0, 0)
+#undef KTD_FORMAT
+
+// Plane P at block `block`.
+template <int TYPE, int P, class Byte>
+KTD_FN Byte* plane(Planes<Byte> w, u64 block) {
+  using F = Format<TYPE>;
+  return w.base + w.blocks * F::template before<P> + block * F::template width<P>;
+}
+
+template <int TYPE>
+struct Tag {};
+
+// ---- decode -------------------------------------------------------------------------------------------------
+
+KTD_FN void unpack4(Words4 q, u32* c) {
+  const u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) c[j] = words[j] & 0x0f0f0f0f, c[4 + j] = words[j] >> 4 & 0x0f0f0f0f;
+}
+
+KTD_FN void unpack2(Words2 q, u32* c) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) c[k] = q.x >> (2 * k) & 0x03030303, c[4 + k] = q.y >> (2 * k) & 0x03030303;
+}
+
+// Adds a bit plane to the codes, as bit `position`.
+template <int position>
+KTD_FN void unpack1(u32 bits, u32* c) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const u32 moved = k > position ? bits >> (k - position) : bits << (position - k);
+    c[k] |= moved & 0x01010101u << position;
+  }
+}
+
+KTD_FN void set_scale(Unit& o, int scale) { o.sc[0] = o.sc[1] = scale; }
+
+// Sixteen signed bytes looked up by the eight nibbles of q: weights in order.
+KTD_FN void lookup16(u32 q, u32 t0, u32 t1, u32 t2, u32 t3, u32* c) {
+  const u32 low = q & 0x77777777, which = (q & 0x88888888) >> 1 | 0x32103210;
+  c[0] = permute(permute(t0, t1, low), permute(t2, t3, low), which);
+  c[1] = permute(permute(t0, t1, low >> 16), permute(t2, t3, low >> 16), which >> 16);
+}
+
+// -127 -104 -83 -65, -49 -35 -22 -10, 1 13 25 38, 53 69 89 113
+KTD_FN void lookup_iq4(Words4 q, u32* c) {
+  const u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    lookup16(words[j], 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u, c + 2 * j);
+}
+
+// Four magnitudes (none of them 0) with the signs of the low four bits: negating a byte is complement plus 1,
+// which carries only from 0.
+KTD_FN u32 with_signs(u32 magnitudes, u32 bits) {
+  const u32 negative = permute((bits & 15) * 0x10204080u, 0, 0xba98);
+  return (magnitudes ^ negative) + (negative & 0x01010101);
+}
+
+KTD_FN void decode(Tag<Q4_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack4(load16(plane<Q4_0, 0>(w, unit)), o.c);
+  o.d = half_float(load2(plane<Q4_0, 1>(w, unit)));
+  set_scale(o, 1);
+}
+
+KTD_FN void set_minimum32(Unit& o, u32 halves) {
+  o.d = half_float(halves & 0xffff);
+  o.dmin = -half_float(halves >> 16);
+  set_scale(o, 1);
+  o.mn[0] = o.mn[1] = 1;
+}
+
+KTD_FN void decode(Tag<Q4_1>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack4(load16(plane<Q4_1, 0>(w, unit)), o.c);
+  set_minimum32(o, load4(plane<Q4_1, 1>(w, unit)));
+}
+
+KTD_FN void decode(Tag<Q5_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack4(load16(plane<Q5_0, 0>(w, unit)), o.c);
+  unpack1<4>(load4(plane<Q5_0, 1>(w, unit)), o.c);
+  o.d = half_float(load2(plane<Q5_0, 2>(w, unit)));
+  set_scale(o, 1);
+}
+
+KTD_FN void decode(Tag<Q5_1>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack4(load16(plane<Q5_1, 0>(w, unit)), o.c);
+  unpack1<4>(load4(plane<Q5_1, 1>(w, unit)), o.c);
+  set_minimum32(o, load4(plane<Q5_1, 2>(w, unit)));
+}
+
+KTD_FN void decode(Tag<Q8_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  const u8* p = plane<Q8_0, 0>(w, unit);
+  const Words4 a = load16(p), b = load16(p + 16);
+  o.c[0] = a.x, o.c[1] = a.y, o.c[2] = a.z, o.c[3] = a.w;
+  o.c[4] = b.x, o.c[5] = b.y, o.c[6] = b.z, o.c[7] = b.w;
+  o.d = half_float(load2(plane<Q8_0, 1>(w, unit)));
+  set_scale(o, 1);
+}
+
+KTD_FN void decode(Tag<IQ4_NL>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  lookup_iq4(load16(plane<IQ4_NL, 0>(w, unit)), o.c);
+  o.d = half_float(load2(plane<IQ4_NL, 1>(w, unit)));
+  set_scale(o, 1);
+}
+
+// Codes are doubled e2m1, 0 1 2 3 4 6 8 12 and their negatives; the scale is 2^(e - 128).
+KTD_FN void decode(Tag<MXFP4>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  const Words4 q = load16(plane<MXFP4, 0>(w, unit));
+  const u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    lookup16(words[j], 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu, o.c + 2 * j);
+  const u32 e = load1(plane<MXFP4, 1>(w, unit));
+  o.d = bits_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+  set_scale(o, 1);
+}
+
+KTD_FN void decode(Tag<Q2_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  const u64 block = unit / 8, s = unit % 8;
+  unpack2(load8(plane<Q2_K, 0>(w, block) + 8 * s), o.c);
+  const u32 scales = load2(plane<Q2_K, 1>(w, block) + 2 * s), dm = load4(plane<Q2_K, 2>(w, block));
+  o.sc[0] = scales & 15, o.mn[0] = scales >> 4 & 15, o.sc[1] = scales >> 8 & 15, o.mn[1] = scales >> 12;
+  o.d = half_float(dm & 0xffff);
+  o.dmin = half_float(dm >> 16);
+}
+
+KTD_FN void decode(Tag<Q3_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  const u64 block = unit / 8;
+  const u32 s = static_cast<u32>(unit % 8);
+  unpack2(load8(plane<Q3_K, 0>(w, block) + 8 * s), o.c);
+  unpack1<2>(load4(plane<Q3_K, 1>(w, block) + 4 * s), o.c);
+  const u8* scales = plane<Q3_K, 2>(w, block);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const u32 i = 2 * s + half;
+    const u32 low = load1(scales + i % 8) >> (i / 8 * 4) & 15, high = load1(scales + 8 + i % 4) >> (i / 4 * 2) & 3;
+    o.sc[half] = static_cast<int>(low | high << 4) - 32;
+  }
+  o.d = half_float(load2(plane<Q3_K, 3>(w, block)));
+}
+
+// The header of Q4_K and Q5_K: two halves, then 6-bit scales and minima in 12 bytes.
+KTD_FN void set_scales_k4(Words4 header, u32 s, Unit& o) {
+  const u32 shift = 8 * (s & 3);
+  const u32 a = header.y >> shift, b = header.z >> shift, c = header.w >> shift;
+  const bool low = s < 4;
+  set_scale(o, static_cast<int>(low ? a & 63 : (c & 15) | (a >> 6 & 3) << 4));
+  o.mn[0] = o.mn[1] = static_cast<int>(low ? b & 63 : (c >> 4 & 15) | (b >> 6 & 3) << 4);
+  o.d = half_float(header.x & 0xffff);
+  o.dmin = half_float(header.x >> 16);
+}
+
+KTD_FN void decode(Tag<Q4_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack4(load16(plane<Q4_K, 0>(w, 0) + 16 * unit), o.c);
+  set_scales_k4(load16(plane<Q4_K, 1>(w, unit / 8)), static_cast<u32>(unit % 8), o);
+}
+
+KTD_FN void decode(Tag<Q5_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack4(load16(plane<Q5_K, 0>(w, 0) + 16 * unit), o.c);
+  unpack1<4>(load4(plane<Q5_K, 1>(w, 0) + 4 * unit), o.c);
+  set_scales_k4(load16(plane<Q5_K, 2>(w, unit / 8)), static_cast<u32>(unit % 8), o);
+}
+
+KTD_FN void decode(Tag<Q6_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack4(load16(plane<Q6_K, 0>(w, 0) + 16 * unit), o.c);
+  const Words2 high = load8(plane<Q6_K, 1>(w, 0) + 8 * unit);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    o.c[k] |= (k > 2 ? high.x >> (2 * k - 4) : high.x << (4 - 2 * k)) & 0x30303030;
+    o.c[4 + k] |= (k > 2 ? high.y >> (2 * k - 4) : high.y << (4 - 2 * k)) & 0x30303030;
+  }
+  const u32 scales = load2(plane<Q6_K, 2>(w, 0) + 2 * unit);
+  o.sc[0] = static_cast<i8>(scales & 255), o.sc[1] = static_cast<i8>(scales >> 8);
+  o.d = half_float(load2(plane<Q6_K, 3>(w, unit / 8)));
+}
+
+// IQ1's table holds eight values 0, 1, 2 (for -1, 0, 1) in nibbles: weights 0..3 low, 4..7 high.
+KTD_FN void put_iq1(u32 group, bool negative, u32* c) {
+  const u32 delta = negative ? 0 : 0x02020202;
+  c[0] = ((group & 0x0f0f0f0f) << 3) + delta;
+  c[1] = ((group >> 4 & 0x0f0f0f0f) << 3) + delta;
+}
+
+KTD_FN void decode(Tag<IQ1_S>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
+  const u32 qs = load4(plane<IQ1_S, 0>(w, 0) + 4 * unit), h = load2(plane<IQ1_S, 1>(w, 0) + 2 * unit);
+#pragma unroll
+  for (int l = 0; l < 4; ++l)
+    put_iq1(table[(qs >> (8 * l) & 255) | (h >> (3 * l) & 7) << 8], h & 0x8000, o.c + 2 * l);
+  set_scale(o, static_cast<int>(2 * (h >> 12 & 7) + 1));
+  o.d = half_float(load2(plane<IQ1_S, 2>(w, unit / 8))) * 0.125f;
+}
+
+KTD_FN void decode(Tag<IQ1_M>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
+  const u32 s = static_cast<u32>(unit % 8);
+  const u32 qs = load4(plane<IQ1_M, 0>(w, 0) + 4 * unit), h = load2(plane<IQ1_M, 1>(w, 0) + 2 * unit);
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const u32 nibble = h >> (4 * l);
+    put_iq1(table[(qs >> (8 * l) & 255) | (nibble & 7) << 8], nibble & 8, o.c + 2 * l);
+  }
+  const Words2 scales = load8(plane<IQ1_M, 2>(w, unit / 8));
+  const u32 pair = s < 4 ? scales.x : scales.y, word = s & 2 ? pair >> 16 : pair & 0xffff;
+  const u32 shift = s & 1 ? 6 : 0;
+  o.sc[0] = static_cast<int>(2 * (word >> shift & 7) + 1);
+  o.sc[1] = static_cast<int>(2 * (word >> (shift + 3) & 7) + 1);
+  const u32 half = (scales.x >> 12 & 15) | (scales.x >> 24 & 0xf0) | (scales.y >> 4 & 0xf00) | (scales.y >> 16 & 0xf000);
+  o.d = half_float(half) * 0.125f;
+}
+
+// Entry i of a table of 8-byte groups, then of the sign table behind `grid` words.
+KTD_FN Words2 group8(const u32* table, u32 i) { return {table[2 * i], table[2 * i + 1]}; }
+KTD_FN u32 signs7(const u32* table, int grid, u32 field) {
+  return reinterpret_cast<const u8*>(table + grid)[field & 127];
+}
+
+KTD_FN void put_signed8(Words2 group, u32 signs, u32* c) {
+  c[0] = with_signs(group.x, signs);
+  c[1] = with_signs(group.y, signs >> 4);
+}
+
+KTD_FN void decode(Tag<IQ2_XXS>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
+  const Words2 q = load8(plane<IQ2_XXS, 0>(w, 0) + 8 * unit);
+#pragma unroll
+  for (int l = 0; l < 4; ++l)
+    put_signed8(group8(table, q.x >> (8 * l) & 255), signs7(table, 512, q.y >> (7 * l)), o.c + 2 * l);
+  set_scale(o, static_cast<int>(2 * (q.y >> 28) + 1));
+  o.d = half_float(load2(plane<IQ2_XXS, 1>(w, unit / 8))) * 0.125f;
+}
+
+KTD_FN void set_scales4(Unit& o, u32 byte) {
+  o.sc[0] = static_cast<int>(2 * (byte & 15) + 1);
+  o.sc[1] = static_cast<int>(2 * (byte >> 4) + 1);
+}
+
+KTD_FN void decode(Tag<IQ2_XS>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
+  const Words2 q = load8(plane<IQ2_XS, 0>(w, 0) + 8 * unit);
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
+    put_signed8(group8(table, word & 511), signs7(table, 1024, word >> 9), o.c + 2 * l);
+  }
+  set_scales4(o, load1(plane<IQ2_XS, 1>(w, 0) + unit));
+  o.d = half_float(load2(plane<IQ2_XS, 2>(w, unit / 8))) * 0.125f;
+}
+
+KTD_FN void decode(Tag<IQ2_S>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
+  const u32 qs = load4(plane<IQ2_S, 0>(w, 0) + 4 * unit), signs = load4(plane<IQ2_S, 1>(w, 0) + 4 * unit);
+  const u32 h = load1(plane<IQ2_S, 2>(w, 0) + unit);
+#pragma unroll
+  for (int l = 0; l < 4; ++l)
+    put_signed8(group8(table, (qs >> (8 * l) & 255) | (h >> (2 * l) & 3) << 8), signs >> (8 * l), o.c + 2 * l);
+  set_scales4(o, load1(plane<IQ2_S, 3>(w, 0) + unit));
+  o.d = half_float(load2(plane<IQ2_S, 4>(w, unit / 8))) * 0.125f;
+}
+
+KTD_FN void decode(Tag<IQ3_XXS>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
+  const Words2 q = load8(plane<IQ3_XXS, 0>(w, 0) + 8 * unit);
+  const u32 signs = load4(plane<IQ3_XXS, 1>(w, 0) + 4 * unit);
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
+    put_signed8({table[word & 255], table[word >> 8 & 255]}, signs7(table, 256, signs >> (7 * l)), o.c + 2 * l);
+  }
+  set_scale(o, static_cast<int>(2 * (signs >> 28) + 1));
+  o.d = half_float(load2(plane<IQ3_XXS, 2>(w, unit / 8))) * 0.25f;
+}
+
+KTD_FN void decode(Tag<IQ3_S>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
+  const u32 s = static_cast<u32>(unit % 8);
+  const Words2 q = load8(plane<IQ3_S, 0>(w, 0) + 8 * unit);
+  const u32 signs = load4(plane<IQ3_S, 1>(w, 0) + 4 * unit), h = load1(plane<IQ3_S, 2>(w, 0) + unit);
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
+    const u32 first = (word & 255) | (h >> (2 * l) & 1) << 8, second = (word >> 8 & 255) | (h >> (2 * l + 1) & 1) << 8;
+    put_signed8({table[first], table[second]}, signs >> (8 * l), o.c + 2 * l);
+  }
+  set_scale(o, static_cast<int>(2 * (load1(plane<IQ3_S, 3>(w, unit / 8) + s / 2) >> (s % 2 * 4) & 15) + 1));
+  o.d = half_float(load2(plane<IQ3_S, 4>(w, unit / 8)));
+}
+
+KTD_FN void decode(Tag<IQ4_XS>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  const u32 s = static_cast<u32>(unit % 8);
+  lookup_iq4(load16(plane<IQ4_XS, 0>(w, 0) + 16 * unit), o.c);
+  const Words2 header = load8(plane<IQ4_XS, 1>(w, unit / 8));  // d, scales_h, scales_l[4]
+  set_scale(o, static_cast<int>((header.y >> (4 * s) & 15) | (header.x >> (16 + 2 * s) & 3) << 4) - 32);
+  o.d = half_float(header.x & 0xffff);
+}
+
+// Base 3: digit k of a byte is ((byte * 3^k mod 256) * 3) >> 8, here for four bytes at once.
+KTD_FN u32 ternary(u32 bytes, u32 power) {
+  const u32 even = (bytes & 0x00ff00ff) * power & 0x00ff00ff, odd = (bytes >> 8 & 0x00ff00ff) * power & 0x00ff00ff;
+  return (even * 3 >> 8 & 0x00ff00ff) | (odd * 3 & 0xff00ff00);
+}
+
+KTD_FN void decode(Tag<TQ1_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  const u64 block = unit / 8;
+  const u32 s = static_cast<u32>(unit % 8);
+  const u8* qs = plane<TQ1_0, 0>(w, block);
+  const u32 powers[5] = {1, 3, 9, 27, 81};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    // Weights 0..159: digit s of bytes 0..31; 160..239: digits of bytes 32..47; the last 16: of qh.
+    const u32 group = 2 * (s - 5) + j / 4, digit = s < 5 ? s : group < 5 ? group : j % 4;
+    const u8* p = s < 5 ? qs + 4 * j : group < 5 ? qs + 32 + 4 * (j % 4) : plane<TQ1_0, 1>(w, block);
+    u32 power = 1;
+#pragma unroll
+    for (u32 k = 1; k < 5; ++k) power = digit == k ? powers[k] : power;
+    o.c[j] = ternary(load4(p), power);
+  }
+  set_scale(o, 1);
+  o.d = half_float(load2(plane<TQ1_0, 2>(w, block)));
+}
+
+// Code 3 exists in the format though quantisers never write it; it means weight 2d.
+KTD_FN void decode(Tag<TQ2_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+  unpack2(load8(plane<TQ2_0, 0>(w, 0) + 8 * unit), o.c);
+  set_scale(o, 1);
+  o.d = half_float(load2(plane<TQ2_0, 1>(w, unit / 8)));
+}
+
+// Weight i of a unit as gguf.quants computes it.
+template <int TYPE>
+KTD_FN float weight(const Unit& o, int i) {
+  using F = Format<TYPE>;
+  const int code = static_cast<i8>(o.c[i / 4] >> (8 * (i % 4)));
+  float value = o.d * static_cast<float>(o.sc[i / 16]) * static_cast<float>(code - F::kOffset);
+  if (F::kMinimum) value -= o.dmin * static_cast<float>(o.mn[i / 16]);
+  return value;
+}

@@ -1,0 +1,67 @@
+"""The CUDA sources compile for every architecture without a GPU; cubins are cached; errors are readable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ktd_kernels.cuda import kernels, nvrtc
+
+try:
+    nvrtc.library()
+except nvrtc.NvrtcError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+TYPES = {f.name: f.ggml_type for f in kernels.FORMATS.values()}
+#: One type of every kind of decoder; compiling all of them for all architectures takes minutes.
+SOME = ["F32", "BF16", "Q4_K", "IQ1_S"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "ktd" / "cubin"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_compiles_for(arch: int) -> None:
+    if arch not in nvrtc.supported():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    assert kernels.activation_cubin(arch).startswith(b"\x7fELF")
+    for name in SOME:
+        assert kernels.product_cubin(TYPES[name], arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(TYPES) - set(SOME)))
+def test_every_type_compiles(name: str) -> None:
+    assert kernels.product_cubin(TYPES[name], 90).startswith(b"\x7fELF")
+
+
+def test_a_cubin_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = 'extern "C" __global__ void nothing() {}'
+    first = nvrtc.compile_cubin("nothing", source, {}, 80)
+    assert [path.read_bytes() for path in cache.iterdir()] == [first]
+    monkeypatch.setattr(nvrtc, "_compile", None)  # not called again
+    assert nvrtc.compile_cubin("nothing", source, {}, 80) == first
+    with pytest.raises(TypeError):  # other source, architecture, header or definition: another cubin
+        nvrtc.compile_cubin("nothing", source, {}, 86)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert nvrtc.compile_cubin("nothing", 'extern "C" __global__ void nothing() {}', {}, 80)
+
+
+def test_an_error_holds_the_log() -> None:
+    with pytest.raises(nvrtc.NvrtcError, match=r"(?s)broken does not compile for sm_80.*unknown_name"):
+        nvrtc.compile_cubin("broken", "__global__ void f() { unknown_name; }", {}, 80)
+
+
+def test_an_architecture_that_nvrtc_does_not_know() -> None:
+    with pytest.raises(nvrtc.NvrtcError, match="cannot compile for sm_20"):
+        nvrtc.compile_cubin("nothing", "", {}, 20)
