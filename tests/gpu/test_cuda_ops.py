@@ -19,7 +19,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-MIXES = [("Q4_K", "Q4_K", "Q6_K"), ("IQ1_S", "IQ1_S", "IQ2_XXS"), ("Q8_0", "Q4_K", "F32"), ("F16", "Q5_0", "Q8_0")]
+MIXES = [
+    ("Q4_K", "Q4_K", "Q6_K"),
+    ("IQ1_S", "IQ1_S", "IQ2_XXS"),
+    ("Q8_0", "Q4_K", "F32"),
+    ("F16", "Q5_0", "Q8_0"),
+]
 
 
 def poisoned(*shape: int) -> torch.Tensor:
@@ -43,7 +48,11 @@ def test_dequantize_is_bit_equal_to_the_oracle(name: str) -> None:
     for shape, scale in (((70, 1024), None), ((3, 5, 256), 1.0)):
         data = blocks(name, int(np.prod(shape[:-1])), shape[-1], scale=scale)
         with np.errstate(all="ignore"):
-            want = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]).astype(np.float32).reshape(shape)
+            want = (
+                gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
+                .astype(np.float32)
+                .reshape(shape)
+            )
         w = GpuWeight(torch.from_numpy(data.ravel()).cuda(), type_id(name), shape)
         assert w.nbytes <= data.size + 16 * w.matrices
         got = w.dequantize().cpu()
@@ -99,7 +108,7 @@ def test_linear_heads(name: str, n: int) -> None:
     out = poisoned(n, heads, rows)
     ops.linear_heads(w, torch.from_numpy(x).cuda().transpose(0, 1), out)
     for h in range(heads):
-        bound = (product_bound(name, values[h], x[h]) if n <= 64 else many_bound(values[h], x[h]))
+        bound = product_bound(name, values[h], x[h]) if n <= 64 else many_bound(values[h], x[h])
         want = x[h].astype(np.float64) @ values[h].astype(np.float64).T
         assert (np.abs(out[:, h].cpu().numpy() - want) <= bound).all()
 
@@ -145,7 +154,9 @@ def test_moe_against_a_sum_over_experts(mix: tuple[str, str, str], n: int) -> No
             e = ids[t, j]
             if 0 <= e < experts:
                 gate_x = g[e] @ x[t]
-                want[t] += weights[t, j] * (d[e] @ (gate_x / (1 + np.exp(np.minimum(-gate_x, 700))) * (u[e] @ x[t])))
+                want[t] += weights[t, j] * (
+                    d[e] @ (gate_x / (1 + np.exp(np.minimum(-gate_x, 700))) * (u[e] @ x[t]))
+                )
     arguments = [torch.from_numpy(a).cuda() for a in (x, ids, weights)]
     out = poisoned(n, 256)
     ops.moe(gate, up, down, *arguments, out)

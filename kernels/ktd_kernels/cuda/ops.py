@@ -134,7 +134,9 @@ def _gate_up(
 ) -> None:
     """hidden[0] = gate x, hidden[1] = up x; one launch where both have one type."""
     if gate.ggml_type == up.ggml_type:
-        product((gate, up), activations(gate, x[None]), hidden, slots=slots, tokens=tokens, ids=ids, share=share)
+        product(
+            (gate, up), activations(gate, x[None]), hidden, slots=slots, tokens=tokens, ids=ids, share=share
+        )
         return
     for i, w in enumerate((gate, up)):
         product(

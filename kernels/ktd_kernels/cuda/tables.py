@@ -26,7 +26,13 @@ def header() -> str:
     """tables.cuh: kTable<type> as 32-bit words, a grid and, where signs are 7-bit fields, their 128 bytes."""
     signs = np.frombuffer(bytes(quants.IQ2_XXS.ksigns), np.uint8).view("<u4")
     tables: dict[str, list[NDArray[np.uint32]]] = {"IQ1_S": [_nibbles()], "IQ1_M": [_nibbles()]}
-    for name, signed in (("IQ2_XXS", True), ("IQ2_XS", True), ("IQ2_S", False), ("IQ3_XXS", True), ("IQ3_S", False)):
+    for name, signed in (
+        ("IQ2_XXS", True),
+        ("IQ2_XS", True),
+        ("IQ2_S", False),
+        ("IQ3_XXS", True),
+        ("IQ3_S", False),
+    ):
         grid = np.ascontiguousarray(_grid(getattr(quants, name)).astype(np.uint8)).view("<u4").ravel()
         tables[name] = [grid, signs] if signed else [grid]
     parts = ["#pragma once\n"]

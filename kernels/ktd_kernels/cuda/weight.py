@@ -53,7 +53,12 @@ class DequantizeArgs(ctypes.Structure):
     )
 
 
-def launch_over(function: Function, device: int, items: int, *arguments: ctypes.Structure | ctypes.c_uint64 | ctypes.c_void_p) -> None:
+def launch_over(
+    function: Function,
+    device: int,
+    items: int,
+    *arguments: ctypes.Structure | ctypes.c_uint64 | ctypes.c_void_p,
+) -> None:
     """Launch a grid-stride kernel over `items` threads' worth of work."""
     blocks = min((items + _THREADS - 1) // _THREADS, processors(device) * function.resident(_THREADS))
     function.launch(max(blocks, 1), _THREADS, *arguments)
