@@ -236,7 +236,7 @@ def test_refusals(name: str) -> None:
     with pytest.raises(ValueError, match="w must be a stack"):
         ops.linear_heads(w, x[:, None], out[:, None])
     data = torch.zeros(100, dtype=torch.uint8, device="cuda")
-    with pytest.raises(ValueError, match="takes .* bytes, not 100"):
+    with pytest.raises(ValueError, match=r"takes .* bytes, not 100"):
         GpuWeight(data, w.ggml_type, (64, 64))
     with pytest.raises(ValueError, match="has no GPU kernels"):
         GpuWeight(data, 9, (64, 64))

@@ -7,6 +7,9 @@ import functools
 
 import torch
 
+#: What a kernel takes by value.
+Argument = ctypes.Structure | ctypes.c_uint64 | ctypes.c_void_p
+
 _INVALID_CONTEXT = 201
 
 
@@ -77,9 +80,7 @@ class Function:
             self._occupancy[threads] = max(count.value, 1)
         return self._occupancy[threads]
 
-    def launch(
-        self, grid: int, threads: int, *arguments: ctypes.Structure | ctypes._SimpleCData[int]
-    ) -> None:
+    def launch(self, grid: int, threads: int, *arguments: Argument) -> None:
         """Queue `grid` blocks of `threads` threads on torch's current stream; arguments by value."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

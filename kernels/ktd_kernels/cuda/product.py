@@ -1,7 +1,7 @@
 """Launches of the products straight from the blocks (see src/product.cuh) and of what feeds them.
 
 Activations are quantised to int8 per block exactly as on the CPU, so sums inside a block are exact integers
-and only the order in which blocks are added differs. A token's result does not depend on what shares its call.
+and only the order in which blocks are added differs. A token's result does not depend on its company.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ktd_kernels.cuda import kernels
-from ktd_kernels.cuda.driver import Function, Module
+from ktd_kernels.cuda.driver import Argument, Function, Module
 
 _THREADS = 256
 _ALIGNMENT = 16  # bytes that a matrix of a stack is padded to
@@ -53,12 +53,7 @@ class DequantizeArgs(ctypes.Structure):
     )
 
 
-def launch_over(
-    function: Function,
-    device: int,
-    items: int,
-    *arguments: ctypes.Structure | ctypes.c_uint64 | ctypes.c_void_p,
-) -> None:
+def launch_over(function: Function, device: int, items: int, *arguments: Argument) -> None:
     """Launch a grid-stride kernel over `items` threads' worth of work."""
     blocks = min((items + _THREADS - 1) // _THREADS, processors(device) * function.resident(_THREADS))
     function.launch(max(blocks, 1), _THREADS, *arguments)
@@ -67,8 +62,8 @@ def launch_over(
 class GpuWeight:
     """A matrix, or a stack of them, of GGUF blocks on a CUDA device.
 
-    data: uint8 CUDA tensor [bytes], the blocks as they lie in the file (it may be freed afterwards, except for
-    F32, F16 and BF16, which stay as they are); ggml_type: GGUF tensor type; shape: (rows, cols) or
+    data: uint8 CUDA tensor [bytes], the blocks as they lie in the file (F32, F16 and BF16 stay in it, for all
+    others it may be freed afterwards); ggml_type: GGUF tensor type; shape: (rows, cols) or
     (count, rows, cols). Raises TypeError or ValueError for what does not fit together.
     """
 
@@ -105,13 +100,13 @@ class GpuWeight:
         return self.data.numel()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Tensor of `shape`: bit-equal to gguf.quants.dequantize, rounded to nearest even for 16-bit types."""
+        """Tensor of `shape`: bit-equal to gguf.quants.dequantize, then rounded to `dtype`."""
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         self.dequantize_rows(0, self.matrices * self.rows, out)
         return out
 
     def dequantize_rows(self, first: int, count: int, out: torch.Tensor) -> None:
-        """Rows first .. first + count of all matrices, one after another, into out [count, cols], contiguous."""
+        """Rows first .. first + count of all matrices into out [count, cols], contiguous."""
         if not self.format.coded:
             out.view(count, self.cols).copy_(self.floats().view(-1, self.cols)[first : first + count])
             return
