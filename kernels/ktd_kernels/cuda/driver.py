@@ -80,12 +80,12 @@ class Function:
             self._occupancy[threads] = max(count.value, 1)
         return self._occupancy[threads]
 
-    def launch(self, grid: int, threads: int, *arguments: Argument) -> None:
-        """Queue `grid` blocks of `threads` threads on torch's current stream; arguments by value."""
+    def launch(self, grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
+        """Queue `grid` (x, y) blocks of `threads` threads on torch's current stream; arguments by value."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         launch = _driver().cuLaunchKernel
-        shape = (grid, 1, 1, threads, 1, 1, 0)
+        shape = (*grid, 1, threads, 1, 1, 0)
         result = launch(self._handle, *shape, stream, pointers, None)
         if result == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             torch.cuda.synchronize()

@@ -51,15 +51,23 @@ def _cubin(name: str, source: str, arch: int, defines: tuple[str, ...] = ()) -> 
     return nvrtc.compile_cubin(name, _sources()[source], headers, arch, defines)
 
 
+def _defines(kind: GGMLQuantizationType) -> tuple[str, ...]:
+    grid = (f"KTD_GRID=kTable{kind.name}",) if kind in _WITH_TABLE else ()
+    return (f"KTD_TYPE={kind.name}", *grid)
+
+
 def product_cubin(ggml_type: int, arch: int) -> bytes:
     """Products with a tensor type (and, for block types, repack and dequantize) for sm_`arch`."""
     kind = GGMLQuantizationType(ggml_type)
     if kind in _FLOATS:
         return _cubin(f"product-{kind.name}", "floats.cu", arch, _FLOATS[kind])
-    defines = (f"KTD_TYPE={kind.name}",)
-    if kind in _WITH_TABLE:
-        defines += (f"KTD_GRID=kTable{kind.name}",)
-    return _cubin(f"product-{kind.name}", "quantized.cu", arch, defines)
+    return _cubin(f"product-{kind.name}", "quantized.cu", arch, _defines(kind))
+
+
+def grouped_cubin(ggml_type: int, arch: int) -> bytes:
+    """Products of many tokens with stacks of a block type on tensor cores, for sm_`arch` from sm_80 on."""
+    kind = GGMLQuantizationType(ggml_type)
+    return _cubin(f"grouped-{kind.name}", "grouped.cu", arch, _defines(kind))
 
 
 def activation_cubin(arch: int) -> bytes:

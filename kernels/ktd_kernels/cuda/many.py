@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ktd_kernels.cuda import grouped
 from ktd_kernels.cuda.scratch import scratch
 from ktd_kernels.cuda.weight import GpuWeight
 
@@ -80,19 +81,21 @@ def moe(
     weights: torch.Tensor,
     out: torch.Tensor,
     accumulate: bool,
-    first: int = 0,
 ) -> None:
-    """As ops.moe, for any number of tokens, with the experts first … first + E - 1 of the ids.
+    """As ops.moe, for any number of tokens; block types on sm_80 and up go to grouped.py.
 
     Experts are taken in ascending order and a token meets an expert at most once, so every sum has one order.
     Reads the ids back to group tokens: one synchronisation.
     """
+    if grouped.supports(gate, up, down):
+        grouped.moe(gate, up, down, x, ids, weights, out, accumulate)
+        return
     if not accumulate:
         out.zero_()
     used = ids.shape[1]
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    bounds = torch.arange(first, first + gate.matrices + 1, device=ids.device, dtype=ids.dtype)
+    bounds = torch.arange(gate.matrices + 1, device=ids.device, dtype=ids.dtype)
     starts = torch.searchsorted(flat[order], bounds).tolist()
     rounded, factors = x.bfloat16(), weights.reshape(-1)
     for expert in range(gate.matrices):

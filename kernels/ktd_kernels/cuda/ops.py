@@ -94,9 +94,12 @@ def moe(
     _ids(gate, ids, (n, used))
     if not weights.is_contiguous():
         raise ValueError("weights must be contiguous")
-    if n > MAX_ROWS:
+    if not used:
+        if not accumulate:
+            out.zero_()
+    elif n > MAX_ROWS:
         many.moe(gate, up, down, x, ids, weights, out, accumulate)
-    elif n and used:
+    elif n:
         pairs = n * used
         hidden = scratch("hidden", (2, pairs, 1, gate.rows), torch.float32, x.device)
         _gate_up(gate, up, x, hidden, slots=pairs, tokens=1, ids=ids, share=used)
@@ -105,8 +108,6 @@ def moe(
             (down,), inner, out[None, :, None], slots=n, tokens=1, terms=used, ids=ids, weights=weights,
             accumulate=accumulate,
         )  # fmt: skip
-    elif n and not accumulate:
-        out.zero_()
 
 
 def embed(w: GpuWeight, ids: torch.Tensor, out: torch.Tensor) -> None:

@@ -76,7 +76,8 @@ class Activations:
 
 
 @functools.cache
-def _activation_module(device: int) -> Module:
+def activation_module(device: int) -> Module:
+    """Quantisation, SwiGLU and weighted sums on a device."""
     with torch.cuda.device(device):
         return Module(kernels.activation_cubin(architecture(device)))
 
@@ -106,7 +107,7 @@ def activations(
         out = scratch(f"{name}.floats", (slots, tokens, cols), torch.float32, x.device)
         args.out = out.data_ptr()
         result = Activations(None, None, None, out, out.stride(0), out.stride(1))
-    kernel = _activation_module(w.index).function("quantize_32" if w.format.block == 32 else "quantize_256")
+    kernel = activation_module(w.index).function("quantize_32" if w.format.block == 32 else "quantize_256")
     launch_over(kernel, w.index, rows * -(-cols // 256) * 32, args)
     return result
 
@@ -159,4 +160,5 @@ def product(
     kernel = product_module(first.ggml_type, first.index).function(f"product_{tile}")
     tile_rows = _THREADS // args.lanes * _ROWS
     items = -(-first.rows // tile_rows) * -(-tokens // tile) * slots * len(w)
-    kernel.launch(min(items, processors(first.index) * kernel.resident(_THREADS)), _THREADS, args)
+    blocks = min(items, processors(first.index) * kernel.resident(_THREADS))
+    kernel.launch((blocks, 1), _THREADS, args)

@@ -56,7 +56,7 @@ class DequantizeArgs(ctypes.Structure):
 def launch_over(function: Function, device: int, items: int, *arguments: Argument) -> None:
     """Launch a grid-stride kernel over `items` threads' worth of work."""
     blocks = min((items + _THREADS - 1) // _THREADS, processors(device) * function.resident(_THREADS))
-    function.launch(max(blocks, 1), _THREADS, *arguments)
+    function.launch((max(blocks, 1), 1), _THREADS, *arguments)
 
 
 class GpuWeight:

@@ -86,3 +86,29 @@ KTD_FN void quantize(const ActivationArgs& a) {
 
 extern "C" __global__ void quantize_256(const ActivationArgs a) { quantize<32>(a); }
 extern "C" __global__ void quantize_32(const ActivationArgs a) { quantize<4>(a); }
+
+struct CombineArgs {
+  const float* partial;  // [tokens][used][cols]
+  const int* ids;        // [tokens][used]; outside 0 ... experts - 1: nothing was computed
+  const float* weights;
+  float* out;
+  i64 out_token;
+  int tokens, used, cols, experts, accumulate;
+};
+
+// The sum over a token's experts in the order of its ids.
+extern "C" __global__ void combine(const CombineArgs a) {
+  const i64 total = static_cast<i64>(a.tokens) * a.cols;
+  for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
+       i += static_cast<i64>(gridDim.x) * blockDim.x) {
+    const i64 token = i / a.cols, col = i % a.cols;
+    float sum = 0.0f;
+    for (int j = 0; j < a.used; ++j) {
+      const i64 pair = token * a.used + j;
+      if (a.ids[pair] < 0 || a.ids[pair] >= a.experts) continue;
+      sum = fmaf(a.weights[pair], a.partial[pair * a.cols + col], sum);
+    }
+    float* out = a.out + token * a.out_token + col;
+    *out = a.accumulate ? *out + sum : sum;
+  }
+}
