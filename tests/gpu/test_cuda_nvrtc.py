@@ -32,6 +32,8 @@ def test_compiles_for(arch: int) -> None:
     assert kernels.activation_cubin(arch).startswith(b"\x7fELF")
     for name in SOME:
         assert kernels.product_cubin(TYPES[name], arch).startswith(b"\x7fELF")
+    if arch >= 80:
+        assert kernels.grouped_cubin(TYPES["IQ1_S"], arch).startswith(b"\x7fELF")
 
 
 @pytest.mark.slow

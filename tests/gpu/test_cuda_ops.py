@@ -161,13 +161,17 @@ def test_moe_against_a_sum_over_experts(mix: tuple[str, str, str], n: int) -> No
     out = poisoned(n, 256)
     ops.moe(gate, up, down, *arguments, out)
     # Two roundings of activations to int8 (0.7 % of a normal vector each), the first seen by both factors;
-    # random signs make the sums of products no better than their terms. bfloat16 is closer.
-    assert np.linalg.norm(out.cpu().numpy() - want) < 0.035 * np.linalg.norm(want)
+    # random signs make the sums of products no better than their terms. bfloat16 is closer (0.2 % each).
+    assert np.linalg.norm(out.cpu().numpy() - want) < (0.035 if n <= 64 else 0.01) * np.linalg.norm(want)
     if n <= 64:
         for i in {0, n // 2, n - 1}:
             alone = poisoned(1, 256)
             ops.moe(gate, up, down, *(a[i : i + 1] for a in arguments), alone)
             assert torch.equal(alone[0], out[i])
+    elif mix[0] == mix[1]:  # tensor cores; fewer tokens are cut into smaller tiles
+        fewer = poisoned(65, 256)
+        ops.moe(gate, up, down, *(a[:65] for a in arguments), fewer)
+        assert torch.equal(fewer, out[:65])
     more = torch.full((n, 256), 2.0, device="cuda")
     ops.moe(gate, up, down, *arguments, more, accumulate=True)
     torch.testing.assert_close(more, out + 2, rtol=0, atol=8 * 2.0**-24 * (2 + out.abs().max().item()))
