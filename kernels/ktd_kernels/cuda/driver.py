@@ -59,6 +59,30 @@ class Module:
         return self._functions[name]
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint8 * 64))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+# The kernel may start before the one ahead of it in the stream has ended (wait_for_previous in formats.cuh).
+_EARLY = _Attribute(6)
+_EARLY.value[0] = 1
+
+
 class Function:
     """One kernel."""
 
@@ -66,6 +90,7 @@ class Function:
         self._name = name
         self._handle = handle
         self._occupancy: dict[int, int] = {}
+        self._early = torch.cuda.get_device_capability() >= (9, 0)
 
     def resident(self, threads: int) -> int:
         """Blocks of `threads` threads that one multiprocessor holds at a time."""
@@ -83,11 +108,12 @@ class Function:
     def launch(self, grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
         """Queue `grid` (x, y) blocks of `threads` threads on torch's current stream; arguments by value."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        launch = _driver().cuLaunchKernel
-        shape = (*grid, 1, threads, 1, 1, 0)
-        result = launch(self._handle, *shape, stream, pointers, None)
+        config = _Config((*grid, 1), (threads, 1, 1), 0, torch.cuda.current_stream().cuda_stream)
+        if self._early:
+            config.attributes, config.count = ctypes.pointer(_EARLY), 1
+        launch = _driver().cuLaunchKernelEx
+        result = launch(ctypes.byref(config), self._handle, pointers, None)
         if result == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             torch.cuda.synchronize()
-            result = launch(self._handle, *shape, stream, pointers, None)
-        _check(result, f"cuLaunchKernel({self._name})")
+            result = launch(ctypes.byref(config), self._handle, pointers, None)
+        _check(result, f"cuLaunchKernelEx({self._name})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,6 @@ from ktd_kernels.cuda.scratch import scratch
 from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over, processors, product_module
 
 _THREADS = 256  # kThreads of product.cuh
-_ROWS = 2  # rows that one group of lanes takes at a time
 
 
 class ProductArgs(ctypes.Structure):
@@ -41,7 +41,7 @@ class ProductArgs(ctypes.Structure):
         ("out_slot", ctypes.c_int64),
         ("out_token", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("rows", "cols", "slots", "terms", "tokens", "matrices")),
-        *((name, ctypes.c_int) for name in ("stacks", "share", "lanes", "accumulate")),
+        *((name, ctypes.c_int) for name in ("stacks", "share", "lanes", "term_warps", "accumulate")),
     )
 
 
@@ -90,6 +90,7 @@ def activations(
     `name` keeps apart the scratch of two activations that live at the same time.
     """
     slots, tokens, cols = x.shape
+    x = _aligned(x)
     coded = w.format.coded
     if not coded and up is None:
         return Activations(None, None, None, x, x.stride(0), x.stride(1))
@@ -112,6 +113,17 @@ def activations(
     return result
 
 
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its rows start at multiples of 16 bytes, as the kernels read them; else a copy."""
+    rows = x.data_ptr() % 16 == 0 and x.stride(0) % 4 == 0 and x.stride(1) % 4 == 0
+    return x if rows else x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows(w: GpuWeight) -> int:
+    """KTD_ROWS of the sources: rows that a group of lanes takes at a time."""
+    return 4 if w.format.coded else 1
+
+
 def lanes_per_row(w: GpuWeight) -> int:
     """Threads that share a row: a choice by the matrix alone, so that the order of adding is fixed."""
     pieces = w.cols // 32 if w.format.coded else w.cols // 4
@@ -120,7 +132,7 @@ def lanes_per_row(w: GpuWeight) -> int:
         lanes *= 2
     if lanes < 32 and pieces > 4 * lanes:
         lanes = 32
-    rows, wanted = w.rows * min(w.matrices, 8), processors(w.index) * 512 * _ROWS
+    rows, wanted = w.rows * min(w.matrices, 8), processors(w.index) * 512 * _rows(w)
     while 32 <= lanes < _THREADS and rows * lanes < wanted and pieces >= 2 * lanes:
         lanes *= 2
     return lanes
@@ -155,10 +167,12 @@ def product(
     args.out_stack, args.out_slot, args.out_token = out.stride(0), out.stride(1), out.stride(2)
     args.rows, args.cols, args.matrices = first.rows, first.cols, first.matrices
     args.slots, args.terms, args.tokens, args.stacks = slots, terms, tokens, len(w)
-    args.share, args.lanes, args.accumulate = share, lanes_per_row(first), accumulate
+    args.share, args.accumulate = share, accumulate
+    args.term_warps = math.gcd(terms, _THREADS // 32)
+    args.lanes = 32 * args.term_warps if args.term_warps > 1 else lanes_per_row(first)
     tile = 1 if tokens == 1 else 2 if tokens == 2 else 4 if tokens <= 4 else 8
     kernel = product_module(first.ggml_type, first.index).function(f"product_{tile}")
-    tile_rows = _THREADS // args.lanes * _ROWS
+    tile_rows = _THREADS // args.lanes * _rows(first)
     items = -(-first.rows // tile_rows) * -(-tokens // tile) * slots * len(w)
     blocks = min(items, processors(first.index) * kernel.resident(_THREADS))
     kernel.launch((blocks, 1), _THREADS, args)

@@ -1,4 +1,8 @@
-"""The lookup tables of the IQ formats as a CUDA header, generated from the `gguf` package."""
+"""The lookup tables of the IQ formats as a CUDA header, generated from the `gguf` package.
+
+Tables of groups of eight weights hold one nibble per weight, in order, which selects a byte of a permute
+(formats.cuh); IQ3's groups of four are the magnitudes themselves.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
+Words = NDArray[np.uint32]
+
 
 def _grid(fmt: type) -> NDArray[np.int64]:
     """[entries, values of an entry]."""
@@ -15,28 +21,35 @@ def _grid(fmt: type) -> NDArray[np.int64]:
     return np.asarray(fmt.grid).reshape(fmt.grid_shape).astype(np.int64)  # type: ignore[attr-defined]
 
 
-def _nibbles() -> NDArray[np.uint32]:
-    """IQ1's eight values plus 1 of an entry in one word: values 0..3 in low nibbles, 4..7 in high ones."""
-    values = (_grid(quants.IQ1_S) + 1).astype(np.uint8)
-    return np.ascontiguousarray(values[:, :4] | values[:, 4:] << 4).view("<u4").ravel()
+def _nibbles(values: NDArray[np.int64]) -> Words:
+    """[n, 8] values below 16 → a word each."""
+    return (values << 4 * np.arange(8)).sum(axis=1).astype(np.uint32)
+
+
+def _spread_signs(fields: NDArray[np.uint8]) -> Words:
+    """Bytes of eight sign bits → bit 2 of a nibble each."""
+    return _nibbles((fields[:, None].astype(np.int64) >> np.arange(8) & 1) * 4)
+
+
+def _tables() -> dict[str, list[Words]]:
+    signs = np.frombuffer(bytes(quants.IQ2_XXS.ksigns), np.uint8)
+    magnitudes = np.array([8, 25, 43])
+    iq1 = _nibbles(_grid(quants.IQ1_S) + 1)
+    tables = {"IQ1_S": [iq1], "IQ1_M": [iq1]}
+    for name, fields in (("IQ2_XXS", signs), ("IQ2_XS", signs), ("IQ2_S", np.arange(256, dtype=np.uint8))):
+        grid = _grid(getattr(quants, name))
+        tables[name] = [_nibbles(np.searchsorted(magnitudes, grid)), _spread_signs(fields)]
+    for name, tail in (("IQ3_XXS", [signs.view("<u4")]), ("IQ3_S", [])):
+        grid = np.ascontiguousarray(_grid(getattr(quants, name)).astype(np.uint8))
+        tables[name] = [grid.view("<u4").ravel(), *tail]
+    return tables
 
 
 @functools.cache
 def header() -> str:
-    """tables.cuh: kTable<type> as 32-bit words, a grid and, where signs are 7-bit fields, their 128 bytes."""
-    signs = np.frombuffer(bytes(quants.IQ2_XXS.ksigns), np.uint8).view("<u4")
-    tables: dict[str, list[NDArray[np.uint32]]] = {"IQ1_S": [_nibbles()], "IQ1_M": [_nibbles()]}
-    for name, signed in (
-        ("IQ2_XXS", True),
-        ("IQ2_XS", True),
-        ("IQ2_S", False),
-        ("IQ3_XXS", True),
-        ("IQ3_S", False),
-    ):
-        grid = np.ascontiguousarray(_grid(getattr(quants, name)).astype(np.uint8)).view("<u4").ravel()
-        tables[name] = [grid, signs] if signed else [grid]
+    """tables.cuh: kTable<type> as 32-bit words."""
     parts = ["#pragma once\n"]
-    for name, pieces in tables.items():
+    for name, pieces in _tables().items():
         words = np.concatenate(pieces)
         values = ",".join(f"{int(word):#x}u" for word in words)
         parts.append(f"KTD_TABLE u32 kTable{name}[{len(words)}] = {{{values}}};\n")

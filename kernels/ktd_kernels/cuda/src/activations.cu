@@ -35,9 +35,15 @@ KTD_FN float exp_clamped(float x) {
 
 KTD_FN float silu_mul(float gate, float up) { return gate / (1.0f + exp_clamped(-gate)) * up; }
 
+KTD_FN void load8(const float* p, float (&x)[8]) {
+  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
 // A warp takes 256 values of a row, a lane 8 of them; a scale covers `kLanes` lanes.
 template <int kLanes>
 KTD_FN void quantize(const ActivationArgs& a) {
+  wait_for_previous();
   const int chunks = (a.cols + 255) / 256, lane = threadIdx.x % 32;
   const i64 warps = static_cast<i64>(gridDim.x) * (blockDim.x / 32), rows = static_cast<i64>(a.slots) * a.tokens;
   for (i64 i = static_cast<i64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; i < rows * chunks; i += warps) {
@@ -45,11 +51,13 @@ KTD_FN void quantize(const ActivationArgs& a) {
     const int k = static_cast<int>(i % chunks) * 256 + 8 * lane;
     const bool inside = k < a.cols;
     const i64 at = row / a.tokens * a.x_slot + row % a.tokens * a.x_token + k;
-    float x[8];
+    float x[8] = {};
+    if (inside) load8(a.x + at, x);
+    if (inside && a.up) {
+      float up[8];
+      load8(a.up + at, up);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      x[j] = inside ? a.x[at + j] : 0.0f;
-      if (a.up && inside) x[j] = silu_mul(x[j], a.up[at + j]);
+      for (int j = 0; j < 8; ++j) x[j] = silu_mul(x[j], up[j]);
     }
     if (a.out) {
 #pragma unroll
@@ -98,6 +106,7 @@ struct CombineArgs {
 
 // The sum over a token's experts in the order of its ids.
 extern "C" __global__ void combine(const CombineArgs a) {
+  wait_for_previous();
   const i64 total = static_cast<i64>(a.tokens) * a.cols;
   for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
        i += static_cast<i64>(gridDim.x) * blockDim.x) {

@@ -18,19 +18,21 @@ KTD_FN float4 load_weights(const u8* p) {
 template <int T, int R>
 KTD_FN void product(const ProductArgs& a) {
   __shared__ float partial[kThreads / 32 * R * T];
-  const int lane = threadIdx.x % a.lanes, tile_rows = kThreads / a.lanes * R;
+  wait_for_previous();
+  const Share share = share_of(a);
+  const int tile_rows = kThreads / a.lanes * R;
   const i64 count = item_count(a, tile_rows, T);
   for (i64 index = blockIdx.x; index < count; index += gridDim.x) {
     const Item item = item_at<T, R>(a, index, tile_rows);
     float sum[R * T] = {};
-    for (int term = 0; term < a.terms; ++term) {
+    for (int term = share.term; term < a.terms; term += share.term_stride) {
       const int product = item.slot * a.terms + term;
       const int matrix = a.ids ? a.ids[product] : item.slot;
       if (matrix < 0 || matrix >= a.matrices) continue;
       const u8* w = a.w[item.stack] + matrix * a.matrix_bytes;
       float part[R * T] = {};
 #pragma unroll 4
-      for (int k = 4 * lane; k < a.cols; k += 4 * a.lanes) {
+      for (int k = 4 * share.lane; k < a.cols; k += 4 * share.stride) {
         float4 value[R];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
@@ -40,14 +42,15 @@ KTD_FN void product(const ProductArgs& a) {
 #pragma unroll
         for (int t = 0; t < T; ++t) {
           const int token = item.token + t < a.tokens ? item.token + t : a.tokens - 1;
-          const float* x = a.x + k + (a.ids ? product / a.share * a.x_token : item.slot * a.x_slot + token * a.x_token);
+          const float4 x = *reinterpret_cast<const float4*>(
+              a.x + k + (a.ids ? product / a.share * a.x_token : item.slot * a.x_slot + token * a.x_token));
 #pragma unroll
           for (int r = 0; r < R; ++r) {
             float& s = part[r * T + t];
-            s = fmaf(value[r].x, x[0], s);
-            s = fmaf(value[r].y, x[1], s);
-            s = fmaf(value[r].z, x[2], s);
-            s = fmaf(value[r].w, x[3], s);
+            s = fmaf(value[r].x, x.x, s);
+            s = fmaf(value[r].y, x.y, s);
+            s = fmaf(value[r].z, x.z, s);
+            s = fmaf(value[r].w, x.w, s);
           }
         }
       }
@@ -60,9 +63,12 @@ KTD_FN void product(const ProductArgs& a) {
   }
 }
 
+#ifndef KTD_ROWS
+#define KTD_ROWS 1
+#endif
 #define KTD_PRODUCT(T)                                                                       \
   extern "C" __global__ void __launch_bounds__(kThreads) product_##T(const ProductArgs a) { \
-    product<T, 2>(a);                                                                        \
+    product<T, KTD_ROWS>(a);                                                                        \
   }
 KTD_PRODUCT(1)
 KTD_PRODUCT(2)

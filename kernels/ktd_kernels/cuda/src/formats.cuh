@@ -36,6 +36,14 @@ struct Words4 {
 };
 
 #ifdef __CUDACC__
+// Kernels may start while the one before them in the stream still runs: nothing that it wrote may be read, nor
+// anything that it reads be written, before this returns. (Before sm_90 kernels start one after the other.)
+KTD_FN void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 KTD_FN u32 load1(const u8* p) { return __ldg(p); }
 KTD_FN u32 load2(const u8* p) { return __ldg(reinterpret_cast<const u16*>(p)); }
 KTD_FN u32 load4(const u8* p) { return __ldg(reinterpret_cast<const u32*>(p)); }
@@ -47,7 +55,11 @@ KTD_FN Words4 load16(const u8* p) {
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
   return {v.x, v.y, v.z, v.w};
 }
-KTD_FN u32 permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+KTD_FN u32 permute(u32 a, u32 b, u32 selector) {  // __byte_perm drops the bit that spreads a sign
+  u32 out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+  return out;
+}
 KTD_FN float bits_float(u32 bits) { return __uint_as_float(bits); }
 KTD_FN float half_float(u32 half) {
   float out;
@@ -91,7 +103,7 @@ KTD_FN float half_float(u32 half) {
 }
 #endif
 
-// weight i = (d * sc[i / 16]) * (code i - Format::kOffset) - dmin * mn[i / 16]; codes are signed bytes.
+// weight i = (d * kFactor * sc[i / 16]) * (code i - kOffset) - dmin * mn[i / 16]; codes are signed bytes.
 struct Unit {
   u32 c[8];
   float d, dmin;
@@ -111,13 +123,14 @@ enum Type {
   IQ1_M = 29, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39,
 };
 
-// kBlock: weights of a block; kBytes: its bytes in the file; kSub16: two scales per unit; kTable: words of the
-// lookup table; W0..W4: bytes per block of each plane, in an order that keeps every plane aligned.
-#define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, TABLE, W0, W1, W2, W3, W4)          \
+// kBlock: weights of a block; kBytes: its bytes in the file; kSub16: two scales per unit; kFactor: the power of
+// two that d lacks; kTable: words of the lookup table; W0..W4: bytes per block of each plane, in an order that keeps every plane aligned.
+#define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, FACTOR, TABLE, W0, W1, W2, W3, W4)          \
   template <>                                                                                      \
   struct Format<NAME> {                                                                            \
     static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE;         \
     static constexpr int kUnits = BLOCK / 32;                                                      \
+    static constexpr float kFactor = FACTOR; \
     static constexpr bool kMinimum = MINIMUM, kSub16 = SUB16;                                      \
     template <int P>                                                                               \
     static constexpr int width = P == 0 ? W0 : P == 1 ? W1 : P == 2 ? W2 : P == 3 ? W3 : W4;       \
@@ -128,35 +141,43 @@ enum Type {
   };
 template <int TYPE>
 struct Format;
-KTD_FORMAT(Q4_0, 32, 18, 8, false, false, 0, 16, 2, 0, 0, 0)
-KTD_FORMAT(Q4_1, 32, 20, 0, true, false, 0, 16, 4, 0, 0, 0)
-KTD_FORMAT(Q5_0, 32, 22, 16, false, false, 0, 16, 4, 2, 0, 0)
-KTD_FORMAT(Q5_1, 32, 24, 0, true, false, 0, 16, 4, 4, 0, 0)
-KTD_FORMAT(Q8_0, 32, 34, 0, false, false, 0, 32, 2, 0, 0, 0)
-KTD_FORMAT(IQ4_NL, 32, 18, 0, false, false, 0, 16, 2, 0, 0, 0)
-KTD_FORMAT(MXFP4, 32, 17, 0, false, false, 0, 16, 1, 0, 0, 0)
-KTD_FORMAT(Q2_K, 256, 84, 0, true, true, 0, 64, 16, 4, 0, 0)
-KTD_FORMAT(Q3_K, 256, 110, 4, false, true, 0, 64, 32, 12, 2, 0)
-KTD_FORMAT(Q4_K, 256, 144, 0, true, false, 0, 128, 16, 0, 0, 0)
-KTD_FORMAT(Q5_K, 256, 176, 0, true, false, 0, 128, 32, 16, 0, 0)
-KTD_FORMAT(Q6_K, 256, 210, 32, false, true, 0, 128, 64, 16, 2, 0)
-KTD_FORMAT(IQ1_S, 256, 50, 9, false, false, 2048, 32, 16, 2, 0, 0)
-KTD_FORMAT(IQ1_M, 256, 56, 9, false, true, 2048, 32, 16, 8, 0, 0)
-KTD_FORMAT(IQ2_XXS, 256, 66, 0, false, false, 544, 64, 2, 0, 0, 0)
-KTD_FORMAT(IQ2_XS, 256, 74, 0, false, true, 1056, 64, 8, 2, 0, 0)
-KTD_FORMAT(IQ2_S, 256, 82, 0, false, true, 2048, 32, 32, 8, 8, 2)
-KTD_FORMAT(IQ3_XXS, 256, 98, 0, false, false, 288, 64, 32, 2, 0, 0)
-KTD_FORMAT(IQ3_S, 256, 110, 0, false, false, 512, 64, 32, 8, 4, 2)
-KTD_FORMAT(IQ4_XS, 256, 136, 0, false, false, 0, 128, 8, 0, 0, 0)
-KTD_FORMAT(TQ1_0, 256, 54, 1, false, false, 0, 48, 4, 2, 0, 0)
-KTD_FORMAT(TQ2_0, 256, 66, 1, false, false, 0, 64, 2, 0, 0, 0)
+KTD_FORMAT(Q4_0, 32, 18, 8, false, false, 1.0f, 0, 16, 2, 0, 0, 0)
+KTD_FORMAT(Q4_1, 32, 20, 0, true, false, 1.0f, 0, 16, 4, 0, 0, 0)
+KTD_FORMAT(Q5_0, 32, 22, 16, false, false, 1.0f, 0, 16, 4, 2, 0, 0)
+KTD_FORMAT(Q5_1, 32, 24, 0, true, false, 1.0f, 0, 16, 4, 4, 0, 0)
+KTD_FORMAT(Q8_0, 32, 34, 0, false, false, 1.0f, 0, 32, 2, 0, 0, 0)
+KTD_FORMAT(IQ4_NL, 32, 18, 0, false, false, 1.0f, 0, 16, 2, 0, 0, 0)
+KTD_FORMAT(MXFP4, 32, 17, 0, false, false, 1.0f, 0, 16, 1, 0, 0, 0)
+KTD_FORMAT(Q2_K, 256, 84, 0, true, true, 1.0f, 0, 64, 16, 4, 0, 0)
+KTD_FORMAT(Q3_K, 256, 110, 4, false, true, 1.0f, 0, 64, 32, 12, 2, 0)
+KTD_FORMAT(Q4_K, 256, 144, 0, true, false, 1.0f, 0, 128, 16, 0, 0, 0)
+KTD_FORMAT(Q5_K, 256, 176, 0, true, false, 1.0f, 0, 128, 32, 16, 0, 0)
+KTD_FORMAT(Q6_K, 256, 210, 32, false, true, 1.0f, 0, 128, 64, 16, 2, 0)
+KTD_FORMAT(IQ1_S, 256, 50, 0, false, false, 0.125f, 2048, 32, 16, 2, 0, 0)
+KTD_FORMAT(IQ1_M, 256, 56, 0, false, true, 0.125f, 2048, 32, 16, 8, 0, 0)
+KTD_FORMAT(IQ2_XXS, 256, 66, 0, false, false, 0.125f, 384, 64, 2, 0, 0, 0)
+KTD_FORMAT(IQ2_XS, 256, 74, 0, false, true, 0.125f, 640, 64, 8, 2, 0, 0)
+KTD_FORMAT(IQ2_S, 256, 82, 0, false, true, 0.125f, 1280, 32, 32, 8, 8, 2)
+KTD_FORMAT(IQ3_XXS, 256, 98, 0, false, false, 0.25f, 288, 64, 32, 2, 0, 0)
+KTD_FORMAT(IQ3_S, 256, 110, 0, false, false, 1.0f, 512, 64, 32, 8, 4, 2)
+KTD_FORMAT(IQ4_XS, 256, 136, 0, false, false, 1.0f, 0, 128, 8, 0, 0, 0)
+KTD_FORMAT(TQ1_0, 256, 54, 1, false, false, 1.0f, 0, 48, 4, 2, 0, 0)
+KTD_FORMAT(TQ2_0, 256, 66, 1, false, false, 1.0f, 0, 64, 2, 0, 0, 0)
 #undef KTD_FORMAT
 
-// Plane P at block `block`.
+// Plane P at block `block`. Offsets are 32-bit factors multiplied into 64 bits: one instruction.
 template <int TYPE, int P, class Byte>
-KTD_FN Byte* plane(Planes<Byte> w, u64 block) {
+KTD_FN Byte* plane(Planes<Byte> w, u32 block) {
   using F = Format<TYPE>;
-  return w.base + w.blocks * F::template before<P> + block * F::template width<P>;
+  return w.base + w.blocks * F::template before<P> + static_cast<u64>(block) * F::template width<P>;
+}
+
+// Plane P at the share of one unit.
+template <int TYPE, int P>
+KTD_FN const u8* field(Planes<const u8> w, u32 unit) {
+  using F = Format<TYPE>;
+  constexpr u32 width = F::template width<P> / F::kUnits;
+  return w.base + w.blocks * F::template before<P> + static_cast<u64>(unit) * width;
 }
 
 template <int TYPE>
@@ -209,7 +230,7 @@ KTD_FN u32 with_signs(u32 magnitudes, u32 bits) {
   return (magnitudes ^ negative) + (negative & 0x01010101);
 }
 
-KTD_FN void decode(Tag<Q4_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+KTD_FN void decode(Tag<Q4_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
   unpack4(load16(plane<Q4_0, 0>(w, unit)), o.c);
   o.d = half_float(load2(plane<Q4_0, 1>(w, unit)));
   set_scale(o, 1);
@@ -222,25 +243,25 @@ KTD_FN void set_minimum32(Unit& o, u32 halves) {
   o.mn[0] = o.mn[1] = 1;
 }
 
-KTD_FN void decode(Tag<Q4_1>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+KTD_FN void decode(Tag<Q4_1>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
   unpack4(load16(plane<Q4_1, 0>(w, unit)), o.c);
   set_minimum32(o, load4(plane<Q4_1, 1>(w, unit)));
 }
 
-KTD_FN void decode(Tag<Q5_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+KTD_FN void decode(Tag<Q5_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
   unpack4(load16(plane<Q5_0, 0>(w, unit)), o.c);
   unpack1<4>(load4(plane<Q5_0, 1>(w, unit)), o.c);
   o.d = half_float(load2(plane<Q5_0, 2>(w, unit)));
   set_scale(o, 1);
 }
 
-KTD_FN void decode(Tag<Q5_1>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+KTD_FN void decode(Tag<Q5_1>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
   unpack4(load16(plane<Q5_1, 0>(w, unit)), o.c);
   unpack1<4>(load4(plane<Q5_1, 1>(w, unit)), o.c);
   set_minimum32(o, load4(plane<Q5_1, 2>(w, unit)));
 }
 
-KTD_FN void decode(Tag<Q8_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+KTD_FN void decode(Tag<Q8_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
   const u8* p = plane<Q8_0, 0>(w, unit);
   const Words4 a = load16(p), b = load16(p + 16);
   o.c[0] = a.x, o.c[1] = a.y, o.c[2] = a.z, o.c[3] = a.w;
@@ -249,14 +270,14 @@ KTD_FN void decode(Tag<Q8_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o)
   set_scale(o, 1);
 }
 
-KTD_FN void decode(Tag<IQ4_NL>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+KTD_FN void decode(Tag<IQ4_NL>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
   lookup_iq4(load16(plane<IQ4_NL, 0>(w, unit)), o.c);
   o.d = half_float(load2(plane<IQ4_NL, 1>(w, unit)));
   set_scale(o, 1);
 }
 
 // Codes are doubled e2m1, 0 1 2 3 4 6 8 12 and their negatives; the scale is 2^(e - 128).
-KTD_FN void decode(Tag<MXFP4>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
+KTD_FN void decode(Tag<MXFP4>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
   const Words4 q = load16(plane<MXFP4, 0>(w, unit));
   const u32 words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
@@ -267,20 +288,20 @@ KTD_FN void decode(Tag<MXFP4>, Planes<const u8> w, u64 unit, const u32*, Unit& o
   set_scale(o, 1);
 }
 
-KTD_FN void decode(Tag<Q2_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  const u64 block = unit / 8, s = unit % 8;
-  unpack2(load8(plane<Q2_K, 0>(w, block) + 8 * s), o.c);
-  const u32 scales = load2(plane<Q2_K, 1>(w, block) + 2 * s), dm = load4(plane<Q2_K, 2>(w, block));
+KTD_FN void decode(Tag<Q2_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  const u32 block = unit / 8;
+  unpack2(load8(field<Q2_K, 0>(w, unit)), o.c);
+  const u32 scales = load2(field<Q2_K, 1>(w, unit)), dm = load4(plane<Q2_K, 2>(w, block));
   o.sc[0] = scales & 15, o.mn[0] = scales >> 4 & 15, o.sc[1] = scales >> 8 & 15, o.mn[1] = scales >> 12;
   o.d = half_float(dm & 0xffff);
   o.dmin = half_float(dm >> 16);
 }
 
-KTD_FN void decode(Tag<Q3_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  const u64 block = unit / 8;
-  const u32 s = static_cast<u32>(unit % 8);
-  unpack2(load8(plane<Q3_K, 0>(w, block) + 8 * s), o.c);
-  unpack1<2>(load4(plane<Q3_K, 1>(w, block) + 4 * s), o.c);
+KTD_FN void decode(Tag<Q3_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  const u32 block = unit / 8;
+  const u32 s = unit % 8;
+  unpack2(load8(field<Q3_K, 0>(w, unit)), o.c);
+  unpack1<2>(load4(field<Q3_K, 1>(w, unit)), o.c);
   const u8* scales = plane<Q3_K, 2>(w, block);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -302,81 +323,84 @@ KTD_FN void set_scales_k4(Words4 header, u32 s, Unit& o) {
   o.dmin = half_float(header.x >> 16);
 }
 
-KTD_FN void decode(Tag<Q4_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  unpack4(load16(plane<Q4_K, 0>(w, 0) + 16 * unit), o.c);
-  set_scales_k4(load16(plane<Q4_K, 1>(w, unit / 8)), static_cast<u32>(unit % 8), o);
+KTD_FN void decode(Tag<Q4_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  unpack4(load16(field<Q4_K, 0>(w, unit)), o.c);
+  set_scales_k4(load16(plane<Q4_K, 1>(w, unit / 8)), unit % 8, o);
 }
 
-KTD_FN void decode(Tag<Q5_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  unpack4(load16(plane<Q5_K, 0>(w, 0) + 16 * unit), o.c);
-  unpack1<4>(load4(plane<Q5_K, 1>(w, 0) + 4 * unit), o.c);
-  set_scales_k4(load16(plane<Q5_K, 2>(w, unit / 8)), static_cast<u32>(unit % 8), o);
+KTD_FN void decode(Tag<Q5_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  unpack4(load16(field<Q5_K, 0>(w, unit)), o.c);
+  unpack1<4>(load4(field<Q5_K, 1>(w, unit)), o.c);
+  set_scales_k4(load16(plane<Q5_K, 2>(w, unit / 8)), unit % 8, o);
 }
 
-KTD_FN void decode(Tag<Q6_K>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  unpack4(load16(plane<Q6_K, 0>(w, 0) + 16 * unit), o.c);
-  const Words2 high = load8(plane<Q6_K, 1>(w, 0) + 8 * unit);
+KTD_FN void decode(Tag<Q6_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  unpack4(load16(field<Q6_K, 0>(w, unit)), o.c);
+  const Words2 high = load8(field<Q6_K, 1>(w, unit));
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     o.c[k] |= (k > 2 ? high.x >> (2 * k - 4) : high.x << (4 - 2 * k)) & 0x30303030;
     o.c[4 + k] |= (k > 2 ? high.y >> (2 * k - 4) : high.y << (4 - 2 * k)) & 0x30303030;
   }
-  const u32 scales = load2(plane<Q6_K, 2>(w, 0) + 2 * unit);
+  const u32 scales = load2(field<Q6_K, 2>(w, unit));
   o.sc[0] = static_cast<i8>(scales & 255), o.sc[1] = static_cast<i8>(scales >> 8);
   o.d = half_float(load2(plane<Q6_K, 3>(w, unit / 8)));
 }
 
-// IQ1's table holds eight values 0, 1, 2 (for -1, 0, 1) in nibbles: weights 0..3 low, 4..7 high.
-KTD_FN void put_iq1(u32 group, bool negative, u32* c) {
-  const u32 delta = negative ? 0 : 0x02020202;
-  c[0] = ((group & 0x0f0f0f0f) << 3) + delta;
-  c[1] = ((group >> 4 & 0x0f0f0f0f) << 3) + delta;
+// A word of the table at a byte offset: the low bits of bits moved left (shift > 0) or right, under a mask.
+KTD_FN u32 moved(u32 bits, int shift, u32 mask) { return (shift < 0 ? bits >> -shift : bits << shift) & mask; }
+KTD_FN u32 table_at(const u32* table, u32 offset) {
+  return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + offset);
 }
 
-KTD_FN void decode(Tag<IQ1_S>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
-  const u32 qs = load4(plane<IQ1_S, 0>(w, 0) + 4 * unit), h = load2(plane<IQ1_S, 1>(w, 0) + 2 * unit);
+// Tables of groups of eight weights hold a nibble per weight, in order: the selector of a byte permute that
+// picks the weight from a few bytes.
+KTD_FN void put_group(u32 selectors, u32 low, u32 high, u32* c) {
+  c[0] = permute(low, high, selectors);
+  c[1] = permute(low, high, selectors >> 16);
+}
+
+// IQ1: 8 (-1, 0 or 1) + or - 1.
+KTD_FN void put_iq1(u32 selectors, bool negative, u32* c) {
+  put_group(selectors, negative ? 0x0007fff7u : 0x000901f9u, 0, c);
+}
+
+KTD_FN void decode(Tag<IQ1_S>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
+  const u32 qs = load4(field<IQ1_S, 0>(w, unit)), h = load2(field<IQ1_S, 1>(w, unit));
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_iq1(table[(qs >> (8 * l) & 255) | (h >> (3 * l) & 7) << 8], h & 0x8000, o.c + 2 * l);
-  set_scale(o, static_cast<int>(2 * (h >> 12 & 7) + 1));
-  o.d = half_float(load2(plane<IQ1_S, 2>(w, unit / 8))) * 0.125f;
+    put_iq1(table_at(table, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 3 * l, 0x1c00)), h & 0x8000, o.c + 2 * l);
+  set_scale(o, static_cast<int>(moved(h, -11, 14) | 1));
+  o.d = half_float(load2(plane<IQ1_S, 2>(w, unit / 8)));
 }
 
-KTD_FN void decode(Tag<IQ1_M>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
-  const u32 s = static_cast<u32>(unit % 8);
-  const u32 qs = load4(plane<IQ1_M, 0>(w, 0) + 4 * unit), h = load2(plane<IQ1_M, 1>(w, 0) + 2 * unit);
+KTD_FN void decode(Tag<IQ1_M>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
+  const u32 s = unit % 8, qs = load4(field<IQ1_M, 0>(w, unit)), h = load2(field<IQ1_M, 1>(w, unit));
 #pragma unroll
-  for (int l = 0; l < 4; ++l) {
-    const u32 nibble = h >> (4 * l);
-    put_iq1(table[(qs >> (8 * l) & 255) | (nibble & 7) << 8], nibble & 8, o.c + 2 * l);
-  }
+  for (int l = 0; l < 4; ++l)
+    put_iq1(table_at(table, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 4 * l, 0x1c00)), h & 8u << (4 * l),
+            o.c + 2 * l);
   const Words2 scales = load8(plane<IQ1_M, 2>(w, unit / 8));
   const u32 pair = s < 4 ? scales.x : scales.y, word = s & 2 ? pair >> 16 : pair & 0xffff;
   const u32 shift = s & 1 ? 6 : 0;
   o.sc[0] = static_cast<int>(2 * (word >> shift & 7) + 1);
   o.sc[1] = static_cast<int>(2 * (word >> (shift + 3) & 7) + 1);
-  const u32 half = (scales.x >> 12 & 15) | (scales.x >> 24 & 0xf0) | (scales.y >> 4 & 0xf00) | (scales.y >> 16 & 0xf000);
-  o.d = half_float(half) * 0.125f;
+  o.d = half_float((scales.x >> 12 & 15) | (scales.x >> 24 & 0xf0) | (scales.y >> 4 & 0xf00) |
+                   (scales.y >> 16 & 0xf000));
 }
 
-// Entry i of a table of 8-byte groups, then of the sign table behind `grid` words.
-KTD_FN Words2 group8(const u32* table, u32 i) { return {table[2 * i], table[2 * i + 1]}; }
-KTD_FN u32 signs7(const u32* table, int grid, u32 field) {
-  return reinterpret_cast<const u8*>(table + grid)[field & 127];
+// IQ2: nibble = magnitude (8, 25, 43) + 4 if negative; signs come spread over nibbles from a second table.
+KTD_FN void put_iq2(const u32* table, int grid, u32 group, u32 signs, u32* c) {
+  put_group(table_at(table, group) | table_at(table + grid, signs), 0x002b1908u, 0x00d5e7f8u, c);
 }
 
-KTD_FN void put_signed8(Words2 group, u32 signs, u32* c) {
-  c[0] = with_signs(group.x, signs);
-  c[1] = with_signs(group.y, signs >> 4);
-}
-
-KTD_FN void decode(Tag<IQ2_XXS>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
-  const Words2 q = load8(plane<IQ2_XXS, 0>(w, 0) + 8 * unit);
+KTD_FN void decode(Tag<IQ2_XXS>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
+  const Words2 q = load8(field<IQ2_XXS, 0>(w, unit));
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_signed8(group8(table, q.x >> (8 * l) & 255), signs7(table, 512, q.y >> (7 * l)), o.c + 2 * l);
-  set_scale(o, static_cast<int>(2 * (q.y >> 28) + 1));
-  o.d = half_float(load2(plane<IQ2_XXS, 1>(w, unit / 8))) * 0.125f;
+    put_iq2(table, 256, moved(q.x, 2 - 8 * l, 0x3fc), moved(q.y, 2 - 7 * l, 0x1fc), o.c + 2 * l);
+  set_scale(o, static_cast<int>(q.y >> 27 | 1));
+  o.d = half_float(load2(plane<IQ2_XXS, 1>(w, unit / 8)));
 }
 
 KTD_FN void set_scales4(Unit& o, u32 byte) {
@@ -384,56 +408,64 @@ KTD_FN void set_scales4(Unit& o, u32 byte) {
   o.sc[1] = static_cast<int>(2 * (byte >> 4) + 1);
 }
 
-KTD_FN void decode(Tag<IQ2_XS>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
-  const Words2 q = load8(plane<IQ2_XS, 0>(w, 0) + 8 * unit);
+KTD_FN void decode(Tag<IQ2_XS>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
+  const Words2 q = load8(field<IQ2_XS, 0>(w, unit));
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
-    const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
-    put_signed8(group8(table, word & 511), signs7(table, 1024, word >> 9), o.c + 2 * l);
+    const u32 word = l < 2 ? q.x : q.y;
+    put_iq2(table, 512, moved(word, 2 - 16 * (l % 2), 0x7fc), moved(word, -7 - 16 * (l % 2), 0x1fc), o.c + 2 * l);
   }
-  set_scales4(o, load1(plane<IQ2_XS, 1>(w, 0) + unit));
-  o.d = half_float(load2(plane<IQ2_XS, 2>(w, unit / 8))) * 0.125f;
+  set_scales4(o, load1(field<IQ2_XS, 1>(w, unit)));
+  o.d = half_float(load2(plane<IQ2_XS, 2>(w, unit / 8)));
 }
 
-KTD_FN void decode(Tag<IQ2_S>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
-  const u32 qs = load4(plane<IQ2_S, 0>(w, 0) + 4 * unit), signs = load4(plane<IQ2_S, 1>(w, 0) + 4 * unit);
-  const u32 h = load1(plane<IQ2_S, 2>(w, 0) + unit);
+KTD_FN void decode(Tag<IQ2_S>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
+  const u32 qs = load4(field<IQ2_S, 0>(w, unit)), signs = load4(field<IQ2_S, 1>(w, unit));
+  const u32 h = load1(field<IQ2_S, 2>(w, unit));
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_signed8(group8(table, (qs >> (8 * l) & 255) | (h >> (2 * l) & 3) << 8), signs >> (8 * l), o.c + 2 * l);
-  set_scales4(o, load1(plane<IQ2_S, 3>(w, 0) + unit));
-  o.d = half_float(load2(plane<IQ2_S, 4>(w, unit / 8))) * 0.125f;
+    put_iq2(table, 1024, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 2 * l, 0xc00), moved(signs, 2 - 8 * l, 0x3fc),
+            o.c + 2 * l);
+  set_scales4(o, load1(field<IQ2_S, 3>(w, unit)));
+  o.d = half_float(load2(plane<IQ2_S, 4>(w, unit / 8)));
 }
 
-KTD_FN void decode(Tag<IQ3_XXS>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
-  const Words2 q = load8(plane<IQ3_XXS, 0>(w, 0) + 8 * unit);
-  const u32 signs = load4(plane<IQ3_XXS, 1>(w, 0) + 4 * unit);
+// IQ3's tables hold four magnitudes a word; with 7-bit sign fields, eight sign bits a byte stand behind it.
+KTD_FN void put_signed8(u32 first, u32 second, u32 signs, u32* c) {
+  c[0] = with_signs(first, signs);
+  c[1] = with_signs(second, signs >> 4);
+}
+
+KTD_FN void decode(Tag<IQ3_XXS>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
+  const Words2 q = load8(field<IQ3_XXS, 0>(w, unit));
+  const u32 signs = load4(field<IQ3_XXS, 1>(w, unit));
+  const u8* sign_bytes = reinterpret_cast<const u8*>(table + 256);
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
     const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
-    put_signed8({table[word & 255], table[word >> 8 & 255]}, signs7(table, 256, signs >> (7 * l)), o.c + 2 * l);
+    put_signed8(table[word & 255], table[word >> 8 & 255], sign_bytes[signs >> (7 * l) & 127], o.c + 2 * l);
   }
   set_scale(o, static_cast<int>(2 * (signs >> 28) + 1));
-  o.d = half_float(load2(plane<IQ3_XXS, 2>(w, unit / 8))) * 0.25f;
+  o.d = half_float(load2(plane<IQ3_XXS, 2>(w, unit / 8)));
 }
 
-KTD_FN void decode(Tag<IQ3_S>, Planes<const u8> w, u64 unit, const u32* table, Unit& o) {
-  const u32 s = static_cast<u32>(unit % 8);
-  const Words2 q = load8(plane<IQ3_S, 0>(w, 0) + 8 * unit);
-  const u32 signs = load4(plane<IQ3_S, 1>(w, 0) + 4 * unit), h = load1(plane<IQ3_S, 2>(w, 0) + unit);
+KTD_FN void decode(Tag<IQ3_S>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
+  const u32 s = unit % 8;
+  const Words2 q = load8(field<IQ3_S, 0>(w, unit));
+  const u32 signs = load4(field<IQ3_S, 1>(w, unit)), h = load1(field<IQ3_S, 2>(w, unit));
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
     const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
     const u32 first = (word & 255) | (h >> (2 * l) & 1) << 8, second = (word >> 8 & 255) | (h >> (2 * l + 1) & 1) << 8;
-    put_signed8({table[first], table[second]}, signs >> (8 * l), o.c + 2 * l);
+    put_signed8(table[first], table[second], signs >> (8 * l), o.c + 2 * l);
   }
   set_scale(o, static_cast<int>(2 * (load1(plane<IQ3_S, 3>(w, unit / 8) + s / 2) >> (s % 2 * 4) & 15) + 1));
   o.d = half_float(load2(plane<IQ3_S, 4>(w, unit / 8)));
 }
 
-KTD_FN void decode(Tag<IQ4_XS>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  const u32 s = static_cast<u32>(unit % 8);
-  lookup_iq4(load16(plane<IQ4_XS, 0>(w, 0) + 16 * unit), o.c);
+KTD_FN void decode(Tag<IQ4_XS>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  const u32 s = unit % 8;
+  lookup_iq4(load16(field<IQ4_XS, 0>(w, unit)), o.c);
   const Words2 header = load8(plane<IQ4_XS, 1>(w, unit / 8));  // d, scales_h, scales_l[4]
   set_scale(o, static_cast<int>((header.y >> (4 * s) & 15) | (header.x >> (16 + 2 * s) & 3) << 4) - 32);
   o.d = half_float(header.x & 0xffff);
@@ -445,9 +477,9 @@ KTD_FN u32 ternary(u32 bytes, u32 power) {
   return (even * 3 >> 8 & 0x00ff00ff) | (odd * 3 & 0xff00ff00);
 }
 
-KTD_FN void decode(Tag<TQ1_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  const u64 block = unit / 8;
-  const u32 s = static_cast<u32>(unit % 8);
+KTD_FN void decode(Tag<TQ1_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  const u32 block = unit / 8;
+  const u32 s = unit % 8;
   const u8* qs = plane<TQ1_0, 0>(w, block);
   const u32 powers[5] = {1, 3, 9, 27, 81};
 #pragma unroll
@@ -465,8 +497,8 @@ KTD_FN void decode(Tag<TQ1_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o
 }
 
 // Code 3 exists in the format though quantisers never write it; it means weight 2d.
-KTD_FN void decode(Tag<TQ2_0>, Planes<const u8> w, u64 unit, const u32*, Unit& o) {
-  unpack2(load8(plane<TQ2_0, 0>(w, 0) + 8 * unit), o.c);
+KTD_FN void decode(Tag<TQ2_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
+  unpack2(load8(field<TQ2_0, 0>(w, unit)), o.c);
   set_scale(o, 1);
   o.d = half_float(load2(plane<TQ2_0, 1>(w, unit / 8)));
 }
@@ -476,7 +508,7 @@ template <int TYPE>
 KTD_FN float weight(const Unit& o, int i) {
   using F = Format<TYPE>;
   const int code = static_cast<i8>(o.c[i / 4] >> (8 * (i % 4)));
-  float value = o.d * static_cast<float>(o.sc[i / 16]) * static_cast<float>(code - F::kOffset);
+  float value = o.d * F::kFactor * static_cast<float>(o.sc[i / 16]) * static_cast<float>(code - F::kOffset);
   if (F::kMinimum) value -= o.dmin * static_cast<float>(o.mn[i / 16]);
   return value;
 }

@@ -61,7 +61,7 @@ KTD_FN void store_unit(const Unit& o, uint4* row, int m, int half) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int s = c / 2;
-      const float scale = o.d * static_cast<float>(o.sc[s]);
+      const float scale = o.d * F::kFactor * static_cast<float>(o.sc[s]);
       const float minimum = F::kMinimum ? o.dmin * static_cast<float>(o.mn[s]) : 0.0f;
       float v[4];
       to_floats(o.c[2 * c + j], v);
@@ -82,6 +82,7 @@ KTD_FN void grouped(const GroupedArgs& a) {
   constexpr int kLoads = N * 8 / kThreads;           // 16-byte pieces of x that a thread brings
   __shared__ uint4 weights[kRows * 8], tokens[N * 8];
   __shared__ u32 table[F::kTable ? F::kTable : 1];
+  wait_for_previous();
   const int tile = blockIdx.y;
   if (tile >= a.tiles[a.experts]) return;
 #ifdef KTD_GRID
@@ -102,7 +103,7 @@ KTD_FN void grouped(const GroupedArgs& a) {
   const bool second = kGated && m % 32 >= 16;
   const int block_row = kGated ? blockIdx.x * (kRows / 2) + m / 32 * 16 + m % 16 : blockIdx.x * kRows + m;
   const Planes<const u8> w{a.w[second] + expert * a.matrix_bytes, a.blocks};
-  const u64 row_unit = static_cast<u64>(min(block_row, a.rows - 1)) * units;
+  const u32 row_unit = static_cast<u32>(min(block_row, a.rows - 1)) * units;
 
   const u16* x[kLoads];  // pieces of x: row thread / 8 and every 32nd after it
 #pragma unroll

@@ -24,12 +24,28 @@ struct ProductArgs {
   int rows, cols, slots, terms, tokens, matrices, stacks;
   int share;          // ids: products that read the same x row
   int lanes;          // that share a row: a power of two up to kThreads
+  int term_warps;     // warps of a row that share its terms; 1 where all lanes share the columns
   int accumulate;
 };
 
-constexpr int kThreads = 256;
+#ifndef KTD_THREADS
+#define KTD_THREADS 256
+#endif
+constexpr int kThreads = KTD_THREADS;
 
 // The sum over the lanes of each row, valid in its first lane. `partial` holds one float per warp, row and token.
+// How the lanes of a row share its products: by columns, or a warp each takes every nth term.
+struct Share {
+  int lane, stride;        // first unit of columns and the step to the next
+  int term, term_stride;
+};
+
+KTD_FN Share share_of(const ProductArgs& a) {
+  const int within = threadIdx.x % a.lanes;
+  if (a.term_warps == 1) return {within, a.lanes, 0, 1};
+  return {within % 32, 32, within / 32, a.term_warps};
+}
+
 template <int N>
 KTD_FN void reduce(float (&sum)[N], int lanes, float* partial) {
   for (int step = (lanes < 32 ? lanes : 32) / 2; step; step /= 2) {

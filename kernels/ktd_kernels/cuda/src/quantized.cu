@@ -39,32 +39,37 @@ KTD_FN void product(const ProductArgs& a) {
   __shared__ Table table;
   __shared__ float partial[kThreads / 32 * R * T];
   load_table(table);
-  const int lane = threadIdx.x % a.lanes, tile_rows = kThreads / a.lanes * R, units = a.cols / 32;
+  wait_for_previous();
+  const Share share = share_of(a);
+  const int tile_rows = kThreads / a.lanes * R, units = a.cols / 32;
   const i64 count = item_count(a, tile_rows, T);
   for (i64 index = blockIdx.x; index < count; index += gridDim.x) {
     const Item item = item_at<T, R>(a, index, tile_rows);
     float sum[R * T] = {};
-    for (int term = 0; term < a.terms; ++term) {
+    for (int term = share.term; term < a.terms; term += share.term_stride) {
       const int product = item.slot * a.terms + term;
       const int matrix = a.ids ? a.ids[product] : item.slot;
       if (matrix < 0 || matrix >= a.matrices) continue;
       const Planes<const u8> w{a.w[item.stack] + matrix * a.matrix_bytes, a.blocks};
+      int x_row[T];
+#pragma unroll
+      for (int t = 0; t < T; ++t)
+        x_row[t] = a.ids ? product / a.share : item.slot * a.tokens + min(item.token + t, a.tokens - 1);
+      u32 first_unit[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) first_unit[r] = static_cast<u32>(min(item.row + r, a.rows - 1)) * units;
       float part[R * T] = {};
 #pragma unroll(T > 2 ? 1 : 2)
-      for (int unit = lane; unit < units; unit += a.lanes) {
+      for (int unit = share.lane; unit < units; unit += share.stride) {
         Unit o[R];
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const int row = item.row + r < a.rows ? item.row + r : a.rows - 1;
-          decode(Tag<KTD_TYPE>{}, w, static_cast<u64>(row) * units + unit, table.words, o[r]);
-        }
+        for (int r = 0; r < R; ++r) decode(Tag<KTD_TYPE>{}, w, first_unit[r] + unit, table.words, o[r]);
 #pragma unroll
         for (int t = 0; t < T; ++t) {
-          const int token = item.token + t < a.tokens ? item.token + t : a.tokens - 1;
-          const i64 x = a.ids ? product / a.share : static_cast<i64>(item.slot) * a.tokens + token;
-          const uint4* q = reinterpret_cast<const uint4*>(a.q + x * a.cols + 32 * unit);
+          const int x = x_row[t];
+          const uint4* q = reinterpret_cast<const uint4*>(a.q + (static_cast<i64>(x) * units + unit) * 32);
           const uint4 low = q[0], high = q[1];
-          const float scale = a.scales[(x * units + unit) / F::kUnits];
+          const float scale = a.scales[(x * units + unit) / F::kUnits] * F::kFactor;
           const int sums = F::kOffset || F::kMinimum ? a.sums[x * units + unit] : 0;
 #pragma unroll
           for (int r = 0; r < R; ++r) add_unit(o[r], low, high, scale, sums, part[r * T + t]);
@@ -80,7 +85,7 @@ KTD_FN void product(const ProductArgs& a) {
 }
 
 #ifndef KTD_ROWS
-#define KTD_ROWS 2
+#define KTD_ROWS 4
 #endif
 #define KTD_PRODUCT(T)                                                                       \
   extern "C" __global__ void __launch_bounds__(kThreads) product_##T(const ProductArgs a) { \
@@ -113,6 +118,7 @@ template <class Out, void (*convert)(Out*, float)>
 KTD_FN void dequantize(const DequantizeArgs& a) {
   __shared__ Table table;
   load_table(table);
+  wait_for_previous();
   const int units = a.cols / 32;
   const i64 total = a.count * units;
   for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
@@ -122,7 +128,7 @@ KTD_FN void dequantize(const DequantizeArgs& a) {
     const i64 within = a.ids ? (row < 0 ? 0 : row > last ? last : row) : row % a.rows;
     Unit o;
     decode(Tag<KTD_TYPE>{}, Planes<const u8>{a.w + matrix * a.matrix_bytes, a.blocks},
-           static_cast<u64>(within * units + i % units), table.words, o);
+           static_cast<u32>(within * units + i % units), table.words, o);
     alignas(16) Out values[32];
 #pragma unroll
     for (int k = 0; k < 32; ++k) convert(values + k, weight<KTD_TYPE>(o, k));
@@ -141,10 +147,11 @@ extern "C" __global__ void dequantize_f16(const DequantizeArgs a) { dequantize<u
 extern "C" __global__ void dequantize_bf16(const DequantizeArgs a) { dequantize<u16, put_bfloat>(a); }
 
 extern "C" __global__ void repack(const u8* raw, u8* out, u64 matrix_bytes, u64 blocks, u64 matrices) {
+  wait_for_previous();
   const u64 units = blocks * F::kUnits;
   for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < units * matrices;
        i += static_cast<u64>(gridDim.x) * blockDim.x) {
     const u64 matrix = i / units;
-    repack_unit<KTD_TYPE>(raw + matrix * blocks * F::kBytes, {out + matrix * matrix_bytes, blocks}, i % units);
+    repack_unit<KTD_TYPE>(raw + matrix * blocks * F::kBytes, {out + matrix * matrix_bytes, blocks}, static_cast<u32>(i % units));
   }
 }

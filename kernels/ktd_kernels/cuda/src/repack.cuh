@@ -76,7 +76,7 @@ KTD_FN void copy_field(const u8* field, u8* out, int width, int s, int units) {
 enum Fill { kCopy, kFour, kFourInOrder, kTwo, kTwoHigh, kOne2, kOne4 };
 
 template <int TYPE, int P, Fill fill>
-KTD_FN void fill_plane(const u8* block, int offset, const u8* codes, Planes<u8> out, u64 index, int s) {
+KTD_FN void fill_plane(const u8* block, int offset, const u8* codes, Planes<u8> out, u32 index, int s) {
   using F = Format<TYPE>;
   constexpr int width = F::template width<P>;
   u8* p = plane<TYPE, P>(out, index);
@@ -93,7 +93,7 @@ KTD_FN void fill_plane(const u8* block, int offset, const u8* codes, Planes<u8> 
 // KTD_PLANE(P, how, offset in the file's block) in the order of the planes.
 #define KTD_PLANE(P, FILL, OFFSET) fill_plane<kType, P, FILL>(block, OFFSET, codes, out, index, s);
 #define KTD_REPACK(NAME, ...)                                                                 \
-  KTD_FN void repack(Tag<NAME>, const u8* block, const u8* codes, Planes<u8> out, u64 index, int s) { \
+  KTD_FN void repack(Tag<NAME>, const u8* block, const u8* codes, Planes<u8> out, u32 index, int s) { \
     constexpr int kType = NAME;                                                               \
     __VA_ARGS__                                                                               \
   }
@@ -127,11 +127,11 @@ constexpr bool kCoded = TYPE != Q8_0 && TYPE != TQ1_0 && Format<TYPE>::kTable ==
 
 // Unit `unit` of a matrix of file blocks at `raw`.
 template <int TYPE>
-KTD_FN void repack_unit(const u8* raw, Planes<u8> out, u64 unit) {
+KTD_FN void repack_unit(const u8* raw, Planes<u8> out, u32 unit) {
   using F = Format<TYPE>;
-  const u64 index = unit / F::kUnits;
+  const u32 index = unit / F::kUnits;
   const int s = static_cast<int>(unit % F::kUnits);
-  const u8* block = raw + index * F::kBytes;
+  const u8* block = raw + static_cast<u64>(index) * F::kBytes;
   u8 codes[32] = {};
   if constexpr (kCoded<TYPE>) {
 #pragma unroll
