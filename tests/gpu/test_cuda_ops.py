@@ -61,6 +61,21 @@ def test_dequantize_is_bit_equal_to_the_oracle(name: str) -> None:
             assert torch.equal(w.dequantize(dtype).cpu(), torch.from_numpy(want).to(dtype))
 
 
+@pytest.mark.parametrize("name", ["IQ1_S", "Q4_0", "BF16"])
+def test_matrices_are_loaded_one_by_one(name: str) -> None:
+    data = torch.from_numpy(blocks(name, 3 * 5, 256).ravel()).cuda()
+    want, got = (
+        GpuWeight(data, type_id(name), (3, 5, 256)),
+        GpuWeight.empty(type_id(name), (3, 5, 256), data.device),
+    )
+    size = data.numel() // 3
+    got.load(data[2 * size :], 2)
+    got.load(data[: 2 * size])
+    assert torch.equal(got.dequantize(), want.dequantize())
+    with pytest.raises(ValueError, match="2 matrices from 2 on do not lie within 3"):
+        got.load(data[: 2 * size], 2)
+
+
 @pytest.mark.parametrize("name", ALL_TYPES)
 @pytest.mark.parametrize(("rows", "cols"), [(70, 256), (33, 1536), (5, 7168)])
 def test_linear_against_float64(name: str, rows: int, cols: int) -> None:
@@ -240,13 +255,13 @@ def test_refusals(name: str) -> None:
     with pytest.raises(ValueError, match="w must be a stack"):
         ops.linear_heads(w, x[:, None], out[:, None])
     data = torch.zeros(100, dtype=torch.uint8, device="cuda")
-    with pytest.raises(ValueError, match=r"takes .* bytes, not 100"):
+    with pytest.raises(ValueError, match=r"take .* bytes, not 100"):
         GpuWeight(data, w.ggml_type, (64, 64))
     with pytest.raises(ValueError, match="has no GPU kernels"):
         GpuWeight(data, 9, (64, 64))
     with pytest.raises(ValueError, match="multiple of"):
         GpuWeight(data, w.ggml_type, (64, 63))
-    with pytest.raises(TypeError, match="uint8 tensor on a CUDA device"):
+    with pytest.raises(TypeError, match="lies on a CUDA device"):
         GpuWeight(data.cpu(), w.ggml_type, (64, 64))
 
 

@@ -68,27 +68,70 @@ class GpuWeight:
     """
 
     def __init__(self, data: torch.Tensor, ggml_type: int, shape: Sequence[int]) -> None:
+        self._lay_out(ggml_type, shape, data.device)
+        self._check_bytes(data, self.matrices)
+        if self.format.coded:
+            self.data = torch.empty(self._size, dtype=torch.uint8, device=self.device)
+            self.load(data)
+        else:
+            self.data = data if data.data_ptr() % _ALIGNMENT == 0 else data.clone()
+
+    @classmethod
+    def empty(cls, ggml_type: int, shape: Sequence[int], device: torch.device) -> GpuWeight:
+        """Memory for a weight that `load` fills, matrix by matrix: a buffer for streamed experts."""
+        self = cls.__new__(cls)
+        self._lay_out(ggml_type, shape, device)
+        self.data = torch.empty(self._size, dtype=torch.uint8, device=self.device)
+        return self
+
+    def load(self, data: torch.Tensor, first: int = 0) -> None:
+        """Matrices from `first` on from their blocks as they lie in the file, on torch's current stream.
+
+        data: uint8 CUDA tensor [bytes], contiguous, whole matrices; any alignment.
+        """
+        count = data.numel() // self._raw
+        self._check_bytes(data, count)
+        if count < 1 or not 0 <= first <= self.matrices - count:
+            raise ValueError(f"{count} matrices from {first} on do not lie within {self.matrices}")
+        out = self.data[first * self.matrix_bytes : (first + count) * self.matrix_bytes]
+        if not self.format.coded:
+            out.copy_(data)
+            return
+        with torch.cuda.device(self.index):
+            launch_over(
+                product_module(self.ggml_type, self.index).function("repack"),
+                self.index,
+                count * self.rows * self.cols // 32,
+                ctypes.c_void_p(data.data_ptr()),
+                ctypes.c_void_p(out.data_ptr()),
+                ctypes.c_uint64(self.matrix_bytes),
+                ctypes.c_uint64(self.blocks),
+                ctypes.c_uint64(count),
+            )
+
+    def _lay_out(self, ggml_type: int, shape: Sequence[int], device: torch.device) -> None:
         self.format = _format(ggml_type)
         self.shape = tuple(int(n) for n in shape)
         _check_shape(self.format, self.shape)
+        if device.type != "cuda":
+            raise TypeError("a GpuWeight lies on a CUDA device; for the CPU there is ktd_kernels.Weight")
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", self.index)
         self.matrices, (self.rows, self.cols) = (self.shape[0] if len(shape) == 3 else 1), self.shape[-2:]
         self.blocks = self.rows * self.cols // self.format.block
-        raw = self.blocks * self.format.nbytes
-        if data.dtype != torch.uint8 or not data.is_cuda or not data.is_contiguous():
-            raise TypeError("a GpuWeight's data must be a contiguous uint8 tensor on a CUDA device")
-        if data.numel() != raw * self.matrices:
+        self._raw = self.blocks * self.format.nbytes
+        padding = -self._raw % _ALIGNMENT if self.format.coded else 0
+        self.matrix_bytes = self._raw + padding
+        self._size = self.matrix_bytes * self.matrices
+
+    def _check_bytes(self, data: torch.Tensor, matrices: int) -> None:
+        if data.dtype != torch.uint8 or data.device != self.device or not data.is_contiguous():
+            raise TypeError(f"a GpuWeight's data must be a contiguous uint8 tensor on {self.device}")
+        if data.numel() != self._raw * matrices:
             raise ValueError(
-                f"{self.format.name} {list(self.shape)} takes {raw * self.matrices} bytes, not {data.numel()}"
+                f"{matrices} matrices {self.rows} x {self.cols} of {self.format.name} take "
+                f"{self._raw * matrices} bytes, not {data.numel()}"
             )
-        self.device = data.device
-        self.index = data.device.index
-        if not self.format.coded:
-            self.matrix_bytes = raw
-            self.data = data if data.data_ptr() % _ALIGNMENT == 0 else data.clone()
-            return
-        self.matrix_bytes = -(-raw // _ALIGNMENT) * _ALIGNMENT
-        self.data = torch.empty(self.matrix_bytes * self.matrices, dtype=torch.uint8, device=data.device)
-        repack(data, self, self.data)
 
     @property
     def ggml_type(self) -> int:
@@ -140,23 +183,6 @@ class GpuWeight:
         with torch.cuda.device(self.index):
             kernel = product_module(self.ggml_type, self.index).function(f"dequantize_{_DTYPES[out.dtype]}")
             launch_over(kernel, self.index, count * self.cols // 32, arguments)
-
-
-def repack(raw: torch.Tensor, w: GpuWeight, out: torch.Tensor) -> None:
-    """The file's blocks `raw`, a whole number of w's matrices, into `out` in the layout of w's kernels."""
-    matrices = raw.numel() // (w.blocks * w.format.nbytes)
-    with torch.cuda.device(w.index):
-        kernel = product_module(w.ggml_type, w.index).function("repack")
-        launch_over(
-            kernel,
-            w.index,
-            matrices * w.rows * w.cols // 32,
-            ctypes.c_void_p(raw.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_uint64(w.matrix_bytes),
-            ctypes.c_uint64(w.blocks),
-            ctypes.c_uint64(matrices),
-        )
 
 
 def _format(ggml_type: int) -> kernels.Format:
