@@ -114,31 +114,46 @@ KTD_FN void put_bfloat(u16* out, float value) {
   *out = static_cast<u16>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// A lane decodes a unit; the warp then writes its 32 units together, through shared memory in which pieces are
+// rotated so that neither side meets in a bank.
 template <class Out, void (*convert)(Out*, float)>
 KTD_FN void dequantize(const DequantizeArgs& a) {
+  constexpr int kPieces = 32 * sizeof(Out) / 16;  // of 16 bytes, per unit
   __shared__ Table table;
+  __shared__ uint4 pieces[kThreads * kPieces];
   load_table(table);
   wait_for_previous();
-  const int units = a.cols / 32;
-  const i64 total = a.count * units;
-  for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
-       i += static_cast<i64>(gridDim.x) * blockDim.x) {
+  const int lane = threadIdx.x % 32, units = a.cols / 32;
+  const auto rotated = [](int unit, int piece) {
+    return unit * kPieces + (piece ^ (unit / (8 / kPieces) % kPieces));
+  };
+  uint4* mine = pieces + threadIdx.x / 32 * 32 * kPieces;
+  const i64 total = a.count * units, step = static_cast<i64>(gridDim.x) * kThreads;
+  for (i64 first = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x - lane; first < total; first += step) {
+    const int count = static_cast<int>(min(total - first, static_cast<i64>(32)));
+    const i64 i = first + min(lane, count - 1);
     const i64 row = a.ids ? a.ids[i / units] : a.first_row + i / units;
     const i64 last = a.rows - 1, matrix = a.ids ? 0 : row / a.rows;
     const i64 within = a.ids ? (row < 0 ? 0 : row > last ? last : row) : row % a.rows;
     Unit o;
     decode(Tag<KTD_TYPE>{}, Planes<const u8>{a.w + matrix * a.matrix_bytes, a.blocks},
            static_cast<u32>(within * units + i % units), table.words, o);
-    alignas(16) Out values[32];
 #pragma unroll
-    for (int k = 0; k < 32; ++k) convert(values + k, weight<KTD_TYPE>(o, k));
-    uint4* out = reinterpret_cast<uint4*>(static_cast<Out*>(a.out) + 32 * i);
+    for (int k = 0; k < kPieces; ++k) {
+      alignas(16) Out values[16 / sizeof(Out)];
 #pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof values / 16); ++k) {
-      uint4 piece;
-      memcpy(&piece, values + k * (16 / sizeof(Out)), 16);
-      out[k] = piece;
+      for (int v = 0; v < static_cast<int>(16 / sizeof(Out)); ++v)
+        convert(values + v, weight<KTD_TYPE>(o, k * static_cast<int>(16 / sizeof(Out)) + v));
+      memcpy(&mine[rotated(lane, k)], values, 16);
     }
+    __syncwarp();
+    uint4* out = reinterpret_cast<uint4*>(a.out) + first * kPieces;
+#pragma unroll
+    for (int k = 0; k < kPieces; ++k) {
+      const int piece = 32 * k + lane;
+      if (piece / kPieces < count) out[piece] = mine[rotated(piece / kPieces, piece % kPieces)];
+    }
+    __syncwarp();
   }
 }
 
