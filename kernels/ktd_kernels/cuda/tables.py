@@ -23,7 +23,8 @@ def _grid(fmt: type) -> NDArray[np.int64]:
 
 def _nibbles(values: NDArray[np.int64]) -> Words:
     """[n, 8] values below 16 → a word each."""
-    return (values << 4 * np.arange(8)).sum(axis=1).astype(np.uint32)
+    words: NDArray[np.int64] = (values << 4 * np.arange(8)).sum(axis=1)
+    return words.astype(np.uint32)
 
 
 def _spread_signs(fields: NDArray[np.uint8]) -> Words:

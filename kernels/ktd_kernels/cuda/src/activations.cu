@@ -5,10 +5,10 @@ struct ActivationArgs {
   const float* x;
   const float* up;  // null, or x is the gate: silu(x) * up is taken
   i64 x_slot, x_token;
-  i8* q;            // [slots][tokens][cols]
-  float* scales;    // per 256 or 32 values
-  int* sums;        // per 32: the sums of the first and the last 16
-  float* out;       // instead of q: the floats
+  i8* q;          // [slots][tokens][cols]
+  float* scales;  // per 256 or 32 values
+  int* sums;      // per 32: the sums of the first and the last 16
+  float* out;     // instead of q: the floats
   int slots, tokens, cols;
 };
 
@@ -45,8 +45,10 @@ template <int kLanes>
 KTD_FN void quantize(const ActivationArgs& a) {
   wait_for_previous();
   const int chunks = (a.cols + 255) / 256, lane = threadIdx.x % 32;
-  const i64 warps = static_cast<i64>(gridDim.x) * (blockDim.x / 32), rows = static_cast<i64>(a.slots) * a.tokens;
-  for (i64 i = static_cast<i64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; i < rows * chunks; i += warps) {
+  const i64 warps = static_cast<i64>(gridDim.x) * (blockDim.x / 32),
+            rows = static_cast<i64>(a.slots) * a.tokens;
+  for (i64 i = static_cast<i64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; i < rows * chunks;
+       i += warps) {
     const i64 row = i / chunks;
     const int k = static_cast<int>(i % chunks) * 256 + 8 * lane;
     const bool inside = k < a.cols;

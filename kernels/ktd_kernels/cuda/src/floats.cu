@@ -8,7 +8,8 @@ KTD_FN float4 load_weights(const u8* p) {
 #else
   const Words2 v = load8(p);
 #ifdef KTD_BFLOAT
-  return {bits_float(v.x << 16), bits_float(v.x & 0xffff0000), bits_float(v.y << 16), bits_float(v.y & 0xffff0000)};
+  return {bits_float(v.x << 16), bits_float(v.x & 0xffff0000), bits_float(v.y << 16),
+          bits_float(v.y & 0xffff0000)};
 #else
   return {half_float(v.x & 0xffff), half_float(v.x >> 16), half_float(v.y & 0xffff), half_float(v.y >> 16)};
 #endif
@@ -66,9 +67,9 @@ KTD_FN void product(const ProductArgs& a) {
 #ifndef KTD_ROWS
 #define KTD_ROWS 1
 #endif
-#define KTD_PRODUCT(T)                                                                       \
+#define KTD_PRODUCT(T)                                                                      \
   extern "C" __global__ void __launch_bounds__(kThreads) product_##T(const ProductArgs a) { \
-    product<T, KTD_ROWS>(a);                                                                        \
+    product<T, KTD_ROWS>(a);                                                                \
   }
 KTD_PRODUCT(1)
 KTD_PRODUCT(2)

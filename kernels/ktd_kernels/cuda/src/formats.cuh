@@ -36,8 +36,9 @@ struct Words4 {
 };
 
 #ifdef __CUDACC__
-// Kernels may start while the one before them in the stream still runs: nothing that it wrote may be read, nor
-// anything that it reads be written, before this returns. (Before sm_90 kernels start one after the other.)
+// Kernels may start while the one before them in the stream still runs: nothing that it wrote may be read,
+// nor anything that it reads be written, before this returns. (Before sm_90 kernels start one after the
+// other.)
 KTD_FN void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
@@ -118,26 +119,49 @@ struct Planes {
 };
 
 enum Type {
-  Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
-  IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23,
-  IQ1_M = 29, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39,
+  Q4_0 = 2,
+  Q4_1 = 3,
+  Q5_0 = 6,
+  Q5_1 = 7,
+  Q8_0 = 8,
+  Q2_K = 10,
+  Q3_K = 11,
+  Q4_K = 12,
+  Q5_K = 13,
+  Q6_K = 14,
+  IQ2_XXS = 16,
+  IQ2_XS = 17,
+  IQ3_XXS = 18,
+  IQ1_S = 19,
+  IQ4_NL = 20,
+  IQ3_S = 21,
+  IQ2_S = 22,
+  IQ4_XS = 23,
+  IQ1_M = 29,
+  TQ1_0 = 34,
+  TQ2_0 = 35,
+  MXFP4 = 39,
 };
 
-// kBlock: weights of a block; kBytes: its bytes in the file; kSub16: two scales per unit; kFactor: the power of
-// two that d lacks; kTable: words of the lookup table; W0..W4: bytes per block of each plane, in an order that keeps every plane aligned.
-#define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, FACTOR, TABLE, W0, W1, W2, W3, W4)          \
-  template <>                                                                                      \
-  struct Format<NAME> {                                                                            \
-    static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE;         \
-    static constexpr int kUnits = BLOCK / 32;                                                      \
-    static constexpr float kFactor = FACTOR; \
-    static constexpr bool kMinimum = MINIMUM, kSub16 = SUB16;                                      \
-    template <int P>                                                                               \
-    static constexpr int width = P == 0 ? W0 : P == 1 ? W1 : P == 2 ? W2 : P == 3 ? W3 : W4;       \
-    template <int P>                                                                               \
-    static constexpr int before = (P > 0 ? W0 : 0) + (P > 1 ? W1 : 0) + (P > 2 ? W2 : 0) +         \
-                                  (P > 3 ? W3 : 0);                                                \
-    static_assert(W0 + W1 + W2 + W3 + W4 == BYTES, "a repacked block is as large as the file's");  \
+// kBlock: weights of a block; kBytes: its bytes in the file; kSub16: two scales per unit; kFactor: the power
+// of two that d lacks; kTable: words of the lookup table; W0..W4: bytes per block of each plane, in an order
+// that keeps every plane aligned.
+#define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, FACTOR, TABLE, W0, W1, W2, W3, W4)            \
+  template <>                                                                                                \
+  struct Format<NAME> {                                                                                      \
+    static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE;                   \
+    static constexpr int kUnits = BLOCK / 32;                                                                \
+    static constexpr float kFactor = FACTOR;                                                                 \
+    static constexpr bool kMinimum = MINIMUM, kSub16 = SUB16;                                                \
+    template <int P>                                                                                         \
+    static constexpr int width = P == 0   ? W0                                                               \
+                                 : P == 1 ? W1                                                               \
+                                 : P == 2 ? W2                                                               \
+                                 : P == 3 ? W3                                                               \
+                                          : W4;                                                              \
+    template <int P>                                                                                         \
+    static constexpr int before = (P > 0 ? W0 : 0) + (P > 1 ? W1 : 0) + (P > 2 ? W2 : 0) + (P > 3 ? W3 : 0); \
+    static_assert(W0 + W1 + W2 + W3 + W4 == BYTES, "a repacked block is as large as the file's");            \
   };
 template <int TYPE>
 struct Format;
@@ -183,7 +207,8 @@ KTD_FN const u8* field(Planes<const u8> w, u32 unit) {
 template <int TYPE>
 struct Tag {};
 
-// ---- decode -------------------------------------------------------------------------------------------------
+// ---- decode
+// -------------------------------------------------------------------------------------------------
 
 KTD_FN void unpack4(Words4 q, u32* c) {
   const u32 words[4] = {q.x, q.y, q.z, q.w};
@@ -306,7 +331,8 @@ KTD_FN void decode(Tag<Q3_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const u32 i = 2 * s + half;
-    const u32 low = load1(scales + i % 8) >> (i / 8 * 4) & 15, high = load1(scales + 8 + i % 4) >> (i / 4 * 2) & 3;
+    const u32 low = load1(scales + i % 8) >> (i / 8 * 4) & 15,
+              high = load1(scales + 8 + i % 4) >> (i / 4 * 2) & 3;
     o.sc[half] = static_cast<int>(low | high << 4) - 32;
   }
   o.d = half_float(load2(plane<Q3_K, 3>(w, block)));
@@ -348,7 +374,9 @@ KTD_FN void decode(Tag<Q6_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o)
 }
 
 // A word of the table at a byte offset: the low bits of bits moved left (shift > 0) or right, under a mask.
-KTD_FN u32 moved(u32 bits, int shift, u32 mask) { return (shift < 0 ? bits >> -shift : bits << shift) & mask; }
+KTD_FN u32 moved(u32 bits, int shift, u32 mask) {
+  return (shift < 0 ? bits >> -shift : bits << shift) & mask;
+}
 KTD_FN u32 table_at(const u32* table, u32 offset) {
   return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + offset);
 }
@@ -369,7 +397,8 @@ KTD_FN void decode(Tag<IQ1_S>, Planes<const u8> w, u32 unit, const u32* table, U
   const u32 qs = load4(field<IQ1_S, 0>(w, unit)), h = load2(field<IQ1_S, 1>(w, unit));
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_iq1(table_at(table, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 3 * l, 0x1c00)), h & 0x8000, o.c + 2 * l);
+    put_iq1(table_at(table, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 3 * l, 0x1c00)), h & 0x8000,
+            o.c + 2 * l);
   set_scale(o, static_cast<int>(moved(h, -11, 14) | 1));
   o.d = half_float(load2(plane<IQ1_S, 2>(w, unit / 8)));
 }
@@ -413,7 +442,8 @@ KTD_FN void decode(Tag<IQ2_XS>, Planes<const u8> w, u32 unit, const u32* table, 
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
     const u32 word = l < 2 ? q.x : q.y;
-    put_iq2(table, 512, moved(word, 2 - 16 * (l % 2), 0x7fc), moved(word, -7 - 16 * (l % 2), 0x1fc), o.c + 2 * l);
+    put_iq2(table, 512, moved(word, 2 - 16 * (l % 2), 0x7fc), moved(word, -7 - 16 * (l % 2), 0x1fc),
+            o.c + 2 * l);
   }
   set_scales4(o, load1(field<IQ2_XS, 1>(w, unit)));
   o.d = half_float(load2(plane<IQ2_XS, 2>(w, unit / 8)));
@@ -424,8 +454,8 @@ KTD_FN void decode(Tag<IQ2_S>, Planes<const u8> w, u32 unit, const u32* table, U
   const u32 h = load1(field<IQ2_S, 2>(w, unit));
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_iq2(table, 1024, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 2 * l, 0xc00), moved(signs, 2 - 8 * l, 0x3fc),
-            o.c + 2 * l);
+    put_iq2(table, 1024, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 2 * l, 0xc00),
+            moved(signs, 2 - 8 * l, 0x3fc), o.c + 2 * l);
   set_scales4(o, load1(field<IQ2_S, 3>(w, unit)));
   o.d = half_float(load2(plane<IQ2_S, 4>(w, unit / 8)));
 }
@@ -456,7 +486,8 @@ KTD_FN void decode(Tag<IQ3_S>, Planes<const u8> w, u32 unit, const u32* table, U
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
     const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
-    const u32 first = (word & 255) | (h >> (2 * l) & 1) << 8, second = (word >> 8 & 255) | (h >> (2 * l + 1) & 1) << 8;
+    const u32 first = (word & 255) | (h >> (2 * l) & 1) << 8,
+              second = (word >> 8 & 255) | (h >> (2 * l + 1) & 1) << 8;
     put_signed8(table[first], table[second], signs >> (8 * l), o.c + 2 * l);
   }
   set_scale(o, static_cast<int>(2 * (load1(plane<IQ3_S, 3>(w, unit / 8) + s / 2) >> (s % 2 * 4) & 15) + 1));
@@ -473,7 +504,8 @@ KTD_FN void decode(Tag<IQ4_XS>, Planes<const u8> w, u32 unit, const u32*, Unit& 
 
 // Base 3: digit k of a byte is ((byte * 3^k mod 256) * 3) >> 8, here for four bytes at once.
 KTD_FN u32 ternary(u32 bytes, u32 power) {
-  const u32 even = (bytes & 0x00ff00ff) * power & 0x00ff00ff, odd = (bytes >> 8 & 0x00ff00ff) * power & 0x00ff00ff;
+  const u32 even = (bytes & 0x00ff00ff) * power & 0x00ff00ff,
+            odd = (bytes >> 8 & 0x00ff00ff) * power & 0x00ff00ff;
   return (even * 3 >> 8 & 0x00ff00ff) | (odd * 3 & 0xff00ff00);
 }
 

@@ -1,18 +1,19 @@
-// Many tokens, each with a few of many experts: weights are decoded to bfloat16 in shared memory and multiplied
-// by tensor cores (mma.sync, sm_80 and up). KTD_TYPE is the block type, KTD_GRID its table, if any.
+// Many tokens, each with a few of many experts: weights are decoded to bfloat16 in shared memory and
+// multiplied by tensor cores (mma.sync, sm_80 and up). KTD_TYPE is the block type, KTD_GRID its table, if
+// any.
 //
-// Pairs (token, expert) come sorted by expert. A thread block takes 128 rows of one expert's weights and up to N
-// of its pairs. N changes how work is cut, never the order in which a product is summed.
+// Pairs (token, expert) come sorted by expert. A thread block takes 128 rows of one expert's weights and up
+// to N of its pairs. N changes how work is cut, never the order in which a product is summed.
 #include "formats.cuh"
 
 struct GroupedArgs {
   const u8* w[2];  // gate and up, or down
   u64 matrix_bytes, blocks;
-  const u16* x;       // bfloat16 [rows of x][cols]
-  const int* order;   // [pairs] the pairs sorted by expert
-  const int* starts;  // [experts + 1] an expert's first place in `order`
-  const int* tiles;   // [experts + 1] an expert's first tile of N pairs
-  void* out;          // gated: bfloat16 [place][rows]; else float [pair][rows]
+  const u16* x;                    // bfloat16 [rows of x][cols]
+  const int* order;                // [pairs] the pairs sorted by expert
+  const int* starts;               // [experts + 1] an expert's first place in `order`
+  const int* tiles;                // [experts + 1] an expert's first tile of N pairs
+  void* out;                       // gated: bfloat16 [place][rows]; else float [pair][rows]
   int rows, cols, experts, share;  // x row of a gated pair: pair / share; else its place
 };
 
@@ -78,8 +79,8 @@ KTD_FN float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 template <int N, bool kGated>
 KTD_FN void grouped(const GroupedArgs& a) {
-  constexpr int kTiles = N / 16;                     // n8 tiles of a warp; warps stand 4 (rows) by 2 (pairs)
-  constexpr int kLoads = N * 8 / kThreads;           // 16-byte pieces of x that a thread brings
+  constexpr int kTiles = N / 16;            // n8 tiles of a warp; warps stand 4 (rows) by 2 (pairs)
+  constexpr int kLoads = N * 8 / kThreads;  // 16-byte pieces of x that a thread brings
   __shared__ uint4 weights[kRows * 8], tokens[N * 8];
   __shared__ u32 table[F::kTable ? F::kTable : 1];
   wait_for_previous();
@@ -178,9 +179,13 @@ KTD_FN void grouped(const GroupedArgs& a) {
   }
 }
 
-#define KTD_GROUPED(N)                                                                                           \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2) gated_##N(const GroupedArgs a) { grouped<N, true>(a); } \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2) plain_##N(const GroupedArgs a) { grouped<N, false>(a); }
+#define KTD_GROUPED(N)                                                                       \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) gated_##N(const GroupedArgs a) { \
+    grouped<N, true>(a);                                                                     \
+  }                                                                                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) plain_##N(const GroupedArgs a) { \
+    grouped<N, false>(a);                                                                    \
+  }
 KTD_GROUPED(32)
 KTD_GROUPED(64)
 KTD_GROUPED(128)

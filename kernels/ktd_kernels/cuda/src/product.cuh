@@ -1,7 +1,7 @@
 // The arguments of every product, and the reduction that they share.
 //
-// One launch multiplies `slots` matrices by their tokens: one matrix (linear), one per head, or one per chosen
-// expert. `terms` products with experts are weighted and summed into one result (the experts' down
+// One launch multiplies `slots` matrices by their tokens: one matrix (linear), one per head, or one per
+// chosen expert. `terms` products with experts are weighted and summed into one result (the experts' down
 // projections). Lanes split a row's columns in a way that depends on the matrix alone and are added in one
 // order, so a token's result has the same bits whatever shares its launch.
 #pragma once
@@ -9,22 +9,22 @@
 #include "formats.cuh"
 
 struct ProductArgs {
-  const u8* w[2];     // one or two stacks of the same type and shape
-  u64 matrix_bytes;   // from one matrix of a stack to the next
-  u64 blocks;         // of one matrix
-  const i8* q;        // activations [x rows][cols]: int8, scales per block, sums of 16 in pairs
+  const u8* w[2];    // one or two stacks of the same type and shape
+  u64 matrix_bytes;  // from one matrix of a stack to the next
+  u64 blocks;        // of one matrix
+  const i8* q;       // activations [x rows][cols]: int8, scales per block, sums of 16 in pairs
   const float* scales;
   const int* sums;
-  const float* x;     // for float weights: the activations as they are
+  const float* x;  // for float weights: the activations as they are
   i64 x_slot, x_token;
-  const int* ids;     // [slots * terms] expert of each product, or null: matrix = slot; others count 0
+  const int* ids;        // [slots * terms] expert of each product, or null: matrix = slot; others count 0
   const float* weights;  // [slots * terms] or null
   float* out;
   i64 out_stack, out_slot, out_token;
   int rows, cols, slots, terms, tokens, matrices, stacks;
-  int share;          // ids: products that read the same x row
-  int lanes;          // that share a row: a power of two up to kThreads
-  int term_warps;     // warps of a row that share its terms; 1 where all lanes share the columns
+  int share;       // ids: products that read the same x row
+  int lanes;       // that share a row: a power of two up to kThreads
+  int term_warps;  // warps of a row that share its terms; 1 where all lanes share the columns
   int accumulate;
 };
 
@@ -33,10 +33,10 @@ struct ProductArgs {
 #endif
 constexpr int kThreads = KTD_THREADS;
 
-// The sum over the lanes of each row, valid in its first lane. `partial` holds one float per warp, row and token.
-// How the lanes of a row share its products: by columns, or a warp each takes every nth term.
+// The sum over the lanes of each row, valid in its first lane. `partial` holds one float per warp, row and
+// token. How the lanes of a row share its products: by columns, or a warp each takes every nth term.
 struct Share {
-  int lane, stride;        // first unit of columns and the step to the next
+  int lane, stride;  // first unit of columns and the step to the next
   int term, term_stride;
 };
 
@@ -88,8 +88,8 @@ KTD_FN Item item_at(const ProductArgs& a, i64 index, int tile_rows) {
 }
 
 KTD_FN i64 item_count(const ProductArgs& a, int tile_rows, int tile_tokens) {
-  return static_cast<i64>((a.rows + tile_rows - 1) / tile_rows) * ((a.tokens + tile_tokens - 1) / tile_tokens) *
-         a.stacks * a.slots;
+  return static_cast<i64>((a.rows + tile_rows - 1) / tile_rows) *
+         ((a.tokens + tile_tokens - 1) / tile_tokens) * a.stacks * a.slots;
 }
 
 template <int T, int R>
@@ -100,8 +100,8 @@ KTD_FN void store(const ProductArgs& a, const Item& item, const float (&sum)[R *
 #pragma unroll
     for (int t = 0; t < T; ++t) {
       if (item.row + r >= a.rows || item.token + t >= a.tokens) continue;
-      float* out = a.out + item.stack * a.out_stack + item.slot * a.out_slot + (item.token + t) * a.out_token +
-                   item.row + r;
+      float* out = a.out + item.stack * a.out_stack + item.slot * a.out_slot +
+                   (item.token + t) * a.out_token + item.row + r;
       *out = a.accumulate ? *out + sum[r * T + t] : sum[r * T + t];
     }
   }

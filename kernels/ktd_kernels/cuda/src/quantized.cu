@@ -18,7 +18,8 @@ KTD_FN void load_table(Table& table) {
 
 KTD_FN int dot4(u32 a, u32 b, int sum) { return __dp4a(static_cast<int>(a), static_cast<int>(b), sum); }
 
-// Per unit: sum += (d * d_x) * float(exact integer), and with a minimum -= (dmin * d_x) * float(exact integer).
+// Per unit: sum += (d * d_x) * float(exact integer), and with a minimum -= (dmin * d_x) * float(exact
+// integer).
 KTD_FN void add_unit(const Unit& o, const uint4& a, const uint4& b, float scale, int sums, float& sum) {
   int first = dot4(o.c[0], a.x, 0), second = dot4(o.c[4], b.x, 0);
   first = dot4(o.c[1], a.y, first), second = dot4(o.c[5], b.y, second);
@@ -87,9 +88,9 @@ KTD_FN void product(const ProductArgs& a) {
 #ifndef KTD_ROWS
 #define KTD_ROWS 4
 #endif
-#define KTD_PRODUCT(T)                                                                       \
+#define KTD_PRODUCT(T)                                                                      \
   extern "C" __global__ void __launch_bounds__(kThreads) product_##T(const ProductArgs a) { \
-    product<T, KTD_ROWS>(a);                                                                 \
+    product<T, KTD_ROWS>(a);                                                                \
   }
 KTD_PRODUCT(1)
 KTD_PRODUCT(2)
@@ -114,8 +115,8 @@ KTD_FN void put_bfloat(u16* out, float value) {
   *out = static_cast<u16>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// A lane decodes a unit; the warp then writes its 32 units together, through shared memory in which pieces are
-// rotated so that neither side meets in a bank.
+// A lane decodes a unit; the warp then writes its 32 units together, through shared memory in which pieces
+// are rotated so that neither side meets in a bank.
 template <class Out, void (*convert)(Out*, float)>
 KTD_FN void dequantize(const DequantizeArgs& a) {
   constexpr int kPieces = 32 * sizeof(Out) / 16;  // of 16 bytes, per unit
@@ -129,7 +130,8 @@ KTD_FN void dequantize(const DequantizeArgs& a) {
   };
   uint4* mine = pieces + threadIdx.x / 32 * 32 * kPieces;
   const i64 total = a.count * units, step = static_cast<i64>(gridDim.x) * kThreads;
-  for (i64 first = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x - lane; first < total; first += step) {
+  for (i64 first = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x - lane; first < total;
+       first += step) {
     const int count = static_cast<int>(min(total - first, static_cast<i64>(32)));
     const i64 i = first + min(lane, count - 1);
     const i64 row = a.ids ? a.ids[i / units] : a.first_row + i / units;
@@ -167,6 +169,7 @@ extern "C" __global__ void repack(const u8* raw, u8* out, u64 matrix_bytes, u64 
   for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < units * matrices;
        i += static_cast<u64>(gridDim.x) * blockDim.x) {
     const u64 matrix = i / units;
-    repack_unit<KTD_TYPE>(raw + matrix * blocks * F::kBytes, {out + matrix * matrix_bytes, blocks}, static_cast<u32>(i % units));
+    repack_unit<KTD_TYPE>(raw + matrix * blocks * F::kBytes, {out + matrix * matrix_bytes, blocks},
+                          static_cast<u32>(i % units));
   }
 }

@@ -92,10 +92,10 @@ KTD_FN void fill_plane(const u8* block, int offset, const u8* codes, Planes<u8> 
 
 // KTD_PLANE(P, how, offset in the file's block) in the order of the planes.
 #define KTD_PLANE(P, FILL, OFFSET) fill_plane<kType, P, FILL>(block, OFFSET, codes, out, index, s);
-#define KTD_REPACK(NAME, ...)                                                                 \
+#define KTD_REPACK(NAME, ...)                                                                         \
   KTD_FN void repack(Tag<NAME>, const u8* block, const u8* codes, Planes<u8> out, u32 index, int s) { \
-    constexpr int kType = NAME;                                                               \
-    __VA_ARGS__                                                                               \
+    constexpr int kType = NAME;                                                                       \
+    __VA_ARGS__                                                                                       \
   }
 KTD_REPACK(Q4_0, KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(Q4_1, KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kCopy, 0))
@@ -105,17 +105,21 @@ KTD_REPACK(Q8_0, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(IQ4_NL, KTD_PLANE(0, kFourInOrder, 0) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(MXFP4, KTD_PLANE(0, kFourInOrder, 0) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(Q2_K, KTD_PLANE(0, kTwo, 0) KTD_PLANE(1, kCopy, 0) KTD_PLANE(2, kCopy, 80))
-KTD_REPACK(Q3_K, KTD_PLANE(0, kTwo, 0) KTD_PLANE(1, kOne2, 0) KTD_PLANE(2, kCopy, 96) KTD_PLANE(3, kCopy, 108))
+KTD_REPACK(Q3_K,
+           KTD_PLANE(0, kTwo, 0) KTD_PLANE(1, kOne2, 0) KTD_PLANE(2, kCopy, 96) KTD_PLANE(3, kCopy, 108))
 KTD_REPACK(Q4_K, KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(Q5_K, KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kOne4, 0) KTD_PLANE(2, kCopy, 0))
-KTD_REPACK(Q6_K, KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kTwoHigh, 0) KTD_PLANE(2, kCopy, 192) KTD_PLANE(3, kCopy, 208))
+KTD_REPACK(Q6_K,
+           KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kTwoHigh, 0) KTD_PLANE(2, kCopy, 192) KTD_PLANE(3, kCopy, 208))
 KTD_REPACK(IQ1_S, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 34) KTD_PLANE(2, kCopy, 0))
 KTD_REPACK(IQ1_M, KTD_PLANE(0, kCopy, 0) KTD_PLANE(1, kCopy, 32) KTD_PLANE(2, kCopy, 48))
 KTD_REPACK(IQ2_XXS, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(IQ2_XS, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 66) KTD_PLANE(2, kCopy, 0))
-KTD_REPACK(IQ2_S, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 34) KTD_PLANE(2, kCopy, 66) KTD_PLANE(3, kCopy, 74) KTD_PLANE(4, kCopy, 0))
+KTD_REPACK(IQ2_S, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 34) KTD_PLANE(2, kCopy, 66)
+                      KTD_PLANE(3, kCopy, 74) KTD_PLANE(4, kCopy, 0))
 KTD_REPACK(IQ3_XXS, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 66) KTD_PLANE(2, kCopy, 0))
-KTD_REPACK(IQ3_S, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 74) KTD_PLANE(2, kCopy, 66) KTD_PLANE(3, kCopy, 106) KTD_PLANE(4, kCopy, 0))
+KTD_REPACK(IQ3_S, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 74) KTD_PLANE(2, kCopy, 66)
+                      KTD_PLANE(3, kCopy, 106) KTD_PLANE(4, kCopy, 0))
 KTD_REPACK(IQ4_XS, KTD_PLANE(0, kFourInOrder, 0) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(TQ1_0, KTD_PLANE(0, kCopy, 0) KTD_PLANE(1, kCopy, 48) KTD_PLANE(2, kCopy, 52))
 KTD_REPACK(TQ2_0, KTD_PLANE(0, kTwo, 0) KTD_PLANE(1, kCopy, 64))
