@@ -43,10 +43,11 @@ class FakeModel:
 
     def __init__(self, vocab_size: int = 64, hook: Callable[[Batch], None] | None = None) -> None:
         self.config = SimpleNamespace(vocab_size=vocab_size, layers=1, latent=2)
+        self.device = None
         self.hook = hook
         self.steps: list[Batch] = []
 
-    def reserve(self, rows: int, logit_rows: int) -> None:
+    def reserve(self, rows: int, logit_rows: int, cache: LatentCache) -> None:
         self.reserved = (rows, logit_rows)
 
     def forward(self, batch: Batch, cache: LatentCache, tick: Callable[[float], None] | None = None) -> F32:

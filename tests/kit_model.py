@@ -268,7 +268,9 @@ class Bench:
 
     def __init__(self, model: Model, pages: int = 64, page_size: int = 16, kind: CacheType = "f32") -> None:
         self.model = model
-        self.cache = LatentCache(model.config.layers, pages, page_size, model.config.latent, kind)
+        self.cache = LatentCache(
+            model.config.layers, pages, page_size, model.config.latent, kind, model.device
+        )
         self.pool = BlockPool(pages)
 
     def pages(self, tokens: int) -> list[int]:

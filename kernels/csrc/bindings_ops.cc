@@ -82,6 +82,27 @@ void py_store_latent(Cpu& cpu, ConstFloats latent, Array<const int64_t> slots,
   store_latent(cpu, {latent.data(), latent.stride(0), c.width, slots.data(), c.data, c.bf16}, n);
 }
 
+void py_store_normed(Cpu& cpu, Floats kv, ConstFloats weight, float eps, ConstInts positions,
+                     ConstFloats table, Array<const int64_t> slots, nb::ndarray<nb::device::cpu> cache) {
+  const Cache c = check_cache(cache);
+  check_array(kv, "kv", {-1, c.width}, true);
+  check_array(weight, "weight", {-1});
+  const int64_t n = size_of(kv, 0), r = size_of(weight, 0), dr = c.width - r;
+  if (dr < 0 || dr % 2 != 0)
+    reject("weight has " + std::to_string(r) + " values, which leaves no pairs to rotate of the cache's " +
+           std::to_string(c.width) + ".");
+  check_array(positions, "positions", {n});
+  check_array(table, "table", {-1, dr});
+  check_array(slots, "slots", {n});
+  check_range(positions.data(), n, size_of(table, 0), "positions", "the table");
+  check_range(slots.data(), n, c.pages * c.page_size, "slots", "the cache");
+  nb::gil_scoped_release released;
+  const int64_t stride = kv.stride(0);
+  rms_norm(cpu, kv.data(), stride, weight.data(), eps, n, r, kv.data(), stride);
+  rope(cpu, {kv.data() + r, stride, dr, 1, dr, positions.data(), table.data()}, n);
+  store_latent(cpu, {kv.data(), stride, c.width, slots.data(), c.data, c.bf16}, n);
+}
+
 // The slots of page_table that rows will read must name pages of the cache; no others are looked at.
 void check_pages(const Attention& a, int64_t n, int64_t sequences, int64_t max_pages, int64_t pages) {
   std::vector<int64_t> longest(static_cast<size_t>(sequences), 0);
@@ -198,6 +219,10 @@ void bind_ops(nb::class_<Cpu>& cpu) {
            "Write latent [n, w] (strided rows) to slots int64 [n] of cache [pages, page_size, w], float32 or "
            "bfloat16 as "
            "uint16 (rounded to nearest even); slot = page · page_size + offset.")
+      .def("store_normed", py_store_normed, "kv"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,
+           "positions"_a.noconvert(), "table"_a.noconvert(), "slots"_a.noconvert(), "cache"_a.noconvert(),
+           "rms_norm of kv[:, :r], rope of the rest, store_latent of both; kv [n, r + dr], weight [r], the "
+           "others as there. What kv holds afterwards is undefined.")
       .def("mla_attention", py_mla_attention, "q_latent"_a.noconvert(), "q_rope"_a.noconvert(),
            "cache"_a.noconvert(), "page_table"_a.noconvert(), "seq_of_row"_a.noconvert(),
            "context"_a.noconvert(), "scale"_a, "out"_a.noconvert(),

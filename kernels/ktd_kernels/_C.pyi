@@ -106,6 +106,11 @@ class Cpu:
         Write latent [n, w] (strided rows) to slots int64 [n] of cache [pages, page_size, w], float32 or bfloat16 as uint16 (rounded to nearest even); slot = page · page_size + offset.
         """
 
+    def store_normed(self, kv: Annotated[NDArray[numpy.float32], dict(device='cpu')], weight: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], eps: float, positions: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], table: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int64], dict(device='cpu', writable=False)], cache: Annotated[NDArray, dict(device='cpu')]) -> None:
+        """
+        rms_norm of kv[:, :r], rope of the rest, store_latent of both; kv [n, r + dr], weight [r], the others as there. What kv holds afterwards is undefined.
+        """
+
     def mla_attention(self, q_latent: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], q_rope: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], cache: Annotated[NDArray, dict(device='cpu', writable=False)], page_table: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], seq_of_row: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], context: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], scale: float, out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
         """
         out [n, H, r] = softmax(scale · (q_latent · c + q_rope · k)) · c over the first context[i] tokens of sequence seq_of_row[i]. q_latent [n, H, r] and q_rope [n, H, dr] may be strided; cache [pages, page_size, r + dr] float32 or bfloat16 as uint16; page_table int32 [sequences, max_pages], whose unused slots are never read.

@@ -155,10 +155,10 @@ def test_one_kernel_call_per_op_and_layer_whatever_the_number_of_sequences(tmp_p
     layers, moe_layers = 3, 2
     assert one == {
         "embed": 1,
-        "rms_norm": 4 * layers + 1,
+        "rms_norm": 3 * layers + 1,
         "linear": 4 * layers + moe_layers + 1,
-        "rope": 2 * layers,
-        "store_latent": layers,
+        "rope": layers,
+        "store_normed": layers,
         "linear_heads": 2 * layers,
         "mla_attention": layers,
         "route": moe_layers,

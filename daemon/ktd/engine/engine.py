@@ -58,7 +58,12 @@ class Engine:
         self._config = config
         self._vocab_size = model.config.vocab_size
         cache = LatentCache(
-            model.config.layers, config.total_pages, config.page_size, model.config.latent, config.cache_type
+            model.config.layers,
+            config.total_pages,
+            config.page_size,
+            model.config.latent,
+            config.cache_type,
+            model.device,
         )
         self._pool = BlockPool(config.total_pages)
         self._scheduler = Scheduler(
@@ -67,7 +72,7 @@ class Engine:
             max_sequences=config.max_sequences,
             step_tokens=config.chunk_tokens,
         )
-        model.reserve(config.chunk_tokens, config.max_sequences)
+        model.reserve(config.chunk_tokens, config.max_sequences, cache)
         self._runner = Runner(model, cache)
         self._inbox = threading.Condition()
         self._books = threading.Lock()

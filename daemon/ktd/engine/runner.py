@@ -27,6 +27,7 @@ class Runner:
                 start=item.start,
                 pages=item.sequence.pages,
                 logits=int(item.draws),
+                prompt=item.sequence.prompt_tokens,
             )
             for item in work
         ]

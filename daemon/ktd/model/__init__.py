@@ -2,15 +2,12 @@
 
 from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig, MoeConfig, YarnConfig
-from ktd.model.deepseek import DeepseekModel
+from ktd.model.deepseek import Model
 from ktd.model.loader import load_model, packed_growth
 from ktd.model.placement import Placement, VramBytes, vram_bytes
 
-Model = DeepseekModel
-
 __all__ = [
     "Batch",
-    "DeepseekModel",
     "Model",
     "ModelConfig",
     "MoeConfig",

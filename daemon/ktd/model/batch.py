@@ -14,13 +14,15 @@ class Piece:
     """Consecutive tokens of one sequence.
 
     `start` is the position of the first, `pages` the sequence's pages from position 0 on, enough for all of
-    them. Logits are wanted for the last `logits` of the tokens.
+    them. Logits are wanted for the last `logits` of the tokens. Tokens from position `prompt` on the model
+    has written itself; None: all belong to a prompt, which ends with them.
     """
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
     logits: int
+    prompt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class Batch:
     Row i is `tokens[i]` at `positions[i]`; its latent goes to cache slot `slots[i]` = page · page_size +
     offset, and it attends to the first `context[i]` tokens of the sequence whose pages are
     `page_table[seq_of_row[i]]` (slots of the table behind those are never read). `logit_rows` are the rows
-    whose logits are wanted, ascending.
+    whose logits are wanted, ascending. `prompt[i]` is the length of the prompt of row i's sequence: where a
+    device has several arithmetics, this and the row's position alone choose.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -40,6 +43,7 @@ class Batch:
     context: npt.NDArray[np.int32]
     page_table: npt.NDArray[np.int32]
     logit_rows: npt.NDArray[np.int64]
+    prompt: npt.NDArray[np.int32]
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], page_size: int) -> Batch:
@@ -63,4 +67,23 @@ class Batch:
             context=positions + np.int32(1),
             page_table=page_table,
             logit_rows=np.concatenate(wanted).astype(np.int64),
+            prompt=np.repeat(np.array([_prompt(piece) for piece in pieces], np.int32), lengths),
         )
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """The given rows alone, ascending, with a page table of their sequences alone."""
+        sequences, seq_of_row = np.unique(self.seq_of_row[rows], return_inverse=True)
+        return Batch(
+            tokens=self.tokens[rows],
+            positions=self.positions[rows],
+            slots=self.slots[rows],
+            seq_of_row=seq_of_row.astype(np.int32),
+            context=self.context[rows],
+            page_table=self.page_table[sequences],
+            logit_rows=np.flatnonzero(np.isin(rows, self.logit_rows)),
+            prompt=self.prompt[rows],
+        )
+
+
+def _prompt(piece: Piece) -> int:
+    return piece.start + len(piece.tokens) if piece.prompt is None else piece.prompt

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from ktd.model.config import ModelConfig, MoeConfig
+from ktd.model.device import Blocks
+from ktd.model.ops import Matrix, Ops
 from ktd.model.source import WeightSource
 from ktd.model.workspace import Views
-from ktd_kernels import Cpu
 
 
 class DenseFfn:
@@ -17,26 +20,60 @@ class DenseFfn:
         self._up = source.matrix(name("up"), width, hidden)
         self._down = source.matrix(name("down"), hidden, width)
 
-    def forward(self, cpu: Cpu, v: Views) -> None:
+    def forward(self, ops: Ops, v: Views, elsewhere: Elsewhere | None) -> None:
         """Adds the MLP of v.h to v.x."""
-        cpu.mlp(self._gate, self._up, self._down, v.h, v.x, accumulate=True)
+        ops.mlp(self._gate, self._up, self._down, v.h, v.x, accumulate=True)
+
+
+class Elsewhere(Protocol):
+    """Routed experts on another device than the graph."""
+
+    def start(self, experts: Experts, v: Views) -> None:
+        """Sends v.h, v.expert_ids and v.expert_weights there; the graph goes on meanwhile."""
+
+    def finish(self, experts: Experts, v: Views) -> None:
+        """Waits for the experts and adds them to v.x."""
+
+
+class Experts:
+    """The routed experts of one layer: stacks gate and up [experts, width, hidden], down [experts, hidden,
+    width]. `local`: on the device of the graph; if not, `blocks` are the three as they are in the file, to be
+    sent there for a step (none where the file has gate and up in one)."""
+
+    def __init__(
+        self, source: WeightSource, config: ModelConfig, moe: MoeConfig, layer: int, local: bool
+    ) -> None:
+        hidden, name = config.hidden, f"blk.{layer}.ffn_{{}}.weight".format
+        self.layer = layer
+        self.local = local
+        self.gate: Matrix
+        self.up: Matrix
+        self.blocks: list[Blocks] = []
+        if source.has(name("gate_up_exps")):
+            self.gate, self.up = source.halves(name("gate_up_exps"), moe.experts, moe.width, hidden)
+        else:
+            self.gate = source.stack(name("gate_exps"), moe.experts, moe.width, hidden)
+            self.up = source.stack(name("up_exps"), moe.experts, moe.width, hidden)
+            shapes = {"gate": (moe.width, hidden), "up": (moe.width, hidden), "down": (hidden, moe.width)}
+            if not local:
+                self.blocks = [
+                    source.blocks(name(f"{part}_exps"), moe.experts, *shape) for part, shape in shapes.items()
+                ]
+        self.down: Matrix = source.stack(name("down_exps"), moe.experts, hidden, moe.width)
 
 
 class MoeFfn:
     """Router, routed experts and shared experts of one layer."""
 
-    def __init__(self, source: WeightSource, config: ModelConfig, moe: MoeConfig, layer: int) -> None:
+    def __init__(
+        self, source: WeightSource, config: ModelConfig, moe: MoeConfig, layer: int, experts: Experts
+    ) -> None:
         hidden, name = config.hidden, f"blk.{layer}.ffn_{{}}.weight".format
         self._moe = moe
+        self.experts = experts
         self._router = source.matrix(name("gate_inp"), moe.experts, hidden)
         bias = f"blk.{layer}.exp_probs_b.bias"
         self._bias = source.vector(bias, moe.experts) if source.has(bias) else None
-        if source.has(name("gate_up_exps")):
-            self._gate, self._up = source.halves(name("gate_up_exps"), moe.experts, moe.width, hidden)
-        else:
-            self._gate = source.stack(name("gate_exps"), moe.experts, moe.width, hidden)
-            self._up = source.stack(name("up_exps"), moe.experts, moe.width, hidden)
-        self._down = source.stack(name("down_exps"), moe.experts, hidden, moe.width)
         self._shared = None
         if moe.shared:
             width = moe.shared * moe.width
@@ -46,11 +83,11 @@ class MoeFfn:
                 source.matrix(name("down_shexp"), hidden, width),
             )
 
-    def forward(self, cpu: Cpu, v: Views) -> None:
+    def forward(self, ops: Ops, v: Views, elsewhere: Elsewhere | None) -> None:
         """Adds the experts chosen for each row of v.h, and the shared ones, to v.x."""
-        moe = self._moe
-        cpu.linear(self._router, v.h, v.router)
-        cpu.route(
+        moe, experts = self._moe, self.experts
+        ops.linear(self._router, v.h, v.router)
+        ops.route(
             v.router,
             self._bias,
             moe.gating,
@@ -63,6 +100,20 @@ class MoeFfn:
             v.expert_ids,
             v.expert_weights,
         )
-        cpu.moe(self._gate, self._up, self._down, v.h, v.expert_ids, v.expert_weights, v.x, accumulate=True)
+        if experts.local or elsewhere is None:
+            ops.moe(
+                experts.gate,
+                experts.up,
+                experts.down,
+                v.h,
+                v.expert_ids,
+                v.expert_weights,
+                v.x,
+                accumulate=True,
+            )
+        else:
+            elsewhere.start(experts, v)
         if self._shared is not None:
-            cpu.mlp(*self._shared, v.h, v.x, accumulate=True)
+            ops.mlp(*self._shared, v.h, v.x, accumulate=True)
+        if not experts.local and elsewhere is not None:
+            elsewhere.finish(experts, v)

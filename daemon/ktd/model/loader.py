@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ktd.errors import SettingsError
 from ktd.gguf import WEIGHT_TYPES, GgufFile
 from ktd.model.config import ModelConfig
-from ktd.model.deepseek import DeepseekModel
+from ktd.model.deepseek import DeepseekModel, Model
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 
@@ -23,8 +23,13 @@ def packed_growth(gguf: GgufFile, cpu: Cpu) -> int:
 
 
 def load_model(
-    gguf: GgufFile, cpu: Cpu, *, context: int, progress: Callable[[float], None], repack: bool = False
-) -> DeepseekModel:
+    gguf: GgufFile,
+    cpu: Cpu,
+    *,
+    context: int,
+    progress: Callable[[float], None],
+    repack: bool = False,
+) -> Model:
     """Maps the tensors of `gguf` and prepares the graph for sequences of up to `context` tokens.
 
     With `repack`, tensors of the types that `cpu` packs are copied into its faster layout; `packed_growth`

@@ -6,14 +6,10 @@ output, so keys and values of the heads are never formed.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-from ktd.model.batch import Batch
 from ktd.model.config import ModelConfig
+from ktd.model.ops import Array, Ops, Rows
 from ktd.model.source import WeightSource
 from ktd.model.workspace import Views
-from ktd_kernels import Cpu
 
 # DeepSeek's own code leaves the norms of the two latents at this default, whatever the model's epsilon is.
 _LATENT_NORM_EPS = 1e-6
@@ -42,37 +38,28 @@ class Mla:
             self._v_b = source.stack(name("v_b"), c.heads, c.value, c.kv_lora)
         self._output = source.matrix(name("output"), c.hidden, c.heads * c.value)
 
-    def forward(
-        self,
-        cpu: Cpu,
-        batch: Batch,
-        cache: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
-        table: npt.NDArray[np.float32],
-        v: Views,
-    ) -> None:
-        """Adds the attention over v.h to v.x. `cache` is this layer's [pages, page_size, latent]; rows of the
-        batch are stored before any is attended to, so a prefill chunk sees itself."""
+    def forward(self, ops: Ops, rows: Rows, cache: Array, table: Array, v: Views) -> None:
+        """Adds the attention over v.h to v.x. `cache` is this layer's [pages, page_size, latent], `table` has
+        the rotations; rows are stored before any is attended to, so a prefill chunk sees itself."""
         if self._q_a is None:
-            cpu.linear(self._q, v.h, v.q)
+            ops.linear(self._q, v.h, v.q)
         else:
-            cpu.linear(self._q_a, v.h, v.q_a)
-            cpu.rms_norm(v.q_a, self._q_a_norm, _LATENT_NORM_EPS, v.q_a)
-            cpu.linear(self._q, v.q_a, v.q)
-        cpu.rope(v.q_rope, batch.positions, table)
-        cpu.linear(self._kv_a, v.h, v.kv)
-        cpu.rms_norm(v.kv_latent, self._kv_a_norm, _LATENT_NORM_EPS, v.kv_latent)
-        cpu.rope(v.k_rope, batch.positions, table)
-        cpu.store_latent(v.kv, batch.slots, cache)
-        cpu.linear_heads(self._k_b, v.q_nope, v.q_latent)
-        cpu.mla_attention(
+            ops.linear(self._q_a, v.h, v.q_a)
+            ops.rms_norm(v.q_a, self._q_a_norm, _LATENT_NORM_EPS, v.q_a)
+            ops.linear(self._q, v.q_a, v.q)
+        ops.rope(v.q_rope, rows.positions, table)
+        ops.linear(self._kv_a, v.h, v.kv)
+        ops.store_normed(v.kv, self._kv_a_norm, _LATENT_NORM_EPS, rows.positions, table, rows.slots, cache)
+        ops.linear_heads(self._k_b, v.q_nope, v.q_latent)
+        ops.mla_attention(
             v.q_latent,
             v.q_rope,
             cache,
-            batch.page_table,
-            batch.seq_of_row,
-            batch.context,
+            rows.page_table,
+            rows.seq_of_row,
+            rows.context,
             self._scale,
             v.o_latent,
         )
-        cpu.linear_heads(self._v_b, v.o_latent, v.o_heads)
-        cpu.linear(self._output, v.o, v.x, accumulate=True)
+        ops.linear_heads(self._v_b, v.o_latent, v.o_heads)
+        ops.linear(self._output, v.o, v.x, accumulate=True)

@@ -15,6 +15,8 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 
 # The driver's context, the kernels' code and the libraries' own workspaces, before anything of the model.
 _RUNTIME_BYTES = 640 << 20
+# Bytes of weights that are sent at once to experts of long prompts; twice as file blocks, twice rearranged.
+GROUP_BYTES = 192 << 20
 # What a captured decode step keeps on the device for each layer: the nodes of its kernels.
 _GRAPH_BYTES_A_LAYER = 192 << 10
 # Dequantised tiles, split-context partial results and the like, which the kernels keep between calls.
@@ -88,16 +90,21 @@ def vram_bytes(
             experts += tensor.nbytes if placement.experts_on_gpu(int(routed[1])) else 0
         elif tensor.name == "token_embd.weight":
             dense += 0 if "output.weight" in gguf.tensors else tensor.nbytes
+        elif tensor.name.endswith(".attn_kv_b.weight"):  # its keys become F16, or stay F32
+            dense += tensor.nbytes * config.value // (config.nope + config.value)
+            dense += config.heads * config.nope * config.kv_lora * _key_bytes(tensor.ggml_type)
         else:
             dense += tensor.nbytes
-            if tensor.name.endswith(".attn_kv_b.weight"):  # its keys become F16, or stay F32
-                dense += config.heads * config.nope * config.kv_lora * _key_bytes(tensor.ggml_type)
     cache = config.layers * pages * page_size * config.latent * _VALUE_BYTES[cache_type]
+    elsewhere = config.moe is not None and any(
+        not placement.experts_on_gpu(layer) for layer in range(config.dense_layers, config.layers)
+    )
     buffers = (
         4 * rows * _row_values(config)
         + 4 * logit_rows * (config.vocab_size + config.hidden)
         + min(logit_rows, 64) * config.layers * _GRAPH_BYTES_A_LAYER
         + _SCRATCH_BYTES
+        + (4 * GROUP_BYTES if elsewhere else 0)
     )
     return VramBytes(dense, experts, cache, buffers, _RUNTIME_BYTES)
 

@@ -1,8 +1,9 @@
-"""Tensors of a GGUF as weights of the kernels, checked by name and shape, without copying them."""
+"""Tensors of a GGUF as weights of the kernels, checked by name and shape: mapped for the CPU, or copied to a
+GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,8 @@ import psutil
 
 from ktd.errors import GgufError
 from ktd.gguf import WEIGHT_TYPES, GgmlType, GgufFile, TensorInfo
+from ktd.model.device import Blocks, Device
+from ktd.model.ops import Array, Matrix
 from ktd_kernels import Cpu, Weight
 
 _TOUCH_BYTES = 64 << 20  # progress is told this often while pages are read in
@@ -23,49 +26,58 @@ class WeightSource:
     Where the whole file fits into free memory its pages are read in as tensors are taken, so that the first
     answer does not wait for the disk; else they are left to be read when first used.
 
-    With `packer`, matrices of the types that it packs become copies in its layout, and the file's pages are
-    given back to the system: never both stay in memory.
+    With `packer`, matrices of the types that it packs become copies in its layout. Of these and of what went
+    to a device the file's pages are given back to the system: never both stay in memory.
     """
 
     def __init__(self, gguf: GgufFile, progress: Callable[[float], None], packer: Cpu | None = None) -> None:
         self._gguf = gguf
-        self._progress = progress
         self._packer = packer
-        self._total = max(gguf.nbytes, 1)
-        self._done = 0
-        self._touch = self._total <= psutil.virtual_memory().available
+        self._target: Device | None = None
+        self._told = _Told(progress, max(gguf.nbytes, 1))
+        self._touch = gguf.nbytes <= psutil.virtual_memory().available
+
+    def on(self, target: Device) -> WeightSource:
+        """The same file and the same progress, but what is handed out lies on `target`."""
+        source = WeightSource(self._gguf, self._told.progress)
+        source._target = target
+        source._told = self._told
+        return source
 
     def has(self, name: str) -> bool:
         return name in self._gguf.tensors
 
-    def vector(self, name: str, length: int) -> F32:
+    def vector(self, name: str, length: int) -> Array:
         """A norm weight or bias, float32 [length], copied."""
         info = self._info(name, (length,))
-        vector: F32 = Weight(self._data(name), int(info.ggml_type), (1, length)).dequantize().reshape(length)
-        return vector
+        vector = Weight(self._data(name), int(info.ggml_type), (1, length)).dequantize().reshape(length)
+        return vector if self._target is None else self._target.upload(vector)
 
-    def matrix(self, name: str, rows: int, cols: int) -> Weight:
+    def matrix(self, name: str, rows: int, cols: int) -> Matrix:
         """A linear layer [rows, cols], mapped or packed."""
-        return self._weight(name, (rows, cols))
+        return self._whole(name, (rows, cols))
 
-    def stack(self, name: str, count: int, rows: int, cols: int) -> Weight:
+    def stack(self, name: str, count: int, rows: int, cols: int) -> Matrix:
         """One matrix for each expert or head, [count, rows, cols], mapped or packed."""
-        return self._weight(name, (count, rows, cols))
+        return self._whole(name, (count, rows, cols))
 
-    def halves(self, name: str, count: int, rows: int, cols: int) -> tuple[Weight, Weight]:
+    def blocks(self, name: str, count: int, rows: int, cols: int) -> Blocks:
+        """The bytes of a stack, mapped, with type and shape."""
+        info = self._info(name, (count, rows, cols))
+        return self._gguf.data(name), int(info.ggml_type), (count, rows, cols)
+
+    def halves(self, name: str, count: int, rows: int, cols: int) -> tuple[Matrix, Matrix]:
         """The upper and the lower `rows` rows of each matrix of [count, 2 · rows, cols], as two stacks,
         copied."""
         info = self._info(name, (count, 2 * rows, cols))
         blocks = self._data(name).reshape(count, 2, -1)
         upper, lower = (np.ascontiguousarray(blocks[:, half]).reshape(-1) for half in (0, 1))
         shape = (count, rows, cols)
+        kind = int(info.ggml_type)
         self._gguf.release(name)
-        return (
-            self._packed(Weight(upper, int(info.ggml_type), shape)),
-            self._packed(Weight(lower, int(info.ggml_type), shape)),
-        )
+        return self._weight(upper, kind, shape), self._weight(lower, kind, shape)
 
-    def split_kv_b(self, name: str, heads: int, nope: int, value: int, kv_lora: int) -> tuple[Weight, Weight]:
+    def split_kv_b(self, name: str, heads: int, nope: int, value: int, kv_lora: int) -> tuple[Matrix, Matrix]:
         """k_b [heads, kv_lora, nope] and v_b [heads, value, kv_lora] out of kv_b [heads · (nope + value),
         kv_lora].
 
@@ -77,24 +89,28 @@ class WeightSource:
         per_head = data.reshape(heads, nope + value, -1)
         v_blocks = np.ascontiguousarray(per_head[:, nope:]).reshape(-1)
         k_blocks = np.ascontiguousarray(per_head[:, :nope]).reshape(-1)
-        v_b = Weight(v_blocks, int(info.ggml_type), (heads, value, kv_lora))
+        v_b = self._weight(v_blocks, int(info.ggml_type), (heads, value, kv_lora))
         k = Weight(k_blocks, int(info.ggml_type), (heads, nope, kv_lora)).dequantize()
-        return _float_weight(np.ascontiguousarray(k.transpose(0, 2, 1)), info.ggml_type), v_b
+        transposed = np.ascontiguousarray(k.transpose(0, 2, 1))
+        return self._weight(*_float_blocks(transposed, info.ggml_type), transposed.shape), v_b
 
-    def _weight(self, name: str, shape: tuple[int, ...]) -> Weight:
-        info = self._info(name, shape)
-        if self._packer is None or not self._packer.packed_bytes(int(info.ggml_type), shape):
-            return Weight(self._data(name), int(info.ggml_type), shape)
-        packed = self._packer.pack(Weight(self._gguf.data(name), int(info.ggml_type), shape))
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Matrix:
+        kind = int(self._info(name, shape).ggml_type)
+        if self._target is None and not self._packs(kind, shape):
+            return Weight(self._data(name), kind, shape)
+        weight = self._weight(self._gguf.data(name), kind, shape)
         self._gguf.release(name)
-        self._advance(info.nbytes)
-        return packed
+        self._told.more(self._gguf.tensors[name].nbytes)
+        return weight
 
-    def _packed(self, weight: Weight) -> Weight:
-        packer = self._packer
-        if packer is None or not packer.packed_bytes(weight.ggml_type, weight.shape):
-            return weight
-        return packer.pack(weight)
+    def _weight(self, data: npt.NDArray[np.uint8], kind: int, shape: Sequence[int]) -> Matrix:
+        if self._target is not None:
+            return self._target.weight(data, kind, shape)
+        weight = Weight(data, kind, shape)
+        return self._packer.pack(weight) if self._packer and self._packs(kind, shape) else weight
+
+    def _packs(self, kind: int, shape: Sequence[int]) -> bool:
+        return self._packer is not None and self._packer.packed_bytes(kind, shape) > 0
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self._gguf.tensors.get(name)
@@ -120,24 +136,32 @@ class WeightSource:
             part = data[start : start + _TOUCH_BYTES]
             if self._touch:
                 part[::_PAGE].max()
-            self._advance(part.size)
+            self._told.more(part.size)
         return data
 
-    def _advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress(min(self._done / self._total, 1.0))
+
+class _Told:
+    """How much of a file was taken, by all sources of it together."""
+
+    def __init__(self, progress: Callable[[float], None], total: int) -> None:
+        self.progress = progress
+        self._total = total
+        self._done = 0
+
+    def more(self, size: int) -> None:
+        self._done += size
+        self.progress(min(self._done / self._total, 1.0))
 
 
-def _float_weight(values: F32, like: GgmlType) -> Weight:
-    """A weight of type `like` where that is F32 or BF16 (exact: the values come from it), else of type
+def _float_blocks(values: F32, like: GgmlType) -> tuple[npt.NDArray[np.uint8], int]:
+    """Bytes and type of `values`: `like` where that is F32 or BF16 (exact: the values come from it), else
     F16."""
     if like == GgmlType.F32:
-        return Weight(values.reshape(-1).view(np.uint8), int(GgmlType.F32), values.shape)
+        return values.reshape(-1).view(np.uint8), int(GgmlType.F32)
     if like == GgmlType.BF16:
         bits = (values.reshape(-1).view(np.uint32) >> 16).astype(np.uint16)
-        return Weight(bits.view(np.uint8), int(GgmlType.BF16), values.shape)
-    half = values.reshape(-1).astype(np.float16)
-    return Weight(half.view(np.uint8), int(GgmlType.F16), values.shape)
+        return bits.view(np.uint8), int(GgmlType.BF16)
+    return values.reshape(-1).astype(np.float16).view(np.uint8), int(GgmlType.F16)
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -5,41 +5,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from ktd.model.config import ModelConfig
-
-F32 = npt.NDArray[np.float32]
+from ktd.model.device import Device
+from ktd.model.ops import Array
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """The first n rows of every buffer; names as in the graph. Some are parts of others."""
+    """The first n rows of every buffer, float32 unless said; names as in the graph. Some are parts of
+    others."""
 
-    x: F32  # [n, hidden] the residual stream
-    h: F32  # [n, hidden] its normed copy
-    q_a: F32  # [n, q_lora]
-    q: F32  # [n, heads · (nope + rope)]
-    q_nope: F32  # [n, heads, nope] of q
-    q_rope: F32  # [n, heads, rope] of q
-    kv: F32  # [n, kv_lora + rope] what the cache stores
-    kv_latent: F32  # [n, kv_lora] of kv
-    k_rope: F32  # [n, 1, rope] of kv
-    q_latent: F32  # [n, heads, kv_lora]
-    o_latent: F32  # [n, heads, kv_lora]
-    o_heads: F32  # [n, heads, value]
-    o: F32  # [n, heads · value], the same memory
-    router: F32  # [n, experts]
-    expert_ids: npt.NDArray[np.int32]  # [n, used]
-    expert_weights: F32  # [n, used]
+    n: int
+    x: Array  # [n, hidden] the residual stream
+    to_experts: Array  # [n · (hidden + 2 · used)]: the next three, one behind the other, to be copied at once
+    h: Array  # [n, hidden] the normed copy of x
+    expert_ids: Array  # [n, used], int32
+    expert_weights: Array  # [n, used]
+    q_a: Array  # [n, q_lora]
+    q: Array  # [n, heads · (nope + rope)]
+    q_nope: Array  # [n, heads, nope] of q
+    q_rope: Array  # [n, heads, rope] of q
+    kv: Array  # [n, kv_lora + rope] what the cache stores
+    q_latent: Array  # [n, heads, kv_lora]
+    o_latent: Array  # [n, heads, kv_lora]
+    o_heads: Array  # [n, heads, value]
+    o: Array  # [n, heads · value], the same memory
+    router: Array  # [n, experts]
 
 
 class Workspace:
-    """Grows to the largest step seen; views are made once per number of rows."""
+    """Grows to the largest step seen; views are made once per number of rows.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Without a `device` it gives numpy arrays, for the CPU kernels; else tensors of that device.
+    """
+
+    def __init__(self, config: ModelConfig, device: Device | None = None) -> None:
         self._config = config
+        self._device = device
         self._rows = 0
         self._logit_rows = 0
         self._views: dict[int, Views] = {}
@@ -52,19 +56,18 @@ class Workspace:
             self._rows = rows
             self._views.clear()
             used, experts = (c.moe.used, c.moe.experts) if c.moe else (0, 0)
-            self._x, self._h = np.empty((2, rows, c.hidden), np.float32)
-            self._q_a = np.empty((rows, c.q_lora or 0), np.float32)
-            self._q = np.empty((rows, c.heads, c.nope + c.rope), np.float32)
-            self._kv = np.empty((rows, c.latent), np.float32)
-            self._q_latent, self._o_latent = np.empty((2, rows, c.heads, c.kv_lora), np.float32)
-            self._o = np.empty((rows, c.heads, c.value), np.float32)
-            self._router = np.empty((rows, experts), np.float32)
-            self._expert_ids = np.empty((rows, used), np.int32)
-            self._expert_weights = np.empty((rows, used), np.float32)
+            self._x = self._empty(rows, c.hidden)
+            self._to_experts = self._empty(rows * (c.hidden + 2 * used))
+            self._q_a = self._empty(rows, c.q_lora or 0)
+            self._q = self._empty(rows, c.heads, c.nope + c.rope)
+            self._kv = self._empty(rows, c.latent)
+            self._q_latent, self._o_latent = self._empty(2, rows, c.heads, c.kv_lora)
+            self._o = self._empty(rows, c.heads, c.value)
+            self._router = self._empty(rows, experts)
         if logit_rows > self._logit_rows:
             self._logit_rows = logit_rows
-            self._last = np.empty((logit_rows, c.hidden), np.float32)
-            self._logits = np.empty((logit_rows, c.vocab_size), np.float32)
+            self._last = self._empty(logit_rows, c.hidden)
+            self._logits = self._empty(logit_rows, c.vocab_size)
 
     def rows(self, n: int) -> Views:
         """Views of n rows, n at least 1."""
@@ -73,29 +76,47 @@ class Workspace:
             self._views[n] = self._cut(n)
         return self._views[n]
 
-    def last(self, n: int) -> tuple[F32, F32]:
+    def last(self, n: int) -> tuple[Array, Array]:
         """(final hidden states [n, hidden], logits [n, vocab]); both are overwritten by the next step."""
         self.reserve(0, n)
-        return self._last[:n], self._logits[:n]
+        return self._given(self._last[:n]), self._given(self._logits[:n])
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape) if self._device is None else self._device.empty(shape)
+
+    def _given(self, tensor: torch.Tensor) -> Array:
+        return tensor.numpy() if self._device is None else tensor
 
     def _cut(self, n: int) -> Views:
-        c = self._config
+        c, given = self._config, self._given
+        used = c.moe.used if c.moe else 0
         q, kv, o = self._q[:n], self._kv[:n], self._o[:n]
+        to_experts = self._to_experts[: n * (c.hidden + 2 * used)]
+        h, expert_ids, expert_weights = expert_inputs(to_experts, n, c.hidden, used)
         return Views(
-            x=self._x[:n],
-            h=self._h[:n],
-            q_a=self._q_a[:n],
-            q=q.reshape(n, -1),
-            q_nope=q[:, :, : c.nope],
-            q_rope=q[:, :, c.nope :],
-            kv=kv,
-            kv_latent=kv[:, : c.kv_lora],
-            k_rope=kv[:, None, c.kv_lora :],
-            q_latent=self._q_latent[:n],
-            o_latent=self._o_latent[:n],
-            o_heads=o,
-            o=o.reshape(n, -1),
-            router=self._router[:n],
-            expert_ids=self._expert_ids[:n],
-            expert_weights=self._expert_weights[:n],
+            n=n,
+            x=given(self._x[:n]),
+            to_experts=given(to_experts),
+            h=given(h),
+            expert_ids=given(expert_ids),
+            expert_weights=given(expert_weights),
+            q_a=given(self._q_a[:n]),
+            q=given(q.view(n, -1)),
+            q_nope=given(q[:, :, : c.nope]),
+            q_rope=given(q[:, :, c.nope :]),
+            kv=given(kv),
+            q_latent=given(self._q_latent[:n]),
+            o_latent=given(self._o_latent[:n]),
+            o_heads=given(o),
+            o=given(o.view(n, -1)),
+            router=given(self._router[:n]),
         )
+
+
+def expert_inputs(
+    flat: torch.Tensor, n: int, hidden: int, used: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [n, hidden], ids int32 [n, used] and weights [n, used] in `flat`, float32
+    [n · (hidden + 2 · used)]."""
+    chosen = flat[n * hidden :].view(2, n, used)
+    return flat[: n * hidden].view(n, hidden), chosen[0].view(torch.int32), chosen[1]

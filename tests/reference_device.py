@@ -1,0 +1,124 @@
+"""A device for the hybrid graph that needs no GPU: tensors in ordinary memory, the ops of the CPU kernels,
+and work done as soon as it is asked for."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ktd_kernels import Cpu, MoeJob, Weight
+
+
+def _array(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.view(torch.uint16) if value.dtype is torch.bfloat16 else value).numpy()
+    return value
+
+
+class ReferenceOps:
+    """The methods of a Cpu, over tensors; `calls` counts them and keeps the last arguments."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self._cpu = cpu
+        self.calls: Counter[str] = Counter()
+        self.rows: Counter[int] = Counter()
+
+    def moe(self, *args: Any, accumulate: bool = False) -> None:
+        """Ids of experts that are elsewhere add nothing, which the Cpu does not know."""
+        gate, up, down, h, ids, weights, out = args
+        there = (ids >= 0) & (ids < gate.shape[0])
+        self.__getattr__("moe")(gate, up, down, h, ids * there, weights * there, out, accumulate=accumulate)
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._cpu, name)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            self.calls[name] += 1
+            if name == "mla_attention":
+                self.rows[len(args[0])] += 1
+            op(*map(_array, args), **kwargs)
+
+        return call
+
+
+class ReferenceDevice:
+    """As ktd_kernels.gpu.Gpu. A captured body is run again at each replay; `replays` counts them, `held` the
+    bytes of weights and `allocated` those of buffers."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self.device = torch.device("cpu")
+        self.rows: Any = ReferenceOps(cpu)
+        self.prompt: Any = ReferenceOps(cpu)
+        self.captures = self.replays = self.launches = self.held = self.allocated = self.passed = 0
+        self._aside = False
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        yield
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        self.allocated += tensor.nbytes
+        if dtype.is_floating_point:
+            tensor.fill_(torch.nan)
+        return tensor
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def upload(self, data: npt.NDArray[np.generic]) -> torch.Tensor:
+        self.held += data.nbytes
+        return torch.from_numpy(data.copy())
+
+    def weight(self, data: npt.NDArray[np.uint8], ggml_type: int, shape: Sequence[int]) -> Weight:
+        self.held += data.nbytes
+        return Weight(data.copy(), ggml_type, tuple(shape))
+
+    def settle(self) -> None:
+        pass
+
+    def reserve_stream(self, nbytes: int) -> None:
+        self._room = nbytes
+        self.allocated += 4 * nbytes
+
+    def pass_through(self, groups: Iterable[Sequence[Any]]) -> Iterator[list[Weight]]:
+        for group in groups:
+            assert sum(data.nbytes for data, _, _ in group) <= self._room
+            self.passed += sum(data.nbytes for data, _, _ in group)
+            yield [Weight(data.copy(), kind, shape) for data, kind, shape in group]
+
+    def launch(self, job: MoeJob) -> None:
+        assert self._aside, "the graph waits for the experts instead of going on"
+        self.launches += 1
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(MoeJob.function)(job.data)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self._aside = True
+        yield
+        self._aside = False
+
+    def join(self) -> None:
+        pass
+
+    def finish_aside(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            body()
+
+        return replay
