@@ -28,6 +28,7 @@ import logging
 import math
 import os
 import re
+import ssl
 import time
 import unicodedata
 import uuid
@@ -101,6 +102,10 @@ TEXTS: dict[str, dict[Language, str]] = {
         "en": "The valve BASE_URL must hold addresses such as grpc://127.0.0.1:50051 or https://host/v1, "
         "not {url!r}.",
         "zh": "阀门 BASE_URL 应填写 grpc://127.0.0.1:50051 或 https://host/v1 这样的地址，而不是 {url!r}。",
+    },
+    "bad_file": {
+        "en": "The file {path} of the TLS valves cannot be read: {reason}.",
+        "zh": "无法读取 TLS 阀门中的文件 {path}：{reason}。",
     },
     "no_grpc": {
         "en": "Open WebUI's Python lacks grpcio or protobuf ({reason}): install them there, or use an "
@@ -595,8 +600,10 @@ class SourceList:
         for entry in given:
             source = entry.get("source") or {}
             for text, about in zip(entry.get("document") or [], entry.get("metadata") or [], strict=False):
-                identity = str((about or {}).get("source") or source.get("id") or "N/A")
-                title = clean_text(source.get("name") or (about or {}).get("name"), 200)
+                about = about or {}
+                identity = str(about.get("source") or source.get("id") or "N/A")
+                # A legacy search names its query as the source; the page's title is in the metadata.
+                title = clean_text(about.get("title") or source.get("name") or about.get("name"), 200)
                 if self._number(identity) > len(self._prompt):
                     self._prompt.append((title, []))
                 self._prompt[self._numbers[identity] - 1][1].append(str(text))
@@ -1023,6 +1030,8 @@ HTTP_PASSED = [
     "search_options",
 ]
 
+# Open WebUI names the attached files in front of the question, for its tools.
+_ATTACHED = re.compile(r"\A<attached_files>.*?</attached_files>\s*", re.DOTALL)
 _OLD_THOUGHT = re.compile(r"<details type=\"reasoning\"[^>]*>.*?</details>\s*", re.DOTALL)
 
 
@@ -1090,9 +1099,9 @@ def has_image(content: object) -> bool:
     )
 
 
-def read_messages(body: Mapping[str, Any], *, text_only: bool) -> list[Json]:
-    """The conversation: role, content, tool calls. Old thoughts that another function left as markup are
-    dropped.
+def read_messages(body: Mapping[str, Any], *, text_only: bool, tools: bool = False) -> list[Json]:
+    """The conversation: role, content, tool calls. Dropped are old thoughts that another function left as
+    markup and, unless there are tools that need them, the ids of attached files.
     """
     messages: list[Json] = []
     for message in body.get("messages") or []:
@@ -1107,6 +1116,8 @@ def read_messages(body: Mapping[str, Any], *, text_only: bool) -> list[Json]:
         text = parts_text(content)
         if role == "assistant":
             text = _OLD_THOUGHT.sub("", text)
+        elif not tools:
+            text = _ATTACHED.sub("", text)
         kept: Json = {"role": role, "content": text}
         if message.get("tool_calls"):
             kept["tool_calls"] = message["tool_calls"]
@@ -1136,6 +1147,7 @@ def put_sources_into(
     metadata.
     """
     question = metadata.get("base_user_prompt") or last_question(messages).rpartition("</context>")[2].strip()
+    question = _ATTACHED.sub("", question)
     if _HAN.search(question):
         language = "zh"
     elif any(c.isalpha() for c in question):
@@ -1305,8 +1317,11 @@ def read_file(path: str) -> bytes | None:
     """The content of a certificate file; None for an empty path."""
     if not path:
         return None
-    with open(os.path.expanduser(path), "rb") as file:
-        return file.read()
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise PipeError("bad_file", path=path, reason=error.strerror, code="invalid_settings") from error
 
 
 async def paced(
@@ -1853,7 +1868,9 @@ def open_client(target: Target) -> Any:
     authority, certificate, key = target.certificates
     verify: Any = True
     if target.url.startswith("https://") and (authority or certificate):
-        verify = httpx.create_ssl_context(verify=os.path.expanduser(authority) if authority else True)
+        for path in target.certificates:
+            read_file(path)
+        verify = ssl.create_default_context(cafile=os.path.expanduser(authority) or None)
         if certificate:
             verify.load_cert_chain(os.path.expanduser(certificate), os.path.expanduser(key) or None)
     return httpx.AsyncClient(
@@ -2632,8 +2649,8 @@ class Pipe:
         page = Page(str(body.get("model") or ""), sources, emitter, options)
         try:
             target, model = self._resolve(body, valves)
-            messages = read_messages(body, text_only=target.speaks_grpc)
             offered = read_tools(body, valves.TOOL_ROUNDS) if valves.TOOLS == "on" else ()
+            messages = read_messages(body, text_only=target.speaks_grpc, tools=bool(offered))
             if offered:
                 page.offer_tools()
             elif valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import sys
 import types
 import uuid
@@ -119,7 +120,9 @@ class VendorServer:
 
 
 @asynccontextmanager
-async def vendor_server(reply: Callable[[dict[str, Any]], Reply]) -> AsyncIterator[VendorServer]:
+async def vendor_server(
+    reply: Callable[[dict[str, Any]], Reply], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[VendorServer]:
     """A real HTTP/1.1 server on a free port of the loopback; `reply` scripts it."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -154,7 +157,7 @@ async def vendor_server(reply: Callable[[dict[str, Any]], Reply]) -> AsyncIterat
         finally:
             writer.close()
 
-    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     server = VendorServer(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1")
     try:
         yield server

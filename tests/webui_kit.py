@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import grpc
 import httpx
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from ktd_proto.v1 import engine_pb2, engine_pb2_grpc
@@ -113,6 +114,11 @@ class Daemon:
         status = self._stub.GetStatus(engine_pb2.GetStatusRequest(), timeout=5)
         return int(status.running + status.waiting)
 
+    def ask(self, question: str) -> Any:
+        """A call of a client of its own: it is under way until it is cancelled."""
+        messages = [engine_pb2.Message(role="user", content=question)]
+        return self._stub.Chat(engine_pb2.ChatRequest(messages=messages))
+
     def _state(self) -> int | None:
         assert self._process is not None
         assert self._process.poll() is None, "the daemon ended while it started"
@@ -120,6 +126,33 @@ class Daemon:
             return int(self._stub.GetStatus(engine_pb2.GetStatusRequest(), timeout=1).state)
         except grpc.RpcError:
             return None
+
+
+class Canary:
+    """A web server that nobody should ask: `asked` holds the paths of those who did."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        canary = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                canary.asked.append(self.path)
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 class SearchEngine:
@@ -173,6 +206,28 @@ def sign_in(url: str, email: str, password: str) -> str:
         f"{url}/api/v1/auths/signin", json={"email": email, "password": password}, trust_env=False
     )
     return str(answer.raise_for_status().json()["token"])
+
+
+def change_model(admin: Any, params: dict[str, object], meta: dict[str, object]) -> None:
+    """Gives the scripted daemon's model these parameters and this page, and everybody access to it."""
+    grant = {"principal_type": "user", "principal_id": "*", "permission": "read"}
+    params = {"reasoning_tags": False, **params}
+    record = {"id": "ktd.ktd-fake", "name": "ktd-fake", "params": params, "meta": meta}
+    admin._call("POST", "/api/v1/models/model/update", {**record, "access_grants": [grant]})
+    admin.models()
+
+
+def add_knowledge(admin: Any, name: str, file: str, text: str) -> dict[str, str]:
+    """A knowledge collection with one text file: its id and name."""
+    uploaded = admin._http.post("/api/v1/files/", files={"file": (file, text.encode(), "text/plain")})
+    made = admin._call("POST", "/api/v1/knowledge/create", {"name": name, "description": name})
+    content = {"file_id": uploaded.raise_for_status().json()["id"]}
+    admin._call("POST", f"/api/v1/knowledge/{made['id']}/file/add", content)
+    return {"id": made["id"], "name": name}
+
+
+def remove_pipe(admin: Any) -> None:
+    admin._call("DELETE", "/api/v1/functions/id/ktd/delete")
 
 
 # What the last answer on the page shows, read in one go.
@@ -290,6 +345,25 @@ class Browser:
         shown = self.wait_answer(lambda shown: shown["thought_open"], "the thought is open", 10)
         time.sleep(0.3)  # it unfolds
         return str((self.answer() or shown)["text"])
+
+    def hover(self, xpath: str) -> None:
+        """Moves the mouse onto the element, by way of its neighbourhood."""
+        element = self.driver.find_element("xpath", xpath)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        ActionChains(self.driver).move_to_element_with_offset(element, 0, 60).move_to_element(
+            element
+        ).perform()
+
+    def attach(self, file: Path) -> None:
+        """Attaches a file to the next question."""
+        self.driver.find_element("css selector", "input[type=file]:not(#camera-input)").send_keys(str(file))
+        chip = f"//form//*[contains(text(), '{file.name}')]"
+        until(lambda: self.driver.find_elements("xpath", chip), 20, "the file is attached")
+        until(
+            lambda: not self.driver.find_elements("css selector", "form .spinner, form [class*=spinner]"),
+            20,
+            "the file is read",
+        )
 
     def web_search(self) -> None:
         """Switches web search on for this chat."""

@@ -23,123 +23,9 @@ from pipe_kit import (
     sse,
     vendor_server,
 )
+from vendors import LINKS, USAGE, VENDORS, WEB
 
 module: Any = load_pipe_module()
-
-USAGE = {"prompt_tokens": 9, "completion_tokens": 20, "total_tokens": 29}
-WEB = [
-    {"title": "One", "url": "https://one.example/a", "snippet": "first", "summary": "first"},
-    {"title": "Two", "url": "https://two.example/b", "snippet": "second", "summary": "second"},
-]
-LINKS = [item["url"] for item in WEB]
-LISTED = {"citations": LINKS, "search_results": WEB, "usage": USAGE}
-LATE = [{"name": item["title"], "url": item["url"]} for item in WEB]
-NOTES = [
-    {"type": "url_citation", "url_citation": {"title": item["title"], "url": item["url"]}} for item in WEB
-]
-TIMINGS = {"prompt_per_second": 50.5, "predicted_per_second": 7.25}
-LAST = b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode() + b"\n\n"
-TAGGED = sse(
-    delta("<thi"), delta("nk>\nI `</think>` on\n</th"), delta("ink>\n\nDone <think>."), delta(None, "stop")
-)
-
-# name -> (bytes of the stream, thought, text, titles of the sources)
-VENDORS: dict[str, tuple[bytes, str, str, list[str]]] = {
-    "deepseek": (
-        sse(
-            delta(reasoning_content="Hm, "),
-            delta(reasoning_content="well 🐟.\n"),
-            delta("\n\nYes"),
-            delta(" 是的"),
-            delta(".", "stop", usage=USAGE),
-        ),
-        "Hm, well 🐟.\n",
-        "Yes 是的.",
-        [],
-    ),
-    "ark bot": (
-        sse(
-            delta("", references=WEB),
-            delta(reasoning_content="想", references=None),
-            delta("据摘要1、"),
-            delta("2报道。"),
-            delta("完", "stop", references=[], usage=USAGE),
-        ),
-        "想",
-        "据[1][2]报道。完",
-        ["One", "Two"],
-    ),
-    "perplexity": (
-        sse(
-            delta("<think>\nlook</think>\nIt is", **LISTED),
-            delta(" so[1", **LISTED),
-            delta("][2] [9].", "stop", **LISTED),
-            end="\r\n\r\n",
-        ),
-        "look",
-        "It is so[1][2] .",
-        ["One", "Two"],
-    ),
-    "perplexity without details": (
-        sse(delta("So[2].", "stop", citations=LINKS, search_results=None, usage=USAGE)),
-        "",
-        "So[2].",
-        ["one.example", "two.example"],
-    ),
-    "siliconflow": (
-        sse(
-            {"choices": [{"index": 0, "delta": {"type": "search_result", "search_results": WEB}}]},
-            delta(reasoning_content="x"),
-            delta("See [citation:2]"),
-            delta("[citation:1].", "stop", usage=USAGE),
-        ),
-        "x",
-        "See [2][1].",
-        ["One", "Two"],
-    ),
-    "sources last": (
-        sse(
-            delta("See [citation:2]."),
-            delta(None, "stop", reference=LATE, usage=USAGE),
-        ),
-        "",
-        "See [2].",
-        ["One", "Two"],
-    ),
-    "annotations": (
-        sse(
-            delta("So [1]", annotations=NOTES[:1]),
-            delta(" [2].", annotations=NOTES[1:]),
-            delta("", "stop", usage=USAGE),
-        ),
-        "",
-        "So [1] [2].",
-        ["One", "Two"],
-    ),
-    "tags and keep-alives": (
-        b": keep-alive\n\n"
-        + TAGGED.replace(b"data: {", b"event: message\nid: 1\ndata:{", 1)
-        .replace(b"data: [DONE]", b": bye\n\n" + LAST + b"data: [DONE]"),
-        "I `</think>` on",
-        "Done <think>.",
-        [],
-    ),
-    "ollama": (
-        sse(delta("", reasoning="a"), delta("", reasoning="b"), delta("c", "stop", usage=USAGE), end="\n"),
-        "ab",
-        "c",
-        [],
-    ),
-    "llama-server": (
-        sse(
-            delta("one\u2028two"),
-            delta(None, "stop", timings=TIMINGS, usage=USAGE),
-        ),
-        "",
-        "one\u2028two",
-        [],
-    ),
-}  # fmt: skip
 
 
 @asynccontextmanager
@@ -158,19 +44,21 @@ async def converse(reply: Reply, **valves: Any) -> tuple[Shown, VendorServer]:
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_every_vendor_gives_the_same_page_however_its_bytes_are_cut(vendor: str, data: Any) -> None:
-    stream, thought, text, titles = VENDORS[vendor]
+    recorded = VENDORS[vendor]
+    stream = recorded.stream
     cuts = sorted(data.draw(st.sets(st.integers(1, len(stream) - 1), max_size=12)))
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     shown, _ = asyncio.run(converse(Reply(pieces)))
     assert shown.error is None
-    assert (shown.thought, shown.text) == (thought, text)
-    assert [source["source"]["name"] for source in shown.sources] == titles
+    assert (shown.thought, shown.text) == (recorded.thought, recorded.text)
+    assert [source["source"]["name"] for source in shown.sources] == list(recorded.titles)
     assert shown.finish_reason == "stop"
     assert shown.usage is not None
-    assert shown.usage["completion_tokens"] == 20
+    assert shown.usage.items() >= recorded.usage.items()
+    assert shown.usage["completion_tokens_per_second"] > 0
 
 
 def read_all(pieces: Iterable[bytes]) -> tuple[str, str]:
@@ -183,19 +71,13 @@ def read_all(pieces: Iterable[bytes]) -> tuple[str, str]:
 
 
 def test_byte_by_byte() -> None:
-    for stream, *_ in VENDORS.values():
+    for recorded in VENDORS.values():
+        stream = recorded.stream
         assert read_all(stream[at : at + 1] for at in range(len(stream))) == read_all([stream])
 
 
-async def test_the_servers_own_rates_are_shown() -> None:
-    shown, _ = await converse(Reply([VENDORS["llama-server"][0]]))
-    assert shown.usage is not None
-    assert shown.usage["completion_tokens_per_second"] == 7.25
-    assert shown.usage["prompt_tokens_per_second"] == 50.5
-
-
 async def test_search_results_become_a_status_and_source_events() -> None:
-    shown, _ = await converse(Reply([VENDORS["siliconflow"][0]]))
+    shown, _ = await converse(Reply([VENDORS["SiliconFlow"].stream]))
     assert shown.order == ["source", "status", "thought", "text"]
     assert shown.statuses[-1]["items"] == [{"title": item["title"], "link": item["url"]} for item in WEB]
     assert shown.sources[0]["document"] == ["first"]
@@ -204,7 +86,7 @@ async def test_search_results_become_a_status_and_source_events() -> None:
 
 async def test_a_services_sources_follow_open_webuis() -> None:
     given_sources = [{"source": {"id": "f", "name": "F"}, "document": ["x"], "metadata": [{"source": "f"}]}]
-    stream = VENDORS["perplexity"][0]
+    stream = VENDORS["Perplexity"].stream
     async with vendor_server(lambda request: Reply([stream])) as server, pipe_to(server.url) as pipe:
         about = {"sources": given_sources, "base_user_prompt": "hello"}
         shown = await ask(pipe, browser_body("hello", model="ktd.r1"), metadata=about)
@@ -275,7 +157,11 @@ async def test_thoughts_whose_opening_tag_is_missing() -> None:
 
 async def test_a_service_that_does_not_stream() -> None:
     message = {"role": "assistant", "reasoning_content": "t", "content": "x [citation:1]", "annotations": []}
-    reply = {"choices": [{"message": message, "finish_reason": "length"}], "usage": USAGE, "references": WEB}
+    reply = {
+        "choices": [{"message": message, "finish_reason": "length"}],
+        "usage": USAGE,
+        "references": WEB,
+    }
     pieces = [json.dumps(reply).encode()]
     shown, _ = await converse(Reply(pieces, content_type="application/json; charset=utf-8"))
     assert (shown.thought, shown.text, shown.finish_reason) == ("t", "x [1]", "length")

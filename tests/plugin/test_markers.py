@@ -168,13 +168,14 @@ def test_sources_are_numbered_as_open_webui_does() -> None:
     given_sources = [
         {"source": {"id": "file-1", "name": "notes.txt"}, "document": ["one", "two"],
          "metadata": [{"source": "a"}, {"source": "b", "name": "b"}]},
-        {"source": {"id": "http://x/"}, "document": ["three"], "metadata": [{}]},
+        {"source": {"id": "http://x/", "name": "query"}, "document": ["three"],
+         "metadata": [{"title": "Page"}]},
         {"source": {"name": "again"}, "document": ["more"], "metadata": [{"source": "a"}]},
         {"source": {}, "document": [], "metadata": []},
     ]  # fmt: skip
     sources = pipe.SourceList(given_sources)
     assert len(sources) == 3
-    assert [text for _, text in sources.prompt] == ["one\nmore", "two", "three"]
+    assert sources.prompt == [("notes.txt", "one\nmore"), ("notes.txt", "two"), ("Page", "three")]
     found = [pipe.Source("X", "http://x/", "known"), pipe.Source("New", "http://new/", "text")]
     (event,) = sources.add(found, to_prompt=True)
     assert event["metadata"] == [{"source": "http://new/", "name": "New", "external": True}]

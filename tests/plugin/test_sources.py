@@ -39,6 +39,25 @@ async def test_sources_in_the_system_message_are_moved_to_the_question() -> None
     )
 
 
+async def test_ids_of_attached_files_are_for_tools_only() -> None:
+    names = '<attached_files>\n<file type="file" id="1" name="a.txt"/>\n</attached_files>\n\n'
+    messages = [
+        {"role": "user", "content": names + "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": names + "Two?"},
+    ]
+    about = {"sources": SOURCES, "base_user_prompt": names + "Two?"}
+    async with scripted_pipe([text("x"), STOP], [text("x"), STOP]) as (pipe, daemon):
+        await ask(pipe, browser_body("") | {"messages": messages}, metadata=about)
+        pipe.valves.TOOLS = "on"
+        await ask(pipe, browser_body("") | {"messages": messages})
+    first, _, last = (message.content for message in daemon.requests[0].messages)
+    assert first == "One?"
+    assert last.endswith("\nTwo?")
+    assert "attached_files" not in last
+    assert daemon.requests[1].messages[0].content == names + "One?"
+
+
 async def test_search_switch_under_native_function_calling() -> None:
     lake = {"title": "Lake", "link": "http://l.example/", "snippet": "12 km"}
     found = json.dumps([lake, {"title": "x", "link": "javascript:1"}])

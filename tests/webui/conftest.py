@@ -46,22 +46,29 @@ def server(search: SearchEngine, tmp_path_factory: pytest.TempPathFactory) -> It
     ]
     if missing:
         pytest.skip(f"{missing[0]} is missing (make test-setup)")
-    with open_webui(tmp_path_factory.mktemp("webui"), search.settings) as running:
+    # Files and knowledge go into the prompt whole: no embedding model is at hand.
+    whole = {"BYPASS_EMBEDDING_AND_RETRIEVAL": "true"}
+    with open_webui(tmp_path_factory.mktemp("webui"), {**search.settings, **whole}) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def daemon(server: Any) -> Iterator[Daemon]:
+def admin(server: Any) -> Iterator[Any]:
+    """The administrator's session on Open WebUI's API (a deploy/webui.py Admin)."""
+    with load_webui_script().Admin(server.url, server.login) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def daemon(admin: Any) -> Iterator[Daemon]:
     """The scripted daemon, with the Pipe installed and pointed at it."""
     port = free_port()
     running = Daemon([sys.executable, str(Path(__file__).with_name("scripted_daemon.py")), str(port)], port)
     running.start()
-    script = load_webui_script()
-    with script.Admin(server.url, script.Login(server.login.email, server.login.password)) as admin:
-        admin.install_pipe({"BASE_URL": f"grpc://{running.address}"})
-        (model,) = admin.models()
-        admin.publish(model)
-        admin.add_user(script.Login("user@localhost", "user-password"), "Ordinary User")
+    admin.install_pipe({"BASE_URL": f"grpc://{running.address}"})
+    (model,) = admin.models()
+    admin.publish(model)
+    admin.add_user(load_webui_script().Login("user@localhost", "user-password"), "Ordinary User")
     yield running
     running.close()
 

@@ -72,6 +72,20 @@ def test_prompt_progress_and_stop_in_it(browser: Browser, daemon: Daemon) -> Non
     assert not shown["shimmering"]
 
 
+def test_the_place_in_the_queue_is_shown(browser: Browser, daemon: Daemon) -> None:
+    others = [daemon.ask("/long") for _ in range(9)]  # eight run, one waits
+    until(lambda: daemon.busy() == 9, 10, "the daemon is full")
+    browser.ask("What is left?")
+    shown = browser.wait_answer(lambda shown: shown["statuses"], "the place is shown")
+    assert shown["statuses"] == ["Waiting: 1 in front"]
+    assert shown["shimmering"]
+    for other in others:
+        other.cancel()
+    shown = browser.wait_finished()
+    assert shown["text"] == "You asked: What is left?."
+    assert not shown["shimmering"]
+
+
 def test_search_shows_chips_sources_and_status(
     browser: Browser, daemon: Daemon, search: SearchEngine
 ) -> None:
@@ -85,6 +99,15 @@ def test_search_shows_chips_sources_and_status(
     assert any(chip.startswith("<img src=x") for chip in chips)
     assert "citation" not in shown["text"]
     assert "2 Sources" in shown["whole"]
+    # Two markers side by side are one chip with a list.
+    browser.hover("//button[contains(@aria-label, '+1 more sources')]")
+    lists = "//*[contains(@class, 'z-[999]')]"
+
+    def both() -> bool:
+        shown = [found.text for found in browser.driver.find_elements("xpath", lists)]
+        return any("Lake Vero, facts" in text and "<img src=x" in text for text in shown)
+
+    until(both, 10, "the list of both sources is there")
     # Nothing in the hostile result ran or became a link.
     assert browser.driver.title != "owned"
     assert not browser.driver.find_elements("css selector", "a[href^='javascript:']")

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from webui_kit import Browser, Daemon, SearchEngine, load_webui_script, real_daemon
+from webui_kit import Browser, Daemon, SearchEngine, real_daemon
 
 from ktd.embedded.questions import draw_question
 
@@ -22,10 +22,9 @@ FACTS = [
 
 
 @pytest.fixture
-def page(admin_browser: Browser, server: Any, daemon: Daemon) -> Iterator[Browser]:
+def page(admin_browser: Browser, admin: Any, daemon: Daemon) -> Iterator[Browser]:
     """The chat page with the Pipe pointed at `ktd serve`."""
-    script = load_webui_script()
-    with real_daemon() as real, script.Admin(server.url, server.login) as admin:
+    with real_daemon() as real:
         admin.install_pipe({"BASE_URL": f"grpc://{real.address}"})
         (model,) = admin.models()
         admin.publish(model)
