@@ -32,7 +32,7 @@ BUDGET_QEMU := 220
 BUDGET_PEERS := 100
 BUDGET_WEBUI := 280
 
-.PHONY: help proto stub up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format
+.PHONY: help proto stub up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format bench-pipe pictures
 
 help:
 	sed -n '1,4s/^# //p' Makefile
@@ -140,6 +140,14 @@ tests-webui: $(VENV)/.dev $(VENV)/.built webui-env
 # The README's table: our kernels and llama.cpp's on the same blocks, in turns.
 bench: $(VENV)/.built peers
 	$(BIN)/ktd bench kernels --tokens 1,512 --threads 1 --against llama.cpp --peer-lib $(PEERS_ENV)
+
+# What the Pipe adds to each token, and what other requests of Open WebUI notice of it (docs/pipe.md).
+bench-pipe: $(VENV)/.dev $(VENV)/.built webui-env
+	$(BIN)/python tests/webui/overhead.py
+
+# The pictures of the documentation, from the real page.
+pictures: $(VENV)/.dev $(VENV)/.built webui-env
+	$(BIN)/python tests/webui/screenshots.py
 
 # Regenerates the committed gRPC code from the proto file.
 proto: $(VENV)/.dev

@@ -212,15 +212,17 @@ class Admin:
             "meta": {"description": "DeepSeek-R1 from one GGUF on your own machine", "manifest": {}},
         }
         there = {item["id"]: item for item in self._call("GET", "/api/v1/functions/")}
-        if FUNCTION in there:
-            function = self._call("POST", f"/api/v1/functions/id/{FUNCTION}/update", form)
-            kept = self._call("GET", f"/api/v1/functions/id/{FUNCTION}/valves") or {}
-        else:
-            function, kept = self._call("POST", "/api/v1/functions/create", form), {}
-        active = there.get(FUNCTION, function).get("is_active", False)
-        if not active:
+        action = f"id/{FUNCTION}/update" if FUNCTION in there else "create"
+        function = self._call("POST", f"/api/v1/functions/{action}", form)
+        if not there.get(FUNCTION, function).get("is_active", False):
             self._call("POST", f"/api/v1/functions/id/{FUNCTION}/toggle")
-        self._call("POST", f"/api/v1/functions/id/{FUNCTION}/valves/update", {**kept, **valves})
+        self.set_valves(valves)
+
+    def set_valves(self, valves: Mapping[str, object]) -> None:
+        """Sets the valves that are named; the others stay as they are."""
+        path = f"/api/v1/functions/id/{FUNCTION}/valves"
+        kept = self._call("GET", path) or {}
+        self._call("POST", f"{path}/update", {**kept, **valves})
 
     def models(self) -> list[dict[str, Any]]:
         """The function's models as Open WebUI lists them now."""

@@ -819,6 +819,17 @@ class _Markup:
         """Whether every Markdown parser takes the next character for code: an unindented fence is open."""
         return bool(self._fence) and self._fence_sure
 
+    def feed_plain(self, text: str) -> None:
+        """Takes text without any of the characters that mean something here: the same as one by one."""
+        if self._escaped:
+            self.feed(text[0])
+            text = text[1:]
+        if text:
+            self._settle(text[0])
+            self._line_start = self._line_start and not text.strip(" \t>")
+            self._line += text
+            self.before = text[-1]
+
     def feed(self, char: str) -> None:
         """Takes the next character."""
         if char == self._run[0]:
@@ -840,8 +851,7 @@ class _Markup:
             self._end_line()
         else:
             self._line_start = self._line_start and char in " \t>"
-            if len(self._line) < 1000:  # what is longer neither opens nor closes a fence
-                self._line += char
+            self._line += char
         if char not in "`~$":
             self.before = char
 
@@ -906,6 +916,9 @@ class _Markup:
             self._math = "$"
 
 
+# What no code, mathematics, marker, image or tag begins or ends with; "(" and ")" matter behind a backslash
+# only.
+_PLAIN = re.compile(r"[^\\\n`~$!<\[\]【［摘]+")
 # An invisible character that keeps "!" and "[" (or "<" and a tag's name) from being read together.
 _JOINER = "\u2060"
 # Tags that Open WebUI renders though other HTML is shown as text: media, which the browser fetches at once,
@@ -946,6 +959,11 @@ class PageText:
         text, at = self._held, 0
         shown: list[str] = []
         while at < len(text):
+            if plain := _PLAIN.match(text, at):
+                shown.append(plain[0])
+                self._markup.feed_plain(plain[0])
+                at = plain.end()
+                continue
             char = text[at]
             try:
                 if self.active and (char in _OPENING or char == "摘") and self._markup.prose(char):
@@ -1912,7 +1930,18 @@ def http_payload(job: Job, body: Mapping[str, Any]) -> Json:
             payload["tool_choice"] = body["tool_choice"]
     if job.thinking is not None:
         payload |= _thinking_switch(job)
+    if job.continues:
+        _ask_to_continue(job, payload)
     return payload
+
+
+def _ask_to_continue(job: Job, payload: Json) -> None:
+    """Says that the last message is to go on. Services that are not named here do so by themselves."""
+    host = urlsplit(job.target.url).hostname or ""
+    if host.endswith("deepseek.com"):
+        payload["messages"][-1]["prefix"] = True
+    elif not host.endswith(("volces.com", "siliconflow.cn", "siliconflow.com", "perplexity.ai")):
+        payload |= {"continue_final_message": True, "add_generation_prompt": False}
 
 
 def _thinking_switch(job: Job) -> Json:

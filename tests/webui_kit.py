@@ -354,6 +354,43 @@ class Browser:
             element
         ).perform()
 
+    def paste_function(self, name: str, source: str, look: Callable[[str], None]) -> None:
+        """Pastes a function into the admin's editor, saves it and switches it on, as a person does.
+
+        `look` is called at each step with its name: "paste", "switch", "valves".
+        """
+        find = self.driver.find_elements
+        self.driver.get(f"{self.url}/admin/functions/create")
+        (editor,) = until(lambda: find("css selector", ".cm-content"), 30, "the editor is there")
+        find("css selector", "input[placeholder='Function Name']")[0].send_keys(name)
+        find("css selector", "input[placeholder='Function Description']")[0].send_keys("DeepSeek")
+        editor.click()
+        editor.send_keys(Keys.CONTROL, "a")
+        script = """
+        const pasted = new DataTransfer();
+        pasted.setData('text/plain', arguments[1]);
+        const event = {clipboardData: pasted, bubbles: true, cancelable: true};
+        arguments[0].dispatchEvent(new ClipboardEvent('paste', event));
+        """
+        self.driver.execute_script(script, editor, source)
+        editor.send_keys(Keys.CONTROL, Keys.HOME)
+        time.sleep(0.5)
+        look("paste")
+        find("xpath", "//button[contains(., 'Save & Create')]")[0].click()
+        until(lambda: find("xpath", "//button[normalize-space()='Confirm']"), 10, "it asks for trust")[
+            0
+        ].click()
+        # Open WebUI formats the whole file first.
+        switch = until(lambda: find("css selector", "button[role='switch']"), 120, "it is saved")[0]
+        switch.click()
+        time.sleep(1)
+        until(lambda: not find("css selector", "[data-sonner-toast]"), 20, "the toasts are gone")
+        look("switch")
+        find("css selector", "button[aria-label='Valves']")[0].click()
+        until(lambda: find("xpath", "//*[contains(text(), 'BASE_URL')]"), 20, "the valves are there")
+        time.sleep(1)
+        look("valves")
+
     def attach(self, file: Path) -> None:
         """Attaches a file to the next question."""
         self.driver.find_element("css selector", "input[type=file]:not(#camera-input)").send_keys(str(file))

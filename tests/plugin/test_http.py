@@ -6,12 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_daemon import fake_daemon
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pipe_grpc_kit import SOURCES
 from pipe_kit import (
     Reply,
     Shown,
@@ -113,6 +115,54 @@ async def test_grpc_and_http_give_the_same_page() -> None:
                 shown = await ask(pipe, browser_body("hello", model="ktd.any"), metadata=about)
                 pages.append((shown.thought, shown.text, shown.finish_reason, shown.error))
     assert pages[0] == pages[1] == ("A `</think>` tag", "The [2] and `[citation:1]`.", "stop", None)
+
+
+@pytest.mark.parametrize(
+    ("question", "sources"),
+    [("hello", SOURCES), ("/say <think>a</think>b `</think>`", []), ("/say no thought", []), ("/fail", [])],
+)
+async def test_both_doors_of_the_daemon_give_the_same_page(question: str, sources: list[Any]) -> None:
+    about = {"sources": sources, "base_user_prompt": question}
+    pages = []
+    async with fake_daemon() as daemon:
+        for url in (f"grpc://{daemon.address}", f"{daemon.url}/v1"):
+            async with pipe_to(url, MODELS="") as pipe:
+                assert [entry["id"] for entry in await pipe.pipes()] == ["ktd-fake"]
+                body = browser_body(question, max_tokens=2000, temperature=0.5)
+                shown = await ask(pipe, body, metadata=about)
+                counts = [(shown.usage or {}).get(name) for name in USAGE]
+                pages.append((shown.thought, shown.text, shown.finish_reason, counts, bool(shown.error)))
+        one, two = (replace(request, request_id="") for request in daemon.engine.requests)
+    assert pages[0] == pages[1]
+    assert one == two, "the engine was asked the same"
+
+
+async def test_each_service_has_its_own_key_and_models() -> None:
+    def listing(request: dict[str, Any]) -> Reply:
+        if request["path"].endswith("/models"):
+            return Reply([b'{"data": [{"id": "listed"}]}'], content_type="application/json")
+        return Reply([sse(delta(request["key"], "stop"))])
+
+    async with vendor_server(listing) as one, vendor_server(listing) as two:
+        valves = {"BASE_URL": f"{one.url}; {two.url}", "API_KEY": "first; second", "MODELS": "r1=R1, v3;"}
+        async with pipe_to(**{"url": "", **valves}) as pipe:
+            entries = [(entry["id"], entry["name"]) for entry in await pipe.pipes()]
+            assert entries == [("r1", "R1"), ("v3", "v3"), ("2/listed", "listed")]
+            texts = [(await ask(pipe, browser_body("q", model=f"ktd.{name}"))).text for name, _ in entries]
+    assert texts == ["Bearer first", "Bearer first", "Bearer second"]
+    assert [request["model"] for request in one.requests] == ["r1", "v3"]
+    assert two.requests[-1]["model"] == "listed"
+
+
+async def test_fast_tasks_do_not_think() -> None:
+    reply = Reply([sse(delta('<think>x</think>{"title": "T"}', "stop"))])
+    async with vendor_server(lambda request: reply) as server, pipe_to(server.url, TASKS="fast") as pipe:
+        body = browser_body("### Task", model="ktd.r1", stream=False)
+        result = await pipe.pipe(body, __task__="title_generation")
+    assert result["choices"][0]["message"]["content"] == '{"title": "T"}'
+    (request,) = server.requests
+    assert request["max_tokens"] <= 256
+    assert request["chat_template_kwargs"] == {"thinking": False, "enable_thinking": False}
 
 
 async def test_what_the_service_is_sent() -> None:
@@ -273,3 +323,20 @@ def test_each_service_is_told_in_its_own_words(
     asked = job(url, model, thinking=True)
     assert module._chat_url(asked).endswith(path)
     assert module.http_payload(asked, {}).items() >= switch.items()
+
+
+@pytest.mark.parametrize(
+    ("url", "more", "last"),
+    [
+        ("https://api.deepseek.com/beta", {}, {"prefix": True}),
+        ("https://ark.cn.volces.com/api/v3", {}, {}),
+        ("http://vllm.example/v1", {"continue_final_message": True, "add_generation_prompt": False}, {}),
+    ],
+)
+def test_an_answer_to_be_continued(url: str, more: dict[str, Any], last: dict[str, Any]) -> None:
+    begun = {"role": "assistant", "content": "To be"}
+    payload = module.http_payload(
+        replace(job(url, "m"), messages=({"role": "user", "content": "q"}, begun)), {}
+    )
+    assert payload["messages"][-1] == begun | last
+    assert {name: payload[name] for name in payload if "co" in name or "add" in name} == more

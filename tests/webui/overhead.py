@@ -92,6 +92,27 @@ async def many(chat: Callable[[], Awaitable[list[float]]], count: int) -> list[f
     return [late for lates in await asyncio.gather(*(chat() for _ in range(count))) for late in lates]
 
 
+class Reader:
+    """One way to read the tokens: how late each came, and the CPU time of the reading thread."""
+
+    def __init__(self, label: str, chat: Callable[[], Awaitable[list[float]]], count: int) -> None:
+        self._label, self._chat, self._count = label, chat, count
+        self._late: list[float] = []
+        self._cpu = 0.0
+
+    async def run(self) -> None:
+        begun = time.thread_time()
+        self._late += await many(self._chat, self._count)
+        self._cpu += time.thread_time() - begun
+
+    def show(self) -> None:
+        chats = f"{self._count} chat{'s' if self._count > 1 else ''}"
+        print(
+            f"{row(f'{chats}, {self._label}', self._late)} {1e3 * self._cpu / len(self._late):8.2f}",
+            flush=True,
+        )
+
+
 async def measure_pipe(address: str) -> None:
     module = load_pipe_module()
     pipe = module.Pipe()
@@ -99,16 +120,17 @@ async def measure_pipe(address: str) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         await asyncio.wait_for(channel.channel_ready(), 30)
-        print(f"{'milliseconds from the daemon to the reader':44} {'median':>8} {'p99':>8}")
+        print(f"{'milliseconds from the daemon to the reader':44} {'median':>8} {'p99':>8} {'CPU':>8}")
         for count in (1, CHATS):
-            bare: list[float] = []
-            through: list[float] = []
+            readers = [
+                Reader("bare gRPC client", lambda: bare_chat(stub), count),
+                Reader("through the Pipe", lambda: pipe_chat(pipe), count),
+            ]
             for _ in range(ROUNDS):
-                bare += await many(lambda: bare_chat(stub), count)
-                through += await many(lambda: pipe_chat(pipe), count)
-            chats = f"{count} chat{'s' if count > 1 else ''}"
-            print(row(f"{chats}, bare gRPC client", bare))
-            print(row(f"{chats}, through the Pipe", through), flush=True)
+                for reader in readers:
+                    await reader.run()
+            for reader in readers:
+                reader.show()
         listing = []
         chats_running = asyncio.create_task(many(lambda: pipe_chat(pipe), CHATS))
         while not chats_running.done():

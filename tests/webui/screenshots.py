@@ -1,6 +1,7 @@
-"""Takes the README's pictures of the real page: `python tests/webui/screenshots.py [FOLDER]` (docs/images).
+"""Takes the pictures of the documentation: `python tests/webui/screenshots.py [FOLDER]` (docs/images).
 
-Starts `ktd serve` on the embedded model and an Open WebUI of its own, asks, and ends both.
+Starts an Open WebUI of its own, pastes the function in by hand, asks `ktd serve` on the embedded model and,
+for the views that come and go, a slow scripted daemon; then ends all of them.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from webui_kit import (
     ROOT,
     Browser,
+    Daemon,
     SearchEngine,
+    free_port,
     load_webui_script,
     open_webui,
     real_daemon,
     sign_in,
+    until,
 )
 
 RESULTS = [
@@ -35,6 +40,7 @@ RESULTS = [
         "snippet": "The Mill Bridge is 40 metres high.",
     },
 ]
+SCRIPTED = "a scripted model"
 
 
 def main(folder: Path) -> None:
@@ -45,17 +51,34 @@ def main(folder: Path) -> None:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         daemon = stack.enter_context(real_daemon())
         server = stack.enter_context(open_webui(work / "webui", search.settings))
-        with script.Admin(server.url, server.login) as admin:
-            admin.install_pipe({"BASE_URL": f"grpc://{daemon.address}", "SEARCH_RESULTS": 2})
-            (model,) = admin.models()
-            admin.publish(model)
+        admin = stack.enter_context(script.Admin(server.url, server.login))
         token = sign_in(server.url, server.login.email, server.login.password)
-        browser = Browser(server.url, token, work / "profile", (1180, 720))
+        browser = Browser(server.url, token, work / "profile", (1180, 760))
         stack.callback(browser.close)
-        take(browser, folder)
+        browser.new_chat()
+        source = (ROOT / "plugin" / "ktd_pipe.py").read_text(encoding="utf-8")
+        browser.paste_function("ktd", source, lambda step: browser.screenshot(folder / f"{step}.png"))
+        admin.set_valves({"BASE_URL": f"grpc://{daemon.address}", "SEARCH_RESULTS": 2})
+        offer(admin)
+        take_answers(browser, folder)
+        port = free_port()
+        command = [sys.executable, str(Path(__file__).with_name("scripted_daemon.py")), str(port)]
+        scripted = Daemon(command, port)
+        scripted.start()
+        stack.callback(scripted.close)
+        valves = {"BASE_URL": f"grpc://{scripted.address}", "MODELS": f"ktd-fake={SCRIPTED}"}
+        admin.set_valves(valves)
+        offer(admin)
+        take_passing(browser, scripted, folder)
 
 
-def take(browser: Browser, folder: Path) -> None:
+def offer(admin: Any) -> None:
+    (model,) = admin.models()
+    admin.publish(model)
+
+
+def take_answers(browser: Browser, folder: Path) -> None:
+    """A thought with its answer; a cited answer with its source; the search behind it."""
     browser.new_chat()
     browser.ask("What is 347 + 286?")
     browser.wait_finished()
@@ -67,7 +90,30 @@ def take(browser: Browser, folder: Path) -> None:
     browser.ask("When was the Alder Tower built?")
     browser.wait_finished()
     time.sleep(2)
+    browser.driver.find_element("css selector", ".status-description button, .status-description").click()
+    until(lambda: "https" in (browser.answer() or {})["html"], 10, "the list of sites is open")
+    time.sleep(1)
     browser.screenshot(folder / "search.png")
+    chip = "//*[@id='response-content-container']//button[contains(., 'Alder Tower')]"
+    browser.driver.find_element("xpath", chip).click()
+    time.sleep(1)
+    browser.screenshot(folder / "citations.png")
+
+
+def take_passing(browser: Browser, daemon: Daemon, folder: Path) -> None:
+    """Prompt progress, and an answer that broke off."""
+    browser.new_chat()
+    browser.ask("Read this, please. " + "It goes on for a while, and then it goes on again. " * 80)
+    browser.wait_answer(lambda shown: shown["statuses"], "the progress is shown")
+    browser.screenshot(folder / "progress.png")
+    browser.stop()
+    browser.new_chat()
+    browser.ask("Tell me about lighthouses.")
+    browser.wait_answer(lambda shown: len(shown["text"]) > 320, "the answer begins")
+    daemon.kill()
+    browser.wait_answer(lambda shown: "broke off" in shown["whole"], "the error is shown")
+    time.sleep(2)
+    browser.screenshot(folder / "error.png")
 
 
 if __name__ == "__main__":

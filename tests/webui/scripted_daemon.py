@@ -12,6 +12,11 @@ from fake_daemon import fake_daemon
 QUESTION = re.compile(r"\A.*^# (?:The user's message is:|用户消息为：)\n", re.DOTALL | re.MULTILINE)
 CITED = " [citation:1] It is also wide [citation:2], they say [citation:9]. Both [citation:1][citation:2]."
 
+LIGHTHOUSE = (
+    "A lighthouse is known by its rhythm. Every lamp along a coast keeps its own pattern of light and dark, "
+    "so that a sailor who counts the seconds knows which tower he sees, and where the rocks are. "
+)
+
 # 150 characters are written and 1,000 read in a second: time enough to look at the page in between.
 STEP = 0.02
 READ = 20
@@ -42,6 +47,8 @@ def script(prompt: str) -> str:
     cited = CITED if QUESTION.match(prompt) else ""
     if asked.startswith("/long"):
         return "<think>\nThis takes long.\n</think>\n\n" + "again and " * 10_000
+    if asked.startswith("Tell me"):
+        return f"<think>\nThey want to hear about it.\n</think>\n\n{LIGHTHOUSE * 50}"
     if asked.startswith("/think"):
         return "<think>\n" + "Let me think about it. " * 2_000
     if asked.startswith("/fetch "):

@@ -43,6 +43,20 @@ def test_the_install_command(server: Any, admin: Any, daemon: Daemon) -> None:
     assert "ktd.ktd-fake" in [model["id"] for model in listed["data"]], "an ordinary user sees the model"
 
 
+def test_pasting_by_hand(admin_browser: Browser, admin: Any, daemon: Daemon) -> None:
+    remove_pipe(admin)
+    source = (ROOT / "plugin" / "ktd_pipe.py").read_text(encoding="utf-8")
+    steps: list[str] = []
+    admin_browser.paste_function("ktd", source, steps.append)
+    assert steps == ["paste", "switch", "valves"]
+    admin.set_valves({"BASE_URL": f"grpc://{daemon.address}"})
+    assert [model["id"] for model in admin.models()] == ["ktd.ktd-fake"]
+    admin_browser.new_chat()
+    admin_browser.ask("Do you work?")
+    assert admin_browser.wait_finished()["text"] == "You asked: Do you work?."
+    admin.install_pipe({})  # the file itself again, not as Open WebUI's editor formats it
+
+
 class StuckAtTitles(engine_pb2_grpc.EngineServicer):
     """Answers questions at once and background work never."""
 
@@ -80,7 +94,7 @@ def test_a_title_that_takes_for_ever_does_not_delay_the_answer(
     admin_browser: Browser, admin: Any, daemon: Daemon
 ) -> None:
     with stuck_daemon() as (address, stuck):
-        admin.install_pipe({"BASE_URL": f"grpc://{address}", "TASKS": "fast"})
+        admin.set_valves({"BASE_URL": f"grpc://{address}", "TASKS": "fast"})
         try:
             admin_browser.new_chat()
             admin_browser.ask("Am I served first?")
@@ -91,7 +105,7 @@ def test_a_title_that_takes_for_ever_does_not_delay_the_answer(
             stuck.release.set()
             until(lambda: "Am I served first?" in admin_browser.driver.title, 20, "the rule gives the title")
         finally:
-            admin.install_pipe({"BASE_URL": f"grpc://{daemon.address}", "TASKS": "rule"})
+            admin.set_valves({"BASE_URL": f"grpc://{daemon.address}", "TASKS": "rule"})
 
 
 def test_http2_where_it_is_offered() -> None:

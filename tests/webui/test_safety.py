@@ -32,10 +32,10 @@ def test_nothing_that_a_model_writes_is_fetched(
     assert not browser.driver.find_elements("css selector", "a[href^='javascript:']")
 
     # The same page with the valve on proves that the canary would have been heard.
-    admin.install_pipe({"MEDIA": "show"})
+    admin.set_valves({"MEDIA": "show"})
     try:
         browser.new_chat()
         browser.ask(f"/fetch {canary.url}")
         until(lambda: {"/image?q=secret", "/frame2"} <= set(canary.asked), 20, "media are fetched")
     finally:
-        admin.install_pipe({"MEDIA": "link"})
+        admin.set_valves({"MEDIA": "link"})
