@@ -52,6 +52,7 @@ struct Activations {
 // layout, are `row_bytes` apart.
 struct MatmulArgs {
   const uint8_t* w;
+  const uint8_t* next;  // weights that this thread multiplies next, to be fetched meanwhile; or null
   int64_t row_bytes;
   int64_t rows;
   int64_t cols;

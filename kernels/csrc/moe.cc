@@ -13,6 +13,11 @@ namespace {
 constexpr int64_t kHiddenChunk = 256;
 constexpr int64_t kTokenChunk = 128;
 
+// Where that makes fewer pieces a thread than this, a piece that starts late holds up all threads: pieces are
+// then this many rows, and the few hidden values are quantised in between.
+constexpr int64_t kFewPieces = 16;
+constexpr int64_t kFineChunk = 64;
+
 // (token, expert) pairs handled at once: bounds the hidden values and the outputs that wait to be summed.
 constexpr int64_t kMaxPairs = 8192;
 
@@ -29,7 +34,7 @@ struct Groups {
 struct Layer {
   Cpu& cpu;
   const MoeArgs& args;
-  int64_t hidden_size, hidden_chunks;
+  int64_t hidden_size, hidden_chunk, hidden_chunks;
   Activations x_gate, x_up;
   Groups groups;
 };
@@ -67,7 +72,7 @@ Groups group_pairs(Cpu& cpu, const MoeArgs& args, int64_t hidden_chunks) {
 // hidden = silu(gate x) * (up x) of one piece, written as floats at [positions][hidden_size] or quantised for
 // `down`.
 struct Hidden {
-  float* values;  // when down is a float type
+  float* values;  // when down is a float type, or of fine pieces
   Activations quantized;
 };
 
@@ -77,16 +82,17 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
   const Groups& g = layer.groups;
   const int64_t a = std::upper_bound(g.piece, g.piece + g.active, static_cast<int32_t>(piece)) - g.piece - 1;
   const int64_t within = piece - g.piece[a];
-  const int64_t row = within % layer.hidden_chunks * kHiddenChunk;
+  const int64_t row = within % layer.hidden_chunks * layer.hidden_chunk;
   const int64_t first = g.begin[a] + within / layer.hidden_chunks * kTokenChunk;
   const int64_t n = std::min<int64_t>(kTokenChunk, g.begin[a + 1] - first);
-  const int64_t rows = std::min(kHiddenChunk, layer.hidden_size - row);
+  const int64_t rows = std::min(layer.hidden_chunk, layer.hidden_size - row);
   float* const gate_out = scratch + thread * 2 * kTokenChunk * kHiddenChunk;
   float* const up_out = gate_out + kTokenChunk * kHiddenChunk;
 
-  const auto product = [&](const Weight& w, const Activations& x, float* out) {
+  const auto product = [&](const Weight& w, const Activations& x, float* out, const uint8_t* next) {
     MatmulArgs m{};
     m.w = w.row(g.expert[a], row);
+    m.next = next;
     m.row_bytes = w.row_bytes;
     m.rows = rows;
     m.cols = w.cols;
@@ -100,15 +106,15 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
     m.scratch = matmul_scratch + thread * kMatmulScratch;
     matmul_of(layer.cpu, w)(m);
   };
-  product(*args.gate, layer.x_gate, gate_out);
-  product(*args.up, layer.x_up, up_out);
+  product(*args.gate, layer.x_gate, gate_out, args.up->row(g.expert[a], row));
+  product(*args.up, layer.x_up, up_out, nullptr);
 
   const int64_t block = args.down->activation_block();
   for (int64_t t = 0; t < n; ++t) {
     float* values = gate_out + t * kHiddenChunk;
     layer.cpu.table.silu_mul(values, up_out + t * kHiddenChunk, rows);
     const int64_t at = (first + t) * layer.hidden_size + row;
-    if (block == 0) {
+    if (hidden.values) {
       memcpy(hidden.values + at, values, static_cast<size_t>(rows) * sizeof(float));
     } else {
       const auto quantize_row = block == 256 ? layer.cpu.table.quantize_256 : layer.cpu.table.quantize_32;
@@ -132,6 +138,7 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
     const int64_t first = g.begin[a];
     MatmulArgs m{};
     m.w = down.row(g.expert[a], row);
+    m.next = a + 1 < g.active ? down.row(g.expert[a + 1], row) : nullptr;
     m.row_bytes = down.row_bytes;
     m.rows = rows;
     m.cols = down.cols;
@@ -162,8 +169,12 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
 void run_slice(Cpu& cpu, const MoeArgs& args) {
   const Weight &gate = *args.gate, &up = *args.up, &down = *args.down;
   const int64_t pairs = args.n * args.k, hidden_size = gate.rows, threads = cpu.pool.threads();
-  const int64_t hidden_chunks = (hidden_size + kHiddenChunk - 1) / kHiddenChunk;
-  Layer layer{cpu, args, hidden_size, hidden_chunks, {}, {}, group_pairs(cpu, args, hidden_chunks)};
+  const bool fine =
+      pairs * ((hidden_size + kHiddenChunk - 1) / kHiddenChunk) < kFewPieces * threads && threads > 1;
+  const int64_t hidden_chunk = fine ? kFineChunk : kHiddenChunk;
+  const int64_t hidden_chunks = (hidden_size + hidden_chunk - 1) / hidden_chunk;
+  Layer layer{cpu,           args, hidden_size, hidden_chunk,
+              hidden_chunks, {},   {},          group_pairs(cpu, args, hidden_chunks)};
   const int64_t gate_block = gate.activation_block(), up_block = up.activation_block();
   if (gate_block != 0) layer.x_gate = quantize(cpu, cpu.x, gate_block, args.x, args.n, 1, gate.cols);
   if (up_block == gate_block) {
@@ -174,7 +185,7 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
 
   Hidden hidden{};
   const int64_t block = down.activation_block();
-  if (block == 0) {
+  if (block == 0 || fine) {
     hidden.values = cpu.hidden_float.get<float>(pairs * hidden_size);
   } else {
     hidden.quantized = {cpu.hidden.q.get<int8_t>(pairs * hidden_size),
@@ -188,6 +199,8 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
                           for (int64_t piece = begin; piece < end; ++piece)
                             run_hidden_piece(layer, hidden, piece, thread, scratch, matmul_scratch);
                         });
+  if (block != 0 && fine)
+    hidden.quantized = quantize(cpu, cpu.hidden, block, {hidden.values, hidden_size}, pairs, 1, hidden_size);
 
   // Whole panels of 32 rows, about eight pieces a thread; many pairs: small enough to keep `partial` in
   // cache.

@@ -11,6 +11,19 @@ constexpr int kHalves = static_cast<int>(kPackedRows) / kRowLanes;
 // Bytes ahead of the block at hand that are asked of memory: some 100 ns at 13 GB/s a core, twice.
 constexpr int64_t kPackedAhead = 4096;
 
+// What follows the weights at hand, or their end, by kPackedAhead.
+template <int64_t kBytes>
+inline void prefetch_ahead(const MatmulArgs& a, const uint8_t* w) {
+  const uint8_t* const end = a.w + (a.rows + kPackedRows - 1) / kPackedRows * a.row_bytes;
+  const uint8_t* at = w + kPackedAhead;
+  if (at >= end) {
+    if (a.next == nullptr) return;
+    at = a.next + (at - end);
+  }
+  for (int64_t i = 0; i < kBytes; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
+}
+
 template <int kTokens>
 constexpr bool kTwoSums = kVnni && kTokens == 1;
 // Two sums are 256 times, digits 64 times the product; digits are trit + 1.
@@ -251,8 +264,7 @@ void multiply_group(const MatmulArgs& a, int64_t row, int64_t first,
     for (int h = 0; h < kHalves; ++h) acc[t][h] = zero_f();
   }
   for (int64_t k = 0; k < blocks; ++k, ++w) {
-    for (size_t i = 0; i < sizeof(Block); i += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(w) + kPackedAhead + i, _MM_HINT_T0);
+    prefetch_ahead<sizeof(Block)>(a, reinterpret_cast<const uint8_t*>(w));
     const int8_t* q[kTokens];
     const PackedX<F, kTwoSums<kTokens>>* x[kTokens];
 #pragma GCC unroll 4
@@ -336,6 +348,7 @@ struct PackedRowsIq1 {
     store_f(tile.d[0] + lane, mul_f(load_f16(w.d + at), set_f(block_factor<F>())));
     VecI twos[2];  // of the 32 (16) values at hand
     VecI code = zero_i();
+#pragma GCC unroll 16
     for (int sub = 0; sub < 16; ++sub) {
       VecI scale;
       if constexpr (F == Format::IQ1_S) {
@@ -391,15 +404,16 @@ inline void pack_scales(const BlockIQ1_S& b, int r, PackedIQ1_S& out) {
 }
 
 inline void pack_scales(const BlockIQ1_M& b, int r, PackedIQ1_M& out) {
-  uint32_t negative = 0;
-  for (int g = 0; g < 32; ++g) negative |= static_cast<uint32_t>(b.qh[g / 2] >> (g % 2 * 4 + 3) & 1) << g;
-  out.negative[r] = negative;
+  uint64_t qh[2];
+  __builtin_memcpy(qh, b.qh, 16);
+  const auto signs = [&](uint64_t nibbles) {
+    return static_cast<uint32_t>(_pext_u64(nibbles, 0x8888888888888888));
+  };
+  out.negative[r] = signs(qh[0]) | signs(qh[1]) << 16;
   for (int h = 0; h < 2; ++h) {
-    uint32_t scales = 0;
-    for (int s = 0; s < 8; ++s)
-      scales |= static_cast<uint32_t>(b.scales[2 * h + s / 4] >> (3 * (s % 4)) & 7)
-                << 1 << (s / 2 * 4 + s % 2 * 16);
-    out.scales[h][r] = scales;
+    const uint32_t eight = (b.scales[2 * h] & 0xfffu) | (b.scales[2 * h + 1] & 0xfffu) << 12;
+    out.scales[h][r] =
+        _pdep_u32(_pext_u32(eight, 0x1c71c7), 0xeeee) | _pdep_u32(_pext_u32(eight, 0xe38e38), 0xeeee0000);
   }
 }
 
