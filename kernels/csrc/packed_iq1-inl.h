@@ -20,8 +20,7 @@ inline void prefetch_ahead(const MatmulArgs& a, const uint8_t* w) {
     if (a.next == nullptr) return;
     at = a.next + (at - end);
   }
-  for (int64_t i = 0; i < kBytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
+  for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
 }
 
 template <int kTokens>
@@ -318,13 +317,13 @@ void matmul_few(const MatmulArgs& a) {
   }
 }
 
-// Rows for the tile path: 8 * (trit + 1) + (0 or 2) as codes, so that 17 is weight 0.
+// Rows for the tile path. VNNI takes the scale into the codes: scale * (4 * (trit + 1) + 1 or 0) is at most
+// 195, so that a block's products need no scaling. Else codes are 8 * (trit + 1) + (2 or 0). Either way 17 is
+// weight 0 of 8 * trit +- 1 when all is counted in eighths.
 template <Format F>
 struct PackedRowsIq1 {
   using Block = typename PackedBlock<F>::Type;
-  // The largest code counts only where pair sums go through 16 bits (kTileMax).
-  static constexpr int max = kVnni ? 1 : 26, offset = 17;
-  static constexpr int kGroups = kPanel / static_cast<int>(kPackedRows);
+  static constexpr int kLargest = 26, kZero = 17, kGroups = kPanel / static_cast<int>(kPackedRows);
   const Block* group[kGroups];
 
   PackedRowsIq1(const MatmulArgs& a, int64_t r0, int64_t rows) {
@@ -339,48 +338,70 @@ struct PackedRowsIq1 {
         build_lanes(group[i][k], h, i * static_cast<int>(kPackedRows) + h * kRowLanes, tile);
   }
 
+  template <int kTokens>
+  static void multiply(const Tile& tile, const TokenX* x, int64_t k, int, float* out) {
+    if constexpr (!kVnni) {
+      multiply_tile_256<Traits<F>::sub, false, kLargest, kTokens>(tile, x, k, out);
+    } else {
+      const int8_t* q[kTokens];
+      float dx[kTokens];
+      for (int t = 0; t < kTokens; ++t) q[t] = x[t].q + 256 * k, dx[t] = x[t].scales[k];
+      VecI acc[2][kTokens];
+      clear<kTokens>(acc);
+      for (int dword = 0; dword < 64; dword += 8) multiply_unscaled<1, kTokens>(tile, dword, q, acc);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t)
+        acc[0][t] = add_i32(acc[0][t], acc[0][t]), acc[1][t] = add_i32(acc[1][t], acc[1][t]);
+      multiply_sums<kTokens>(tile, x, k, acc);
+      accumulate<kTokens>(tile.d[0], dx, acc, false, out);
+    }
+  }
+
   static void build_lanes(const Block& w, int half, int lane, Tile& tile) {
+    constexpr int kUnit = kVnni ? 1 : 2;  // what a positive delta adds to a code
     const int at = half * kRowLanes;
     for (size_t i = 0; i < sizeof(Block) / static_cast<size_t>(kHalves); i += 64)
       _mm_prefetch(reinterpret_cast<const char*>(&w) + 2 * sizeof(Block) +
                        static_cast<size_t>(half) * sizeof(Block) / 2 + i,
                    _MM_HINT_T0);
     store_f(tile.d[0] + lane, mul_f(load_f16(w.d + at), set_f(block_factor<F>())));
-    VecI twos[2];  // of the 32 (16) values at hand
     VecI code = zero_i();
 #pragma GCC unroll 16
     for (int sub = 0; sub < 16; ++sub) {
-      VecI scale;
+      VecI scale, plus[2];  // of each 8 values
       if constexpr (F == Format::IQ1_S) {
         const VecI scales = load_i(w.scales + at);
         const int nibble = sub / 4 * 4 + sub / 2 % 2 * 16;
         scale = scale_of(right_u32(scales, nibble));
-        twos[0] = twos[1] = twos_of(scales, nibble);
+        plus[0] = plus[1] = plus_of<kUnit>(scales, nibble);
       } else {
         const VecI negative = load_i(w.negative + at);
         scale = scale_of(right_u32(load_i(w.scales[sub / 8] + at), sub % 8 / 2 * 4 + sub % 2 * 16));
-        twos[0] = twos_of(negative, 2 * sub);
-        twos[1] = twos_of(negative, 2 * sub + 1);
+        plus[0] = plus_of<kUnit>(negative, 2 * sub);
+        plus[1] = plus_of<kUnit>(negative, 2 * sub + 1);
       }
-      store_i(&tile.sc[sub][lane], kVnni ? scale : or_i(scale, left_i32(scale, 16)));
-      // -17 * scale, in the word of this sub-block.
-      const VecI factor = and_i(mul_i16(scale, set_i32(-offset)), set_i32(0xffff));
+      const VecI twice = or_i(scale, left_i32(scale, 16));
+      if constexpr (!kVnni) store_i(&tile.sc[sub][lane], twice);
+      // The zero times scale, in the word of this sub-block.
+      const VecI factor = and_i(mul_i16(scale, set_i32(-kZero)), set_i32(0xffff));
       VecI* const factors = reinterpret_cast<VecI*>(&tile.sum_factor[sub / 2][lane]);
       store_i(factors, sub % 2 == 0 ? factor : or_i(load_i(factors), left_i32(factor, 16)));
 #pragma GCC unroll 4
       for (int step = 4 * sub; step < 4 * sub + 4; ++step) {
         code = step % 5 == 0 ? load_i(w.codes[step / 5] + half * kVectorBytes) : next_trit(code);
-        store_i(tile.u[step][lane],
-                or_i(and_i(right_u32(trit_bits(code), 3), set_i8(0x18)), twos[step % 4 / 2]));
+        const VecI trit = and_i(right_u32(trit_bits(code), kVnni ? 4 : 3), set_i8(kVnni ? 0x0c : 0x18));
+        const VecI u = or_i(trit, plus[step % 4 / 2]);
+        store_i(tile.u[step][lane], kVnni ? mul_i16(u, twice) : u);  // no byte of a product carries
       }
     }
   }
 
   static VecI scale_of(VecI nibble) { return or_i(and_i(nibble, set_i32(14)), set_i32(1)); }
-  // The byte 2 in every byte of a lane whose bit is 0.
-  static VecI twos_of(VecI bits, int bit) {
+  // kUnit in every byte of a lane whose bit is 0.
+  template <int kUnit>
+  static VecI plus_of(VecI bits, int bit) {
     const VecI set = and_i(right_u32(bits, bit), set_i32(1));
-    return and_i(add_i32(set, set_i32(-1)), set_i8(2));
+    return and_i(add_i32(set, set_i32(-1)), set_i8(kUnit));
   }
 };
 

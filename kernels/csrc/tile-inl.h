@@ -267,21 +267,12 @@ void multiply_tile_32(const Tile& tile, const TokenX* x, int64_t k, int count, f
   }
 }
 
-template <Format F, int kMax, int kTokens>
-void multiply_tile(const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
-  using T = Traits<F>;
-  if constexpr (T::block == 256)
-    multiply_tile_256<T::sub, T::minimum, kMax, kTokens>(tile, x, k, out);
-  else
-    multiply_tile_32<T::offset, T::minimum, kMax, kTokens>(tile, x, k, count, out);
-}
-
-template <Format F, int kMax, int kTokens = kTileTokens>
+template <class Panel, int kTokens = kTileTokens>
 void multiply_tile_up_to(int tokens, const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
   if (tokens == kTokens) {
-    multiply_tile<F, kMax, kTokens>(tile, x, k, count, out);
+    Panel::template multiply<kTokens>(tile, x, k, count, out);
   } else if constexpr (kTokens > 1) {
-    multiply_tile_up_to<F, kMax, kTokens - 1>(tokens, tile, x, k, count, out);
+    multiply_tile_up_to<Panel, kTokens - 1>(tokens, tile, x, k, count, out);
   }
 }
 
@@ -289,7 +280,6 @@ void multiply_tile_up_to(int tokens, const Tile& tile, const TokenX* x, int64_t 
 template <Format F>
 struct FileRows {
   static constexpr int64_t kBytes = sizeof(typename Traits<F>::Block);
-  static constexpr int max = kTileMax<F>;
   const uint8_t* w[kPanel];
 
   FileRows(const MatmulArgs& a, int64_t r0, int64_t rows) {
@@ -302,9 +292,18 @@ struct FileRows {
     else
       build_tile_32<F>(w, k * kBytes, count, tile);
   }
+  // out[t] += these blocks times token t.
+  template <int kTokens>
+  static void multiply(const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
+    using T = Traits<F>;
+    if constexpr (T::block == 256)
+      multiply_tile_256<T::sub, T::minimum, kTileMax<F>, kTokens>(tile, x, k, out);
+    else
+      multiply_tile_32<T::offset, T::minimum, kTileMax<F>, kTokens>(tile, x, k, count, out);
+  }
 };
 
-// `Panel` says how rows become tiles: FileRows, or that of another layout.
+// `Panel` says how rows become tiles and what those mean: FileRows, or that of another layout.
 template <Format F, class Panel = FileRows<F>>
 void matmul_tiled(const MatmulArgs& a) {
   using T = Traits<F>;
@@ -327,7 +326,7 @@ void matmul_tiled(const MatmulArgs& a) {
           const int tokens = static_cast<int>((n - t + groups - g - 1) / (groups - g));
           TokenX x[kTileTokens];
           for (int i = 0; i < tokens; ++i) x[i] = token_x(a, t0 + t + i, T::block);
-          multiply_tile_up_to<F, Panel::max>(tokens, tile, x, k, count, sums + t * kPanel);
+          multiply_tile_up_to<Panel>(tokens, tile, x, k, count, sums + t * kPanel);
           t += tokens;
         }
       }

@@ -114,6 +114,14 @@ def test_threads_strides_and_accumulation(isa: str, name: str) -> None:
         assert (out[:, 205:] == 3).all()
 
 
+@each_packed
+def test_rows_too_long_to_prepare_their_activations(isa: str, name: str) -> None:
+    cpu = Cpu(1, isa)
+    w, x = weight(name, 3, 1 << 17), normal(1, 8, 1 << 17)
+    for n in (1, 4, 8):
+        np.testing.assert_array_equal(product(cpu, cpu.pack(w), x[:n]), product(cpu, w, x[:n]))
+
+
 @each_packing_isa
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_gated_layers_and_heads_take_packed_weights(cpu: Cpu, n: int) -> None:
