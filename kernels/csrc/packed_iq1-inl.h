@@ -317,6 +317,23 @@ void matmul_few(const MatmulArgs& a) {
   }
 }
 
+// out[t] += a block whose codes are half of what they stand for, scale included.
+template <int kTokens>
+void multiply_scaled_codes(const Tile& tile, const TokenX* x, int64_t k, float* out) {
+  const int8_t* q[kTokens];
+  float dx[kTokens];
+  for (int t = 0; t < kTokens; ++t) q[t] = x[t].q + 256 * k, dx[t] = x[t].scales[k];
+  VecI acc[2][kTokens];
+  clear<kTokens>(acc);
+  for (int dword = 0; dword < 64; dword += 8) multiply_unscaled<1, kTokens>(tile, dword, q, acc);
+#pragma GCC unroll 2
+  for (int a = 0; a < 2; ++a)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) acc[a][t] = add_i32(acc[a][t], acc[a][t]);
+  multiply_sums<kTokens>(tile, x, k, acc);
+  accumulate<kTokens>(tile.d[0], dx, acc, false, out);
+}
+
 // Rows for the tile path. VNNI takes the scale into the codes: scale * (4 * (trit + 1) + 1 or 0) is at most
 // 195, so that a block's products need no scaling. Else codes are 8 * (trit + 1) + (2 or 0). Either way 17 is
 // weight 0 of 8 * trit +- 1 when all is counted in eighths.
@@ -340,21 +357,10 @@ struct PackedRowsIq1 {
 
   template <int kTokens>
   static void multiply(const Tile& tile, const TokenX* x, int64_t k, int, float* out) {
-    if constexpr (!kVnni) {
+    if constexpr (kVnni)
+      multiply_scaled_codes<kTokens>(tile, x, k, out);
+    else
       multiply_tile_256<Traits<F>::sub, false, kLargest, kTokens>(tile, x, k, out);
-    } else {
-      const int8_t* q[kTokens];
-      float dx[kTokens];
-      for (int t = 0; t < kTokens; ++t) q[t] = x[t].q + 256 * k, dx[t] = x[t].scales[k];
-      VecI acc[2][kTokens];
-      clear<kTokens>(acc);
-      for (int dword = 0; dword < 64; dword += 8) multiply_unscaled<1, kTokens>(tile, dword, q, acc);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t)
-        acc[0][t] = add_i32(acc[0][t], acc[0][t]), acc[1][t] = add_i32(acc[1][t], acc[1][t]);
-      multiply_sums<kTokens>(tile, x, k, acc);
-      accumulate<kTokens>(tile.d[0], dx, acc, false, out);
-    }
   }
 
   static void build_lanes(const Block& w, int half, int lane, Tile& tile) {
