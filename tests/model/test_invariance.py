@@ -174,3 +174,12 @@ def test_logits_are_computed_for_the_wanted_rows_only(model: Model) -> None:
     pages = bench.pages(20)
     assert bench.step([Piece(tokens[:10], 0, pages, 0)]).shape == (0, 512)
     assert np.array_equal(bench.step([Piece(tokens[10:], 10, pages, 2)]), whole[18:])
+
+
+def test_attention_in_parts_gives_the_same_bits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = random_tokens(80)
+    whole = Bench(model).logits(tokens)
+    monkeypatch.setattr("ktd.model.workspace.ATTENTION_ROWS", 7)
+    model._workspace._views.clear()  # type: ignore[attr-defined]
+    assert np.array_equal(Bench(model).logits(tokens), whole)
+    model._workspace._views.clear()  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from ktd.model.batch import Batch
 from ktd.model.config import ModelConfig
 from ktd.model.ffn import DenseFfn, Elsewhere, Experts, MoeFfn
 from ktd.model.mla import Mla
-from ktd.model.ops import Array, Ops, Rows
+from ktd.model.ops import Array, Ops, Rows, RowsPart
 from ktd.model.rope import rope_table
 from ktd.model.source import WeightSource
 from ktd.model.workspace import Views, Workspace
@@ -115,9 +115,11 @@ class Stack:
         tick: Tick | None = None,
     ) -> None:
         """Takes the residual stream v.x from the embedding to behind the last layer."""
+        parts = [(RowsPart.of(rows, part.start, part.n), part) for part in v.attention]
         for index, layer in enumerate(self._layers):
-            ops.rms_norm(v.x, layer.attention_norm, self._eps, v.h)
-            layer.attention.forward(ops, rows, cache.layer(index), table, v)
+            for some, part in parts:
+                ops.rms_norm(part.x, layer.attention_norm, self._eps, part.h)
+                layer.attention.forward(ops, some, cache.layer(index), table, part)
             ops.rms_norm(v.x, layer.ffn_norm, self._eps, v.h)
             layer.ffn.forward(ops, v, elsewhere)
             if tick is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ktd.model.config import ModelConfig
 from ktd.model.ops import Array, Ops, Rows
 from ktd.model.source import WeightSource
-from ktd.model.workspace import Views
+from ktd.model.workspace import AttentionViews
 
 # DeepSeek's own code leaves the norms of the two latents at this default, whatever the model's epsilon is.
 _LATENT_NORM_EPS = 1e-6
@@ -38,7 +38,7 @@ class Mla:
             self._v_b = source.stack(name("v_b"), c.heads, c.value, c.kv_lora)
         self._output = source.matrix(name("output"), c.hidden, c.heads * c.value)
 
-    def forward(self, ops: Ops, rows: Rows, cache: Array, table: Array, v: Views) -> None:
+    def forward(self, ops: Ops, rows: Rows, cache: Array, table: Array, v: AttentionViews) -> None:
         """Adds the attention over v.h to v.x. `cache` is this layer's [pages, page_size, latent], `table` has
         the rotations; rows are stored before any is attended to, so a prefill chunk sees itself."""
         if self._q_a is None:

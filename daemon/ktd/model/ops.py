@@ -3,6 +3,7 @@ tensors of one GPU."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 #: A numpy array for the CPU, a torch tensor for a GPU; shapes and types as `ktd_kernels.Cpu` says.
@@ -87,3 +88,26 @@ class Rows(Protocol):
 
     @property
     def page_table(self) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPart:
+    """Some of the rows of a step."""
+
+    positions: Array
+    slots: Array
+    seq_of_row: Array
+    context: Array
+    page_table: Array
+
+    @classmethod
+    def of(cls, rows: Rows, start: int, n: int) -> RowsPart:
+        """The n rows from `start` on."""
+        part = slice(start, start + n)
+        return cls(
+            rows.positions[part],
+            rows.slots[part],
+            rows.seq_of_row[part],
+            rows.context[part],
+            rows.page_table,
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ktd.cache import CacheType
 from ktd.gguf import GgmlType, GgufFile
 from ktd.model.config import ModelConfig
+from ktd.model.workspace import ATTENTION_ROWS
 
 _ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -101,6 +102,7 @@ def vram_bytes(
     )
     buffers = (
         4 * rows * _row_values(config)
+        + 4 * min(rows, ATTENTION_ROWS) * _attention_values(config)
         + 4 * logit_rows * (config.vocab_size + config.hidden)
         + min(logit_rows, 64) * config.layers * _GRAPH_BYTES_A_LAYER
         + _SCRATCH_BYTES
@@ -113,12 +115,16 @@ def _key_bytes(kind: GgmlType) -> int:
     return 4 if kind is GgmlType.F32 else 2
 
 
+def _attention_values(config: ModelConfig) -> int:
+    """Float32 values that a row has in attention: those of Workspace."""
+    heads = config.heads * (config.nope + config.rope + 2 * config.kv_lora + config.value)
+    return (config.q_lora or 0) + config.latent + heads
+
+
 def _row_values(config: ModelConfig) -> int:
-    """Float32 values that a row has on the GPU: those of Workspace, and the widest feed-forward between."""
-    attention = (config.q_lora or 0) + config.heads * (
-        config.nope + config.rope + 2 * config.kv_lora + config.value
-    )
+    """Float32 values that a row has elsewhere: those of Workspace, what the experts send back, and the widest
+    feed-forward between."""
     moe = config.moe
     routed = moe.experts + 2 * moe.used + config.hidden if moe else 0
     widest = 3 * max(config.dense_width, (moe.used + moe.shared) * moe.width if moe else 0)
-    return 3 * config.hidden + config.latent + attention + routed + widest
+    return 2 * config.hidden + routed + widest

@@ -11,6 +11,28 @@ from ktd.model.config import ModelConfig
 from ktd.model.device import Device
 from ktd.model.ops import Array
 
+#: Rows whose attention is computed at once: what a row has there is several times what it has elsewhere.
+ATTENTION_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionViews:
+    """The n rows from `start` on of every buffer of attention, float32. Some are parts of others."""
+
+    start: int
+    n: int
+    x: Array  # [n, hidden] the residual stream
+    h: Array  # [n, hidden] its normed copy
+    q_a: Array  # [n, q_lora]
+    q: Array  # [n, heads · (nope + rope)]
+    q_nope: Array  # [n, heads, nope] of q
+    q_rope: Array  # [n, heads, rope] of q
+    kv: Array  # [n, kv_lora + rope] what the cache stores
+    q_latent: Array  # [n, heads, kv_lora]
+    o_latent: Array  # [n, heads, kv_lora]
+    o_heads: Array  # [n, heads, value]
+    o: Array  # [n, heads · value], the same memory
+
 
 @dataclass(frozen=True, slots=True)
 class Views:
@@ -23,16 +45,8 @@ class Views:
     h: Array  # [n, hidden] the normed copy of x
     expert_ids: Array  # [n, used], int32
     expert_weights: Array  # [n, used]
-    q_a: Array  # [n, q_lora]
-    q: Array  # [n, heads · (nope + rope)]
-    q_nope: Array  # [n, heads, nope] of q
-    q_rope: Array  # [n, heads, rope] of q
-    kv: Array  # [n, kv_lora + rope] what the cache stores
-    q_latent: Array  # [n, heads, kv_lora]
-    o_latent: Array  # [n, heads, kv_lora]
-    o_heads: Array  # [n, heads, value]
-    o: Array  # [n, heads · value], the same memory
     router: Array  # [n, experts]
+    attention: tuple[AttentionViews, ...]  # these rows in parts, which share their buffers
 
 
 class Workspace:
@@ -58,12 +72,13 @@ class Workspace:
             used, experts = (c.moe.used, c.moe.experts) if c.moe else (0, 0)
             self._x = self._empty(rows, c.hidden)
             self._to_experts = self._empty(rows * (c.hidden + 2 * used))
-            self._q_a = self._empty(rows, c.q_lora or 0)
-            self._q = self._empty(rows, c.heads, c.nope + c.rope)
-            self._kv = self._empty(rows, c.latent)
-            self._q_latent, self._o_latent = self._empty(2, rows, c.heads, c.kv_lora)
-            self._o = self._empty(rows, c.heads, c.value)
             self._router = self._empty(rows, experts)
+            part = min(rows, ATTENTION_ROWS)
+            self._q_a = self._empty(part, c.q_lora or 0)
+            self._q = self._empty(part, c.heads, c.nope + c.rope)
+            self._kv = self._empty(part, c.latent)
+            self._q_latent, self._o_latent = self._empty(2, part, c.heads, c.kv_lora)
+            self._o = self._empty(part, c.heads, c.value)
         if logit_rows > self._logit_rows:
             self._logit_rows = logit_rows
             self._last = self._empty(logit_rows, c.hidden)
@@ -90,9 +105,9 @@ class Workspace:
     def _cut(self, n: int) -> Views:
         c, given = self._config, self._given
         used = c.moe.used if c.moe else 0
-        q, kv, o = self._q[:n], self._kv[:n], self._o[:n]
         to_experts = self._to_experts[: n * (c.hidden + 2 * used)]
         h, expert_ids, expert_weights = expert_inputs(to_experts, n, c.hidden, used)
+        starts = range(0, n, ATTENTION_ROWS)
         return Views(
             n=n,
             x=given(self._x[:n]),
@@ -100,16 +115,27 @@ class Workspace:
             h=given(h),
             expert_ids=given(expert_ids),
             expert_weights=given(expert_weights),
+            router=given(self._router[:n]),
+            attention=tuple(self._part(h, start, min(n - start, ATTENTION_ROWS)) for start in starts),
+        )
+
+    def _part(self, h: torch.Tensor, start: int, n: int) -> AttentionViews:
+        c, given = self._config, self._given
+        q, o = self._q[:n], self._o[:n]
+        return AttentionViews(
+            start=start,
+            n=n,
+            x=given(self._x[start : start + n]),
+            h=given(h[start : start + n]),
             q_a=given(self._q_a[:n]),
             q=given(q.view(n, -1)),
             q_nope=given(q[:, :, : c.nope]),
             q_rope=given(q[:, :, c.nope :]),
-            kv=given(kv),
+            kv=given(self._kv[:n]),
             q_latent=given(self._q_latent[:n]),
             o_latent=given(self._o_latent[:n]),
             o_heads=given(o),
             o=given(o.view(n, -1)),
-            router=given(self._router[:n]),
         )
 
 
