@@ -27,7 +27,7 @@ if not CUDA:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def _to_nearest(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-        """float32 becomes bfloat16 rounded to nearest even, as on a device; the interpreter would truncate."""
+        """float32 to bfloat16 rounds to nearest even, as on a device; the interpreter would truncate."""
         if str(source) == "fp32" and str(target) == "bf16":
             return to_bf16(values)
         return _convert(values, source, target, rounding)
@@ -78,8 +78,8 @@ def attention(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Attention:
-    """Random queries over sequences of `contexts` tokens; sequence i has rows_of[i] rows, the last tokens of a
-    chunk (default one row). Pages lie in random order, and every slot that holds no token is NaN."""
+    """Random queries over sequences of `contexts` tokens; sequence i has rows_of[i] rows, the last tokens
+    of a chunk (default one row). Pages lie in random order, and every slot that holds no token is NaN."""
     rng = torch.Generator(device=DEVICE).manual_seed(seed)
     rows_of = rows_of or [1] * len(contexts)
     pages_of = [-(-c // page) for c in contexts]

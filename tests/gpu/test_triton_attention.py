@@ -1,9 +1,9 @@
 """MLA over pages, on a device or in Triton's interpreter, against the naive reference in float64.
 
 Tolerance with a bfloat16 cache: the reference gets the queries as the tensor cores get them, rounded to
-bfloat16, so what is left is the rounding of the weights w to bfloat16, 2^-9 of sum(w · |c|) when each is off by
-half a unit, and float32 arithmetic: a score of K products is off by at most K · 2^-24 · scale · sum |q · c|, which
-changes its weight by that part.
+bfloat16, so what is left is the rounding of the weights w to bfloat16, 2^-9 of sum(w · |c|) when each is
+off by half a unit, and float32 arithmetic: a score of K products is off by at most K · 2^-24 · scale · sum
+|q · c|, which changes its weight by that part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ktd_kernels import reference
 from ktd_kernels.triton import mla_attention
-from ktd_kernels.triton.attention import LADDER, MOST_SPLITS, most_splits, split_length
+from ktd_kernels.triton.splits import LADDER, MOST_SPLITS, most_splits, split_length
 
 on_device = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 

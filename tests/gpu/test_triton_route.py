@@ -1,7 +1,7 @@
 """The router on a device or in Triton's interpreter, against the naive reference in float64.
 
-Scores are float32, so two experts within a few units of each other may change places. Random logits are drawn on
-a grid of 1/64, where equal scores are equal in both and unequal ones lie far apart.
+Scores are float32, so two experts within a few units of each other may change places. Random logits are
+drawn on a grid of 1/64, where equal scores are equal in both and unequal ones lie far apart.
 """
 
 from __future__ import annotations

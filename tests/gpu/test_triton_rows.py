@@ -1,7 +1,8 @@
 """Row ops on a device or in Triton's interpreter, against the naive references in float64.
 
-Tolerances: every operation in float32 is off by half a unit (2^-24) of its result, exp by 2 units and 2^-24 of its
-argument; a sum of d values by at most d units of the sum of magnitudes, of which a tree of additions makes log2 d.
+Tolerances: every operation in float32 is off by half a unit (2^-24) of its result, exp by 2 units and 2^-24
+of its argument; a sum of d values by at most d units of the sum of magnitudes, of which a tree of additions
+makes log2 d.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def test_rms_norm(n: int, d: int) -> None:
     out = nothing(n, d)
     rms_norm(device(x)[:, :d], device(weight), 1e-6, out)
     expected = reference.rms_norm(x[:, :d], weight, 1e-6)
-    # The mean is off by a relative 16 + log2 d units at most (16 values in sequence a thread), its root by half.
+    # The mean is off by 16 + log2 d units at most (16 values in sequence a thread), its root by half.
     assert (np.abs(wide(out) - expected) <= (24 + np.log2(d)) * UNIT * np.abs(expected)).all()
 
 

@@ -17,8 +17,8 @@ def require(
     types: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    """Raises ValueError unless `tensor` has this shape, one of these types, lies on `device` and is contiguous in
-    its last dimension."""
+    """Raises ValueError unless `tensor` has this shape, one of these types, lies on `device` and is
+    contiguous in its last dimension."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, but must have {list(shape)}")
     if tensor.dtype not in types:

@@ -1,4 +1,5 @@
-"""Expert selection of DeepSeek-V2 and V3 on the device (kernels/csrc/ops_route.cc says the same for the CPU)."""
+"""Expert selection of DeepSeek-V2 and V3 on the device (kernels/csrc/ops_route.cc says the same for the
+CPU)."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ _FLOAT = (torch.float32,)
 
 @triton.jit
 def _ranked(values, index):
-    """int64 keys whose order is that of `values`, equal values in descending order of `index`: the largest key
-    is the first of the best. NaN ranks below everything, 0 and -0 are equal; no key is below 1 - 2^63."""
+    """int64 keys whose order is that of `values`, equal values in descending order of `index`: the largest
+    key is the first of the best. NaN ranks below everything, 0 and -0 are equal; no key is below 1 - 2^63."""
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     order = tl.where(values != values, -2147483647, order)
@@ -52,7 +53,7 @@ def _route_kernel(
             score += tl.max(tl.where(e == first[:, None], float("-inf"), counted), 1)
         group_keys = tl.where(g < groups, _ranked(score, g), never)
         allowed = tl.zeros([GROUPS], tl.int1)
-        for i in range(groups_used):
+        for _ in range(groups_used):
             best = tl.max(group_keys, 0)
             allowed = allowed | (group_keys == best)
             group_keys = tl.where(group_keys == best, never, group_keys)
@@ -87,9 +88,10 @@ def route(
     ids_out: torch.Tensor,
     weights_out: torch.Tensor,
 ) -> None:
-    """Choose `used` experts a row: logits float32 [n, E], bias float32 [E] or None (for the choice only), gating
-    'softmax' or 'sigmoid', group_score 'max' or 'top2'; ids_out int32 [n, used] in descending order of choice,
-    of equals the lowest first; weights_out float32 [n, used]. Raises ValueError where arguments do not fit."""
+    """Choose `used` experts a row: logits float32 [n, E], bias float32 [E] or None (for the choice only),
+    gating 'softmax' or 'sigmoid', group_score 'max' or 'top2'; ids_out int32 [n, used] in descending order
+    of choice, of equals the lowest first; weights_out float32 [n, used]. Raises ValueError where arguments
+    do not fit."""
     n, experts = logits.shape
     require("logits", logits, (n, experts), _FLOAT, logits.device)
     if bias is not None:
@@ -109,7 +111,8 @@ def route(
         _route_kernel[(n,)](
             logits, bias, ids_out, weights_out, experts, groups, size, groups_used, used, scale,
             logits.stride(0), ids_out.stride(0), weights_out.stride(0),
-            SIGMOID=gating == "sigmoid", BIAS=bias is not None, TOP2=group_score == "top2", NORMALISE=normalise,
+            SIGMOID=gating == "sigmoid", BIAS=bias is not None, TOP2=group_score == "top2",
+            NORMALISE=normalise,
             GROUPS=triton.next_power_of_2(groups), SIZE=triton.next_power_of_2(size),
             USED=triton.next_power_of_2(used), num_warps=1 if experts <= 128 else 4,
         )  # fmt: skip

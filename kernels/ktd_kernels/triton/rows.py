@@ -65,9 +65,9 @@ def _rope_kernel(x, positions, table, dr, x_row, x_head, table_row, DR: tl.const
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
-    """Rotate the pairs (2i, 2i + 1) of x float32 [n, H, dr] in place, outer dimensions may be strided; positions
-    int32 [n]; table float32 [max_pos, dr] holds cos, sin per pair. Raises ValueError where shapes or types do
-    not fit."""
+    """Rotate the pairs (2i, 2i + 1) of x float32 [n, H, dr] in place, outer dimensions may be strided;
+    positions int32 [n]; table float32 [max_pos, dr] holds cos, sin per pair. Raises ValueError where shapes
+    or types do not fit."""
     n, heads, dr = x.shape
     require("x", x, (n, heads, dr), _FLOAT, x.device)
     require("positions", positions, (n,), (torch.int32,), x.device)
@@ -93,9 +93,9 @@ def _store_latent_kernel(
 
 
 def store_latent(latent: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
-    """Write latent float32 [n, w] (strided rows) to slots int64 [n] of cache [pages, page_size, w], float32 or
-    bfloat16 (rounded to nearest even). slot = page · page_size + offset; a negative slot stores nothing (rows
-    that pad a graph's batch). Raises ValueError where shapes or types do not fit."""
+    """Write latent float32 [n, w] (strided rows) to slots int64 [n] of cache [pages, page_size, w], float32
+    or bfloat16 (rounded to nearest even). slot = page · page_size + offset; a negative slot stores nothing
+    (rows that pad a graph's batch). Raises ValueError where shapes or types do not fit."""
     n, w = latent.shape
     require("latent", latent, (n, w), _FLOAT, latent.device)
     _check_store(slots, cache, n, w, latent.device)
@@ -108,7 +108,8 @@ def store_latent(latent: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor)
 
 @triton.jit
 def _store_normed_kernel(
-    kv, weight, eps, positions, table, slots, cache, r, dr, page_size, kv_row, table_row, page_stride, token_stride,
+    kv, weight, eps, positions, table, slots, cache, r, dr, page_size,
+    kv_row, table_row, page_stride, token_stride,
     R: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -134,8 +135,9 @@ def store_normed(
     cache: torch.Tensor,
     kv_lora: int,
 ) -> None:
-    """store_latent of kv float32 [n, kv_lora + dr] after rms_norm(weight, eps) of its first kv_lora values and
-    rope(positions, table) of the others; kv is left as it is. Raises ValueError where shapes or types do not fit."""
+    """store_latent of kv float32 [n, kv_lora + dr] after rms_norm(weight, eps) of its first kv_lora values
+    and rope(positions, table) of the others; kv is left as it is. Raises ValueError where shapes or types
+    do not fit."""
     n, w = kv.shape
     dr = w - kv_lora
     require("kv", kv, (n, w), _FLOAT, kv.device)
@@ -161,8 +163,8 @@ def _silu_mul_kernel(gate, up, out, d, gate_row, up_row, out_row, BLOCK: tl.cons
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
-    """out = gate · sigmoid(gate) · up, float32 [n, d] with strided rows; out may be gate or up. Raises ValueError
-    where shapes or types do not fit."""
+    """out = gate · sigmoid(gate) · up, float32 [n, d] with strided rows; out may be gate or up. Raises
+    ValueError where shapes or types do not fit."""
     n, d = gate.shape
     for name, tensor in (("gate", gate), ("up", up), ("out", out)):
         require(name, tensor, (n, d), _FLOAT, gate.device)
@@ -192,15 +194,15 @@ def _add_experts_kernel(
 def add_experts(
     partial: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, accumulate: bool = False
 ) -> None:
-    """out [n, d] (+)= sum over j of weights[n, j] · partial[n, j, :], added in the order of j; partial float32
-    [n, k, d], weights float32 [n, k]. Raises ValueError where shapes or types do not fit."""
+    """out [n, d] (+)= sum over j of weights[n, j] · partial[n, j, :], added in the order of j; partial
+    float32 [n, k, d], weights float32 [n, k]. Raises ValueError where shapes or types do not fit."""
     n, k, d = partial.shape
     require("partial", partial, (n, k, d), _FLOAT, partial.device)
     require("weights", weights, (n, k), _FLOAT, partial.device)
     require("out", out, (n, d), _FLOAT, partial.device)
     if n:
         _add_experts_kernel[(n, triton.cdiv(d, 512))](
-            partial, weights, out, k, d, partial.stride(0), partial.stride(1), weights.stride(0), out.stride(0),
+            partial, weights, out, k, d, *partial.stride()[:2], weights.stride(0), out.stride(0),
             ACCUMULATE=accumulate, BLOCK=512, num_warps=4,
         )  # fmt: skip
 
