@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed; it runs on Linux 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 if not CUDA:
-    # Read where kernels are defined, so it must be set before any is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
+    # tests/conftest.py has told Triton to interpret.
     from triton.runtime import interpreter
 
     _patch_tensor, _convert = interpreter._patch_lang_tensor, interpreter._convert_float
