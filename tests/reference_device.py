@@ -56,7 +56,9 @@ class ReferenceDevice:
         self.device = torch.device("cpu")
         self.rows: Any = ReferenceOps(cpu)
         self.prompt: Any = ReferenceOps(cpu)
-        self.captures = self.replays = self.launches = self.held = self.allocated = self.passed = 0
+        self.captures = self.replays = self.launches = self.held = self.allocated = self.passed = (
+            self.locked
+        ) = 0
         self._aside = False
 
     @contextmanager
@@ -83,6 +85,10 @@ class ReferenceDevice:
 
     def settle(self) -> None:
         pass
+
+    def lock(self, data: npt.NDArray[np.uint8]) -> bool:
+        self.locked += data.nbytes
+        return True
 
     def reserve_stream(self, nbytes: int) -> None:
         self._room = nbytes

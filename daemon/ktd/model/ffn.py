@@ -38,7 +38,8 @@ class Elsewhere(Protocol):
 class Experts:
     """The routed experts of one layer: stacks gate and up [experts, width, hidden], down [experts, hidden,
     width]. `local`: on the device of the graph; if not, `blocks` are the three as they are in the file, to be
-    sent there for a step (none where the file has gate and up in one)."""
+    sent there for a step (none where the file has gate and up in one). `mapped`: the file's blocks are what
+    the CPU computes with, not copies of them."""
 
     def __init__(
         self, source: WeightSource, config: ModelConfig, moe: MoeConfig, layer: int, local: bool
@@ -46,6 +47,7 @@ class Experts:
         hidden, name = config.hidden, f"blk.{layer}.ffn_{{}}.weight".format
         self.layer = layer
         self.local = local
+        self.mapped = not source.packing
         self.gate: Matrix
         self.up: Matrix
         self.blocks: list[Blocks] = []

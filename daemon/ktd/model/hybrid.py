@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 
 from ktd.cache import LatentCache
@@ -175,11 +176,15 @@ class HybridModel:
         """Rows of a prompt's block from which a layer is sent faster than computed on the CPU."""
         self._block = 0
         self._streamed_experts: StreamedExperts | None = None
-        layers = [experts for experts in self._stack.elsewhere if experts.blocks]
-        if layers and len(layers) == len(self._stack.elsewhere):
-            streamed = StreamedExperts(self._device, layers)
-            self._block = crossover(self._cpu, self._exchange, streamed, layers[0], self._rows)
-            self._streamed_experts = streamed
+        layers = self._stack.elsewhere
+        sent = [data for layer in layers for data, _, _ in layer.blocks]
+        fits = sum(data.size for data in sent) <= psutil.virtual_memory().available
+        if not layers or not all(layer.blocks for layer in layers) or not fits:
+            return  # what would be read from the disk for every chunk is no faster
+        if all(layer.mapped for layer in layers):
+            all(self._device.lock(data) for data in sent)
+        self._streamed_experts = StreamedExperts(self._device, layers)
+        self._block = crossover(self._cpu, self._exchange, self._streamed_experts, layers[0], self._rows)
 
     def _warm_up(self, cache: LatentCache) -> None:
         """Compiles and allocates all that steps will need, and captures those of few rows."""

@@ -8,6 +8,8 @@ from ktd.errors import SettingsError
 from ktd.gguf import WEIGHT_TYPES, GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.deepseek import DeepseekModel, Model
+from ktd.model.hybrid import HybridModel
+from ktd.model.placement import Placement
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 
@@ -29,20 +31,30 @@ def load_model(
     context: int,
     progress: Callable[[float], None],
     repack: bool = False,
+    placement: Placement | None = None,
 ) -> Model:
-    """Maps the tensors of `gguf` and prepares the graph for sequences of up to `context` tokens.
+    """Maps the tensors of `gguf`, copies those that `placement` gives to a GPU (None: none), and prepares the
+    graph for sequences of up to `context` tokens.
 
     With `repack`, tensors of the types that `cpu` packs are copied into its faster layout; `packed_growth`
     says what that takes. Results are the same bits.
     `progress` is told fractions from 0 to 1. Draft-head (nextn) layers are left out. Raises GgufError naming
     the key or tensor that is missing, misshapen or unsupported, SettingsError for a context the model cannot
-    have.
+    have and for a GPU that is not there or too small.
     """
     config = ModelConfig.from_gguf(gguf)
     if not 1 <= context <= config.context:
         raise SettingsError(
             f"A context of {context} tokens was asked for; {gguf.name} can have 1 to {config.context}."
         )
-    model = DeepseekModel(WeightSource(gguf, progress, cpu if repack else None), config, cpu, context)
+    source = WeightSource(gguf, progress, cpu if repack else None)
+    model: Model
+    if placement is None or placement.device is None:
+        model = DeepseekModel(source, config, cpu, context)
+    else:
+        # Imported here: it needs CUDA.
+        from ktd_kernels.gpu import Gpu
+
+        model = HybridModel(source, config, cpu, Gpu(placement.device), placement, context)
     progress(1.0)
     return model

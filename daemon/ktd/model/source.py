@@ -44,6 +44,11 @@ class WeightSource:
         source._told = self._told
         return source
 
+    @property
+    def packing(self) -> bool:
+        """Whether some of what is handed out are copies in another layout."""
+        return self._packer is not None
+
     def has(self, name: str) -> bool:
         return name in self._gguf.tensors
 

@@ -1,0 +1,161 @@
+"""One GPU as the graph of a model uses it: memory, the order of work, and the ops under the names of
+`ktd_kernels.Cpu`. Needs torch with CUDA; nothing else of the package imports this module."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ktd_kernels import MoeJob, cuda, triton
+from ktd_kernels.cuda import GpuWeight
+from ktd_kernels.upload import Blocks, Uploader, WeightStream, stream
+
+
+class GpuOps:
+    """The ops of a layer. `prompt` chooses the arithmetic for the many rows of a prompt where an op has
+    two."""
+
+    linear = staticmethod(cuda.linear)
+    linear_heads = staticmethod(cuda.linear_heads)
+    mlp = staticmethod(cuda.mlp)
+    moe = staticmethod(cuda.moe)
+    rms_norm = staticmethod(triton.rms_norm)
+    rope = staticmethod(triton.rope)
+    route = staticmethod(triton.route)
+
+    def __init__(self, prompt: bool) -> None:
+        self._prompt = prompt
+
+    def store_normed(
+        self,
+        kv: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        positions: torch.Tensor,
+        table: torch.Tensor,
+        slots: torch.Tensor,
+        cache: torch.Tensor,
+    ) -> None:
+        """As of Cpu; kv stays what it is."""
+        triton.store_normed(kv, weight, eps, positions, table, slots, cache, weight.shape[0])
+
+    def mla_attention(
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        cache: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_of_row: torch.Tensor,
+        context: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """As of Cpu. What is launched depends on the width of `page_table`, not on `context`."""
+        longest = page_table.shape[1] * cache.shape[1]
+        triton.mla_attention(
+            q_latent, q_rope, cache, page_table, seq_of_row, context, scale, out, longest, prompt=self._prompt
+        )
+
+
+class Gpu:
+    """A CUDA device. Used by one thread at a time, within `work()`.
+
+    Work is done in the order of the calls; `aside` puts some on a second stream, which sees what came before
+    it and is waited for by `join`. Memory that does not fit raises torch.OutOfMemoryError.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.rows, self.prompt = GpuOps(prompt=False), GpuOps(prompt=True)
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        with torch.cuda.device(self.device):
+            # One stream for eager steps and captures alike: kernels keep scratch memory for each stream.
+            self._main, self._side = stream(), stream()
+            self._uploader = Uploader()
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Makes the device and its stream the thread's own."""
+        with torch.cuda.stream(self._main), torch.no_grad():
+            yield
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Device memory, uninitialised."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Page-locked host memory, zeros: the only kind that copies run beside other work."""
+        return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
+
+    def upload(self, data: npt.NDArray[np.generic]) -> torch.Tensor:
+        """A contiguous array as a tensor of the device. Returns when `data` may be dropped."""
+        target = self.empty((data.nbytes,), torch.uint8)
+        self._uploader.send(data.reshape(-1).view(np.uint8), target)
+        return target.view(_TORCH_TYPES[data.dtype.name]).view(data.shape)
+
+    def weight(self, data: npt.NDArray[np.uint8], ggml_type: int, shape: Sequence[int]) -> GpuWeight:
+        """The blocks of a tensor on the device; arguments as of ktd_kernels.Weight."""
+        return GpuWeight(self.upload(data), ggml_type, tuple(shape))
+
+    def settle(self) -> None:
+        """After loading: waits, and gives back what uploads have used."""
+        self.synchronize()
+        torch.cuda.empty_cache()
+
+    def lock(self, data: npt.NDArray[np.uint8]) -> bool:
+        """Keeps host memory in its place, so that it is sent at the speed of the bus; False where the system
+        does not allow it."""
+        return self._uploader.lock(data)
+
+    def reserve_stream(self, nbytes: int) -> None:
+        """Makes room for `pass_through` of groups of up to `nbytes`."""
+        self._weights = WeightStream(self._uploader, self.device, nbytes)
+
+    def pass_through(self, groups: Iterable[Sequence[Blocks]]) -> Iterator[list[GpuWeight]]:
+        """Groups of weights that are sent for once: each is there until the next is asked for, which is on
+        its way meanwhile."""
+        return self._weights.pass_through(groups)
+
+    def launch(self, job: MoeJob) -> None:
+        """The CPU runs `job` when the stream gets there, and the stream waits for it."""
+        stream = torch.cuda.current_stream().cuda_stream
+        result = self._driver.cuLaunchHostFunc(
+            ctypes.c_void_p(stream), ctypes.c_void_p(job.function), ctypes.c_void_p(job.data)
+        )
+        if result:
+            raise RuntimeError(f"the CUDA driver refused a host function: error {result}")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is put here runs beside the work that follows, until `join`."""
+        self._side.wait_stream(self._main)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        """What follows waits for what was put aside."""
+        self._main.wait_stream(self._side)
+
+    def finish_aside(self) -> None:
+        """The calling thread waits for what was put aside."""
+        self._side.synchronize()
+
+    def synchronize(self) -> None:
+        """The calling thread waits for everything. Raises what went wrong on the device meanwhile."""
+        torch.cuda.synchronize(self.device)
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        """`body` as one CUDA graph: the result launches all that `body` would have. It must neither allocate
+        nor wait, and have run once before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._main, capture_error_mode="thread_local"):
+            body()
+        return graph.replay
+
+
+_TORCH_TYPES = {"uint8": torch.uint8, "float32": torch.float32}
