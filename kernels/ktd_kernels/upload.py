@@ -1,5 +1,5 @@
-"""Host memory to a GPU: straight from where it is if its pages could be locked there, at the speed of the bus;
-else through page-locked pieces that several threads fill, at about half of that."""
+"""Host memory to a GPU: straight from where it is if its pages could be locked there, at the speed of the
+bus; else through page-locked pieces that several threads fill, at about half of that."""
 
 from __future__ import annotations
 
