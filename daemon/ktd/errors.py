@@ -10,6 +10,7 @@ KtdError
 ├── Busy                    the queue is full: try again
 ├── Unavailable             loading, draining or stopped
 └── EngineFailure           a fault of ours; the daemon's log has the trace
+    └── DeviceLost          a GPU gives no more results until the process starts anew
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 __all__ = [
     "Busy",
     "ContextExceeded",
+    "DeviceLost",
     "EngineFailure",
     "GgufError",
     "KtdError",
@@ -66,3 +68,7 @@ class Unavailable(KtdError):
 
 class EngineFailure(KtdError):
     """The engine failed while it worked on the request."""
+
+
+class DeviceLost(EngineFailure):
+    """A GPU fails at everything from now on: only a new process can use it."""

@@ -19,7 +19,15 @@ from kit_engine import (
 
 from ktd.cache import BlockPool
 from ktd.engine import Engine, EngineConfig
-from ktd.errors import Busy, ContextExceeded, EngineFailure, RequestError, SettingsError, Unavailable
+from ktd.errors import (
+    Busy,
+    ContextExceeded,
+    DeviceLost,
+    EngineFailure,
+    RequestError,
+    SettingsError,
+    Unavailable,
+)
 from ktd.model import Batch
 from ktd.sched import Scheduler, Sequence
 from ktd.types import Ended, EngineEvent, FinishReason, Prefilled, Priority, Queued, SamplingParams, Tokens
@@ -400,6 +408,21 @@ def test_a_dead_loop_tells_everybody(
         engine.submit(generation("late", PROMPT, 5), Recorder())
     assert engine.drain(1)
     engine.stop()
+
+
+def test_a_lost_device_is_the_end(started: list[Engine]) -> None:
+    """No later step could do better: the daemon has to be started anew."""
+
+    def lost(batch: Batch) -> None:
+        raise DeviceLost("cuda:0 gives no more results")
+
+    engine = start(started, FakeModel(hook=lost))
+    heard = Recorder()
+    engine.submit(generation("a", PROMPT, 5), heard)
+    assert isinstance(heard.wait().error, EngineFailure)
+    engine.death.result(10)
+    with pytest.raises(Unavailable, match="failed and takes no more requests"):
+        engine.submit(generation("late", PROMPT, 5), Recorder())
 
 
 def test_an_abort_that_comes_too_late_does_not_hit_the_next_of_that_name(started: list[Engine]) -> None:

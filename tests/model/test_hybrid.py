@@ -22,6 +22,7 @@ from kit_model import (
 )
 from reference_device import ReferenceDevice
 
+from ktd.errors import DeviceLost
 from ktd.gguf import GgufFile
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement
 from ktd.model.hybrid import HybridModel
@@ -224,3 +225,24 @@ def test_experts_pass_through_in_groups(path: Path, cpu: Cpu, monkeypatch: pytes
     if path.stem == "f32":
         atol = TOLERANCE * float(np.abs(logits[0]).max())
         np.testing.assert_allclose(logits[1], logits[0], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_fault_that_stays_is_told_from_one_that_passes(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    model, device = hybrid(path, cpu)
+    bench = Bench(model)
+    model.reserve(8, 2, bench.cache)
+    pieces = [Piece([1, 2], 0, bench.pages(2), 1)]
+    faults = iter([False, True, *[lost] * 9])
+
+    def synchronize() -> None:
+        if next(faults):
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "synchronize", synchronize)
+        with pytest.raises(DeviceLost if lost else RuntimeError, match="launch failure"):
+            bench.step(pieces)
+    bench.step(pieces)

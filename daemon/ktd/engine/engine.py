@@ -15,7 +15,7 @@ from ktd.cache import BlockPool, LatentCache
 from ktd.engine.config import EngineConfig
 from ktd.engine.live import Listener, LiveRequest
 from ktd.engine.runner import Runner
-from ktd.errors import Busy, ContextExceeded, EngineFailure, KtdError, RequestError, Unavailable
+from ktd.errors import Busy, ContextExceeded, DeviceLost, EngineFailure, KtdError, RequestError, Unavailable
 from ktd.model import Model
 from ktd.sched import Scheduler, Sequence, Work
 from ktd.types import Ended, EngineStatus, Failed, FinishReason, GenerationRequest, Tokens
@@ -48,7 +48,8 @@ class Engine:
     Listeners are called from the engine thread, one event at a time, and hold it up while they run.
 
     A fault in a step ends the requests it touches with EngineFailure and the loop goes on. Where even that
-    goes wrong the loop is dead: all requests end with EngineFailure, no other is taken, and `death` is done.
+    goes wrong, or a device is lost, the loop is dead: all requests end with EngineFailure, no other is taken,
+    and `death` is done.
 
     Two locks: `_inbox` guards what other threads leave for the loop, `_books` the scheduler. Neither is held
     while the model runs or a listener is called.
@@ -162,6 +163,8 @@ class Engine:
                     self._step()
                 except _Abandoned:
                     continue
+                except DeviceLost:
+                    raise
                 except Exception:
                     log.exception("the step loop failed")
                     self._start_over()
@@ -229,7 +232,7 @@ class Engine:
         requests = [self._of(item.sequence) for item in work]
         try:
             logits = self._runner.run(work, lambda fraction: self._tick(work, fraction))
-        except _Abandoned:
+        except (_Abandoned, DeviceLost):
             raise
         except Exception:
             log.exception("a step failed; its %d requests end", len(work))

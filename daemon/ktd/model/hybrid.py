@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from ktd.cache import LatentCache
-from ktd.errors import SettingsError
+from ktd.errors import DeviceLost, SettingsError
 from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Stack, Tick
@@ -95,26 +95,41 @@ class HybridModel:
         wanted = len(batch.logit_rows)
         if cache is not self._cache or len(batch.tokens) > self._rows or wanted > self._logit_rows:
             self.reserve(max(len(batch.tokens), self._rows), max(wanted, self._logit_rows, 1), cache)
-        with self._device.work():
-            self._device.synchronize()  # a step that was given up may still be running
-            parts = []
-            streamed, prompt, drawn = self._kinds(batch)
-            for rows, experts in ((streamed, self._streamed_experts), (prompt, self._prompt_experts)):
-                if len(rows):
-                    part = batch.take(rows)
-                    parts.append((rows[part.logit_rows], self._prompt(part, cache, experts, tick)))
-            most = min(_DRAWN_ROWS, self._logit_rows)
-            for start in range(0, len(drawn), most):
-                rows = drawn[start : start + most]
+        try:
+            with self._device.work():
+                self._device.synchronize()  # a step that was given up may still be running
+                return self._forward(batch, cache, tick)
+        except RuntimeError as error:
+            self._check_device(error)
+            raise
+
+    def _check_device(self, cause: RuntimeError) -> None:
+        """Raises DeviceLost where the device answers nothing but its last error."""
+        try:
+            self._device.synchronize()
+        except RuntimeError:
+            raise DeviceLost(f"{self.device} gives no more results: {cause}") from cause
+
+    def _forward(self, batch: Batch, cache: LatentCache, tick: Tick | None) -> F32:
+        wanted = len(batch.logit_rows)
+        parts = []
+        streamed, prompt, drawn = self._kinds(batch)
+        for rows, experts in ((streamed, self._streamed_experts), (prompt, self._prompt_experts)):
+            if len(rows):
                 part = batch.take(rows)
-                logits = self._drawn(part, cache)
-                if len(part.logit_rows) == wanted == len(rows):
-                    return logits
-                parts.append((rows[part.logit_rows], logits[part.logit_rows]))
-            result = np.empty((wanted, self.config.vocab_size), np.float32)
-            for rows, logits in parts:
-                result[np.searchsorted(batch.logit_rows, rows)] = logits
-            return result
+                parts.append((rows[part.logit_rows], self._prompt(part, cache, experts, tick)))
+        most = min(_DRAWN_ROWS, self._logit_rows)
+        for start in range(0, len(drawn), most):
+            rows = drawn[start : start + most]
+            part = batch.take(rows)
+            logits = self._drawn(part, cache)
+            if len(part.logit_rows) == wanted == len(rows):
+                return logits
+            parts.append((rows[part.logit_rows], logits[part.logit_rows]))
+        result = np.empty((wanted, self.config.vocab_size), np.float32)
+        for rows, logits in parts:
+            result[np.searchsorted(batch.logit_rows, rows)] = logits
+        return result
 
     def _kinds(self, batch: Batch) -> tuple[Ids, Ids, Ids]:
         """Rows of whole blocks of prompts, which stream where that is faster; other rows of prompts; rows
