@@ -33,7 +33,7 @@ class Placement:
                           (of which a token reads one row) and routed experts on the CPU
     expert_layers_on_gpu  layers whose routed experts are on the GPU too
 
-    Bytes on the GPU, R1 in Unsloth's UD-IQ1_S: 8.6 GiB of dense weights, 1.1 GiB of cache for 16,384 tokens,
+    Bytes on the GPU, R1 in Unsloth's UD-IQ1_S: 10.1 GiB of dense weights, 1.1 GiB of cache for 16,384 tokens,
     about 2 GiB for each layer of experts. `vram_bytes` counts them for a file.
     """
 
