@@ -18,6 +18,9 @@ const KernelTable& table();
 namespace avx512 {
 const KernelTable& table();
 }
+namespace avx512vbmi {
+const KernelTable& table();
+}
 
 namespace {
 
@@ -100,6 +103,7 @@ struct Entry {
 
 constexpr uint32_t kAvx2Set = kAvx2 | kFma | kF16c | kBmi;
 constexpr Entry kEntries[] = {
+    {Isa::avx512vbmi, "avx512vbmi", kAvx2Set | kAvx512 | kVnni | kVbmi, avx512vbmi::table},
     {Isa::avx512, "avx512", kAvx2Set | kAvx512 | kVnni, avx512::table},
     {Isa::avx512bw, "avx512bw", kAvx2Set | kAvx512, avx512bw::table},
     {Isa::avx2, "avx2", kAvx2Set, avx2::table},

@@ -2,7 +2,8 @@
 
 Entry i of a grid is one group of 8 (IQ1, IQ2) or 4 (IQ3) weights, one byte each, lowest address first.
 IQ1's values -1, 0, 1 are stored as 0, 1, 2; all others are magnitudes. kSigns maps a 7-bit sign field to 8
-sign bits of even parity.
+sign bits of even parity. kCodes, kPlanes and kTrits hold the magnitudes as numbers, packed
+(packed_grids.h).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from gguf import quants
 
+SUFFIX = {"uint8_t": "", "uint16_t": "", "uint32_t": "u", "uint64_t": "ull"}
+
 
 def grid_bytes(fmt: type, offset: int) -> np.ndarray:
     fmt.init_grid()  # type: ignore[attr-defined]
@@ -20,10 +23,21 @@ def grid_bytes(fmt: type, offset: int) -> np.ndarray:
     return (grid.astype(np.int16) + offset).astype(np.uint8)
 
 
+def grid_levels(fmt: type) -> np.ndarray:
+    """[entries, values]: each magnitude as its place among the grid's magnitudes, in ascending order."""
+    grid = grid_bytes(fmt, 0)
+    grid = grid.reshape(-1, grid.shape[-1])
+    return np.searchsorted(np.unique(grid), grid)
+
+
+def packed(levels: np.ndarray, bits: int) -> np.ndarray:
+    """One number for each row, value 0 in the lowest `bits`."""
+    return np.asarray((levels << bits * np.arange(levels.shape[1])).sum(axis=1))
+
+
 def definition(name: str, ctype: str, values: np.ndarray) -> str:
     rows = [
-        ", ".join(f"{int(v):#x}" + ("u" if ctype == "uint32_t" else "ull") for v in values[i : i + 8])
-        for i in range(0, len(values), 8)
+        ", ".join(f"{int(v):#x}" + SUFFIX[ctype] for v in values[i : i + 8]) for i in range(0, len(values), 8)
     ]
     return (
         f"alignas(64) extern const {ctype} {name}[{len(values)}] = {{\n    " + ",\n    ".join(rows) + "};\n"
@@ -43,6 +57,18 @@ def main(out: Path) -> None:
         parts.append(definition(name, "uint64_t", grid_bytes(fmt, offset).view("<u8").ravel()))
     for name, fmt in (("kGridIq3Xxs", quants.IQ3_XXS), ("kGridIq3S", quants.IQ3_S)):
         parts.append(definition(name, "uint32_t", grid_bytes(fmt, 0).view("<u4").ravel()))
+    for name, fmt, bits, plane_bits in (
+        ("Iq2Xxs", quants.IQ2_XXS, 2, 2),
+        ("Iq2Xs", quants.IQ2_XS, 2, 2),
+        ("Iq3Xxs", quants.IQ3_XXS, 4, 3),
+        ("Iq3S", quants.IQ3_S, 4, 3),
+    ):
+        levels = grid_levels(fmt)
+        halves = np.concatenate(np.split(levels, 2, axis=1))
+        parts.append(definition(f"kCodes{name}", "uint16_t", packed(levels, bits)))
+        parts.append(definition(f"kPlanes{name}", "uint8_t", packed(halves, plane_bits)))
+    trits = grid_levels(quants.IQ2_S).reshape(-1, 2, 4) @ 3 ** np.arange(4)
+    parts.append(definition("kTritsIq2S", "uint16_t", packed(trits, 8)))
     signs = ", ".join(f"{v:#x}" for v in quants.IQ2_XXS.ksigns)
     parts.append(f"alignas(64) extern const uint8_t kSigns[128] = {{\n    {signs}}};\n")
     parts.append("}  // namespace ktd\n")

@@ -2,7 +2,7 @@
 
 #include "blocks.h"
 #include "kernel_table.h"
-#include "packed.h"
+#include "packed_grids.h"
 
 #define KTD_ISA_NAME "avx512bw"
 
@@ -21,6 +21,8 @@ namespace {
 #include "tile-inl.h"
 #include "packed-inl.h"
 #include "packed_iq1-inl.h"
+#include "packed_grid_codes-inl.h"
+#include "packed_grids-inl.h"
 #include "float-inl.h"
 namespace ops {
 #include "ops-inl.h"

@@ -93,8 +93,9 @@ struct KernelTable {
   OpsTable ops;
 };
 
-// Instruction sets, worst to best. avx512 means F, BW, VL, DQ and VNNI (Cascade Lake, Zen 4 and later),
-// avx512bw the same without VNNI (Skylake-X). amx has no kernels of its own yet: such machines take avx512.
-enum class Isa : int { scalar, avx2, avx512bw, avx512, amx };
+// Instruction sets, worst to best. avx512 means F, BW, VL, DQ and VNNI (Cascade Lake), avx512bw the same
+// without VNNI (Skylake-X), avx512vbmi with VBMI too (Ice Lake, Sapphire Rapids, Zen 4 and later). amx has no
+// kernels of its own yet.
+enum class Isa : int { scalar, avx2, avx512bw, avx512, avx512vbmi, amx };
 
 }  // namespace ktd

@@ -11,15 +11,18 @@ constexpr int kHalves = static_cast<int>(kPackedRows) / kRowLanes;
 // Bytes ahead of the block at hand that are asked of memory: some 100 ns at 13 GB/s a core, twice.
 constexpr int64_t kPackedAhead = 4096;
 
-// What follows the weights at hand, or their end, by kPackedAhead.
+// What follows the weights at hand by kPackedAhead; past their end, what this thread multiplies next, or what
+// is at hand.
+inline const uint8_t* packed_ahead(const MatmulArgs& a, const uint8_t* w) {
+  const uint8_t* const end = a.w + (a.rows + kPackedRows - 1) / kPackedRows * a.row_bytes;
+  const uint8_t* const at = w + kPackedAhead;
+  if (at < end) return at;
+  return a.next != nullptr ? a.next + (at - end) : w;
+}
+
 template <int64_t kBytes>
 inline void prefetch_ahead(const MatmulArgs& a, const uint8_t* w) {
-  const uint8_t* const end = a.w + (a.rows + kPackedRows - 1) / kPackedRows * a.row_bytes;
-  const uint8_t* at = w + kPackedAhead;
-  if (at >= end) {
-    if (a.next == nullptr) return;
-    at = a.next + (at - end);
-  }
+  const uint8_t* const at = packed_ahead(a, w);
   for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
 }
 

@@ -12,7 +12,7 @@ import pytest
 
 from ktd_kernels import Cpu, cpu_features, isa_list
 
-KNOWN = ["avx512", "avx512bw", "avx2", "scalar"]  # best first
+KNOWN = ["avx512vbmi", "avx512", "avx512bw", "avx2", "scalar"]  # best first
 
 
 def test_list_is_best_first_and_ends_in_scalar() -> None:
@@ -25,6 +25,7 @@ def test_list_agrees_with_the_features() -> None:
     features, names = set(cpu_features()), set(isa_list())
     assert ("avx2" in names) == ({"avx2", "fma", "f16c", "bmi2"} <= features)
     assert ("avx512" in names) == ("avx2" in names and {"avx512", "avx512_vnni"} <= features)
+    assert ("avx512vbmi" in names) == ("avx512" in names and "avx512_vbmi" in features)
 
 
 def test_features_agree_with_the_kernel() -> None:
@@ -113,12 +114,13 @@ def test_wide_registers_stay_inside_their_instruction_set() -> None:
             assert not re.search(r"%zmm|%k[0-7]", text), f"{path.name} holds AVX-512 instructions"
         else:
             assert "%zmm" in text
-            assert ("vpdpbusd" in text) == (name == "avx512"), f"VNNI in the wrong table: {path.name}"
+            assert ("vpdpbusd" in text) == (name != "avx512bw"), f"VNNI in the wrong table: {path.name}"
+            assert ("vpermb" in text) == (name == "avx512vbmi"), f"VBMI in the wrong table: {path.name}"
         seen.add(name)
     assert seen == {"baseline", *KNOWN}
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512bw", "avx512"])
+@pytest.mark.parametrize("name", ["avx2", "avx512bw", "avx512", "avx512vbmi"])
 def test_wide_objects_export_nothing_but_their_table(name: str) -> None:
     """Weak (shared inline) symbols in a wide object could be picked by the linker for everybody."""
     (path,) = [p for p in _objects() if f"isa_{name}.dir" in str(p)]

@@ -19,7 +19,6 @@ def packed_types(cpu: Cpu) -> list[str]:
 #: What this machine packs: (instruction set, type).
 PACKED = [(isa, name) for isa in isa_list() for name in packed_types(Cpu(1, isa))]
 each_packed = pytest.mark.parametrize(("isa", "name"), PACKED)
-each_iq1 = pytest.mark.parametrize(("isa", "name"), [case for case in PACKED if "IQ1" in case[1]])
 each_packing_isa = pytest.mark.parametrize("isa", sorted({isa for isa, _ in PACKED}))
 
 
@@ -33,6 +32,14 @@ def test_every_vector_instruction_set_packs_iq1() -> None:
     for isa in isa_list():
         packs = packed_types(Cpu(1, isa))
         assert ("IQ1_S" in packs, "IQ1_M" in packs) == (isa != "scalar", isa != "scalar"), isa
+
+
+def test_avx512_packs_the_grids() -> None:
+    wide = [isa for isa in isa_list() if isa.startswith("avx512")]
+    if not wide:
+        pytest.skip("needs a CPU with AVX-512")
+    for isa in wide:
+        assert {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"} <= set(packed_types(Cpu(1, isa))), isa
 
 
 @pytest.mark.parametrize("name", TYPES_256)
@@ -85,7 +92,7 @@ def uniform(name: str, rows: int, cols: int, byte: int) -> Weight:
     return Weight(block.ravel(), type_id(name), (rows, cols))
 
 
-@each_iq1
+@each_packed
 @pytest.mark.parametrize("byte", [0x00, 0xFF])
 def test_extreme_codes_times_extreme_activations(cpu: Cpu, name: str, byte: int) -> None:
     w = uniform(name, 16, 512, byte)
@@ -93,6 +100,19 @@ def test_extreme_codes_times_extreme_activations(cpu: Cpu, name: str, byte: int)
     packed = cpu.pack(w)
     for n in range(1, 6):
         np.testing.assert_array_equal(product(cpu, packed, x[:n]), product(Cpu(1, "scalar"), w, x[:n]))
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_byte_permutes_read_what_word_permutes_wrote(name: str) -> None:
+    """One layout for both: a packed copy may be used with and without VBMI, in either direction."""
+    if "avx512vbmi" not in isa_list():
+        pytest.skip("needs a CPU with AVX-512 VBMI")
+    w, x = weight(name, 40, 1280), normal(1, 9, 1280)
+    words, permutes = Cpu(1, "avx512"), Cpu(1, "avx512vbmi")
+    for n in (1, 2, 3, 4, 9):
+        want = product(Cpu(1, "scalar"), w, x[:n])
+        np.testing.assert_array_equal(product(permutes, words.pack(w), x[:n]), want)
+        np.testing.assert_array_equal(product(words, permutes.pack(w), x[:n]), want)
 
 
 @each_packed
@@ -143,7 +163,7 @@ def test_gated_layers_and_heads_take_packed_weights(cpu: Cpu, n: int) -> None:
     np.testing.assert_array_equal(packed_out, out)
 
 
-@each_iq1
+@each_packed
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_not_a_number_stays_in_its_row(cpu: Cpu, name: str, n: int) -> None:
     w, x = cpu.pack(weight(name, 33, 512)), normal(9, n + 3, 512)
