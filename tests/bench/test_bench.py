@@ -19,6 +19,7 @@ from ktd.bench.kernels import KernelResult
 from ktd.errors import EngineFailure, SettingsError
 from ktd.gguf import GgufFile
 from ktd.model import ModelConfig
+from ktd.model.placement import Placement
 from ktd.synth import SHAPES, plan_file, write_file
 from ktd_kernels import Cpu, Weight, memory_bandwidth
 
@@ -146,25 +147,59 @@ def test_model_command(ktd: Run, gguf_file: Path) -> None:
     assert code == 0
     result = json.loads(out)
     assert [p["tokens"] for p in result["prefill"]] == [5, 70]
-    assert [d["sequences"] for d in result["decode"]] == [1, 3]
+    assert [(d["context"], d["sequences"]) for d in result["decode"]] == [(32, 1), (32, 3), (64, 1), (64, 3)]
+    assert result["ram"] > 0 == result["vram"]
     assert all(r["tokens_per_second"] > 0 for r in result["prefill"] + result["decode"])
     code, out, _ = ktd("bench", "model", str(gguf_file), *options)
     assert code == 0
     assert "Reading a prompt" in out
+    assert "layers" not in out
+
+
+def test_model_command_on_a_shape(ktd: Run, tmp_path: Path) -> None:
+    shape = ("--shape", "tiny-r1", "--mix", "ud-iq1_s", "--layers", "2", "--dense-layers", "1")
+    trace = tmp_path / "trace.json"
+    options = ("--prompts", "5", "--sequences", "1", "--answer", "4", "--cpu-infer", "1", "--trace", str(trace))
+    code, out, _ = ktd("bench", "model", *shape, *options)
+    assert code == 0
+    assert f"tok/s of {SHAPES['tiny-r1'].layers} layers" in out
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "Name a GGUF or a --shape"),
+        (("x.gguf", "--shape", "tiny-r1"), "Name a GGUF or a --shape"),
+        (("x.gguf", "--layers", "2"), "--layers belongs to --shape"),
+        (("--shape", "tiny-r1", "--vram", "much"), "it should be a size such as 60GiB"),
+        (("--shape", "tiny-r1", "--vram", "1GiB"), "no CUDA GPU"),
+    ],
+)
+def test_wrong_options_of_the_model_command(
+    ktd: Run, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: None)
+    code, _, err = ktd("bench", "model", *options)
+    assert code == 2
+    assert message in err
 
 
 def test_expert_bytes_of_a_batch(gguf_file: Path) -> None:
     with GgufFile.open(gguf_file) as file:
         config = ModelConfig.from_gguf(file)
         total = 3 * 16 * 256 * 512 * 34 / 32  # gate, up, down of 16 experts in the one MoE layer
-        assert model.expert_bytes(file, config, 1) == pytest.approx(total * 4 / 16)
-        assert model.expert_bytes(file, config, 2) == pytest.approx(total * (1 - 0.75**2))
+        in_memory, on_gpu = Placement(), Placement("cuda:0", frozenset({1}))
+        assert model.expert_bytes(file, config, in_memory, 1) == pytest.approx(total * 4 / 16)
+        assert model.expert_bytes(file, config, in_memory, 2) == pytest.approx(total * (1 - 0.75**2))
+        assert model.expert_bytes(file, config, on_gpu, 2) == 0
 
 
 def test_model_bench_refuses_what_cannot_be_measured(gguf_file: Path) -> None:
     def bench(**change: object) -> model.ModelBench:
-        plain = dict(path=gguf_file, prompts=[8], sequences=[2], answer_tokens=8, chunk_tokens=64, threads=1)
-        return model.ModelBench(**{**plain, **change})  # type: ignore[arg-type]
+        plain = dict(path=gguf_file, prompts=[8], sequences=[2], contexts=[32], answer_tokens=8)
+        budget = dict(chunk_tokens=64, threads=1, ram=None, vram=0)
+        return model.ModelBench(**{**plain, **budget, **change})  # type: ignore[arg-type]
 
     with pytest.raises(SettingsError, match="4096 tokens"):
         bench(prompts=[5000]).run(lambda _: None)

@@ -1,4 +1,4 @@
-"""A whole model through the engine: load, prompts of given lengths, answers of given batches."""
+"""A whole model through the engine: load, prompts of given lengths, answers of given batches and contexts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
+import torch
 
 from ktd.bench.timing import read_bandwidth
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
+from ktd.gpu import find_gpu, gpu_for
 from ktd.model import ModelConfig, load_model
+from ktd.model.placement import Placement
+from ktd.plan import PAGE_SIZE, budget_of, make_plan
 from ktd.types import Ended, EngineEvent, Failed, GenerationRequest, SamplingParams, Tokens
 from ktd_kernels import Cpu
-
-_DECODE_PROMPT = 32  # tokens in front of an answer
-_PAGE_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,11 @@ class PrefillResult:
 
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
-    """Steps in which each of `sequences` writes a token; bytes are those of the routed experts they read."""
+    """Steps in which each of `sequences`, with `context` tokens behind it, writes one; bytes are those of the
+    routed experts in memory that they read."""
 
     sequences: int
+    context: int
     seconds_a_step: float
     expert_bytes_a_step: float
 
@@ -51,13 +55,22 @@ class DecodeResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelResult:
-    """Everything measured on one file; bandwidth in bytes a second with as many threads."""
+    """Everything measured on one file; bandwidth in bytes a second with as many threads.
+
+    `ram` and `vram`, in bytes, are what the process holds (mapped weights included) and what the GPU lost in
+    free memory. `layers_of_whole` is how many layers the model has of which `layers` were measured.
+    """
 
     name: str
     isa: str
     threads: int
     bandwidth: float
+    layers: int
+    layers_of_whole: int
     load_seconds: float
+    ram: int
+    vram: int
+    expert_layers_on_gpu: int
     prefill: list[PrefillResult]
     decode: list[DecodeResult]
 
@@ -71,70 +84,116 @@ class ModelResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelBench:
-    """What to measure: prompt lengths, numbers of sequences, tokens a sequence writes."""
+    """What to measure: prompt lengths, numbers of sequences, tokens in front of them and tokens each writes.
+
+    `layers_of_whole`: see ModelResult; None for a whole model. `trace`: where a profile of a few decode steps
+    goes, for chrome://tracing or Perfetto.
+    """
 
     path: Path
     prompts: Sequence[int]
     sequences: Sequence[int]
+    contexts: Sequence[int]
     answer_tokens: int
     chunk_tokens: int
     threads: int | None
+    ram: int | None
+    vram: int | None
+    layers_of_whole: int | None = None
+    trace: Path | None = None
 
     def run(self, say: Callable[[str], None]) -> ModelResult:
         """Load and measure; `say` hears what is being done. Raises GgufError, SettingsError."""
-        context = max(*self.prompts, _DECODE_PROMPT + self.answer_tokens) + 1
+        most = max(self.sequences)
+        chunk_tokens = max(self.chunk_tokens, most)
+        context = max(*self.prompts, max(self.contexts) + self.answer_tokens) + 1
         with GgufFile.open(self.path) as gguf:
             config = ModelConfig.from_gguf(gguf)
-            if context > config.context:
-                raise SettingsError(
-                    f"{gguf.name} has a context of {config.context} tokens; {context} are asked for."
-                )
-            starting = max(self.sequences) * _DECODE_PROMPT // max(self.chunk_tokens, max(self.sequences))
+            starting = most * max(self.contexts) // chunk_tokens
             if self.answer_tokens < starting + 3:
                 raise SettingsError(
-                    f"{max(self.sequences)} sequences take {starting} steps to start: "
+                    f"{most} sequences take {starting} steps to start: "
                     f"let them write at least {starting + 3} tokens each, not {self.answer_tokens}."
                 )
+            gpu = gpu_for(self.vram)
+            plan = make_plan(
+                gguf,
+                config,
+                budget=budget_of(self.ram, self.vram, gpu),
+                context=context,
+                sequences=most,
+                chunk_tokens=chunk_tokens,
+                cache_type="bf16",
+            )
             say("loading")
             cpu = Cpu(threads=self.threads)
             start = time.perf_counter()
-            model = load_model(gguf, cpu, context=context, progress=lambda _: None)
-            load_seconds = time.perf_counter() - start
-            most = max(self.sequences)
-            # One long prompt, or all writers; each with a page to grow, without which none is admitted.
-            answer_pages = -(-(_DECODE_PROMPT + self.answer_tokens) // _PAGE_SIZE) + 1
-            pages = max(-(-context // _PAGE_SIZE) + 1, most * answer_pages)
-            engine_config = EngineConfig(
-                context, most, _PAGE_SIZE, pages, max(self.chunk_tokens, most), queue_limit=most
-            )
+            model = load_model(gguf, cpu, context=context, progress=lambda _: None, placement=plan.placement)
+            engine_config = EngineConfig(context, most, PAGE_SIZE, plan.pages, chunk_tokens, queue_limit=most)
             engine = Engine(model, engine_config)
+            load_seconds = time.perf_counter() - start
             engine.start()
             try:
                 session = _Session(engine, config.vocab_size)
-                session.decode(1, 4)  # touches every page of the dense part once
+                session.decode(1, 32, 4)  # touches every page of the dense part once
                 prefill = []
                 for tokens in self.prompts:
                     say(f"prompt of {tokens} tokens")
                     prefill.append(PrefillResult(tokens, session.prefill(tokens)))
                 decode = []
-                for count in self.sequences:
-                    say(f"{count} sequences writing")
-                    seconds = session.decode(count, self.answer_tokens)
-                    decode.append(DecodeResult(count, seconds, expert_bytes(gguf, config, count)))
+                for before in self.contexts:
+                    for count in self.sequences:
+                        say(f"{count} sequences writing, {before} tokens behind each")
+                        seconds = session.decode(count, before, self.answer_tokens)
+                        read = expert_bytes(gguf, config, plan.placement, count)
+                        decode.append(DecodeResult(count, before, seconds, read))
+                if self.trace is not None:
+                    say(f"profiling into {self.trace}")
+                    _profile(session, self.trace)
+                now = find_gpu()
             finally:
                 engine.stop()
-            threads = cpu.threads
-            bandwidth = read_bandwidth(threads)
-            return ModelResult(gguf.name, cpu.isa, threads, bandwidth, load_seconds, prefill, decode)
+            return ModelResult(
+                name=gguf.name,
+                isa=cpu.isa,
+                threads=cpu.threads,
+                bandwidth=read_bandwidth(cpu.threads),
+                layers=config.layers,
+                layers_of_whole=self.layers_of_whole or config.layers,
+                load_seconds=load_seconds,
+                ram=psutil.Process().memory_info().rss,
+                vram=gpu.free - now.free if gpu and now else 0,
+                expert_layers_on_gpu=len(plan.placement.expert_layers_on_gpu),
+                prefill=prefill,
+                decode=decode,
+            )
 
 
-def expert_bytes(gguf: GgufFile, config: ModelConfig, sequences: int) -> float:
-    """Bytes of routed experts that a step of `sequences` tokens reads if each token chooses at random."""
+def expert_bytes(gguf: GgufFile, config: ModelConfig, placement: Placement, sequences: int) -> float:
+    """Bytes of routed experts in memory that a step of `sequences` tokens reads if each token chooses at
+    random."""
     if config.moe is None:
         return 0.0
-    total = sum(info.nbytes for info in gguf.tensors.values() if "_exps." in info.name)
+    total = 0
+    for layer in range(config.layers):
+        if not placement.experts_on_gpu(layer):
+            start = f"blk.{layer}.ffn_"
+            total += sum(
+                info.nbytes
+                for name, info in gguf.tensors.items()
+                if name.startswith(start) and "_exps." in name
+            )
     missed = (1.0 - config.moe.used / config.moe.experts) ** sequences
     return float(total * (1.0 - missed))
+
+
+def _profile(session: _Session, path: Path) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        session.decode(1, 32, 6)
+    profile.export_chrome_trace(str(path))
 
 
 class _Session:
@@ -191,9 +250,9 @@ class _Session:
         started, times = self._run(1, tokens, 1)
         return times[0][0] - started
 
-    def decode(self, sequences: int, tokens: int) -> float:
-        """Mean seconds of a step while all sequences write."""
-        _, times = self._run(sequences, _DECODE_PROMPT, tokens)
+    def decode(self, sequences: int, context: int, tokens: int) -> float:
+        """Mean seconds of a step while all sequences write behind prompts of `context` tokens."""
+        _, times = self._run(sequences, context, tokens)
         first, last = max(own[0] for own in times), min(own[-1] for own in times)
         steps = sum(first < when <= last for own in times for when in own) / sequences
         return (last - first) / steps

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ktd.bench.kernels import KernelResult
 from ktd.bench.model import ModelResult
+from ktd.plan import size_text
 
 # Width of a table that goes to a file or a pipe.
 _PLAIN_WIDTH = 140
@@ -64,24 +65,30 @@ def print_kernels(results: Sequence[KernelResult]) -> None:
 
 
 def print_model(result: ModelResult) -> None:
-    """Load time, then prompt and answer speed."""
+    """Load time and memory, then prompt and answer speed."""
     print(f"{result.name}: loaded in {result.load_seconds:.2f} s, {result.threads} threads, {result.isa}")
+    gpu = f"; GPU {size_text(result.vram)}, experts of {result.expert_layers_on_gpu} layers there"
+    print(f"memory {size_text(result.ram)}{gpu if result.vram else ''}")
     _print(
         "Reading a prompt",
         ["prompt tokens", "seconds", "tok/s"],
         [[str(p.tokens), f"{p.seconds:.3f}", f"{p.tokens_per_second:.1f}"] for p in result.prefill],
     )
-    _print(
-        "Writing, all sequences together",
-        ["sequences", "ms a step", "tok/s", "expert GB/s", "of wall"],
+    names = ["sequences", "context", "ms a step", "tok/s", "expert GB/s", "of wall"]
+    rows = [
         [
-            [
-                str(d.sequences),
-                f"{d.seconds_a_step * 1e3:.1f}",
-                f"{d.tokens_per_second:.2f}",
-                f"{d.expert_bytes_a_step / d.seconds_a_step / 1e9:.2f}",
-                f"{100 * d.expert_bytes_a_step / d.seconds_a_step / result.bandwidth:.0f} %",
-            ]
-            for d in result.decode
-        ],
-    )
+            str(d.sequences),
+            str(d.context),
+            f"{d.seconds_a_step * 1e3:.1f}",
+            f"{d.tokens_per_second:.2f}",
+            f"{d.expert_bytes_a_step / d.seconds_a_step / 1e9:.2f}",
+            f"{100 * d.expert_bytes_a_step / d.seconds_a_step / result.bandwidth:.0f} %",
+        ]
+        for d in result.decode
+    ]
+    if result.layers < result.layers_of_whole:
+        # Counts the head once for each part, so it is not too high.
+        names.append(f"tok/s of {result.layers_of_whole} layers")
+        for row, d in zip(rows, result.decode, strict=True):
+            row.append(f"{d.tokens_per_second * result.layers / result.layers_of_whole:.2f}")
+    _print("Writing, all sequences together; wall = experts read from memory", names, rows)

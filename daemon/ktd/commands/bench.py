@@ -16,6 +16,9 @@ from ktd.bench.kernels import KernelBench
 from ktd.bench.model import ModelBench
 from ktd.bench.report import print_kernels, print_model
 from ktd.errors import UserError
+from ktd.settings import parse_size
+from ktd.synth import SHAPES, file_in_memory
+from ktd.synth.mixes import MIX_NAMES
 from ktd_kernels import Cpu, isa_list
 
 NAME = "bench"
@@ -46,6 +49,14 @@ def _types(text: str) -> list[GGMLQuantizationType]:
     return [known[name] for name in text.upper().split(",")]
 
 
+def _size(text: str) -> int:
+    """Bytes of "14GiB"."""
+    try:
+        return int(str(parse_size(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, not '{text}'") from error
+
+
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < 3600:
@@ -70,10 +81,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--peer-lib", type=Path, help="folder that holds libggml-cpu.so")
     kernels.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     kernels.set_defaults(run=_run_kernels)
-    model = what.add_parser("model", help="load time, prompt and answer speed of a GGUF")
-    model.add_argument("gguf", type=Path, help="file, shard or folder")
+    model = what.add_parser("model", help="load time, memory, prompt and answer speed of a model")
+    model.add_argument("gguf", type=Path, nargs="?", help="file, shard or folder")
+    model.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead, made in memory")
+    model.add_argument("--mix", choices=MIX_NAMES, metavar="MIX", help="their block types (see ktd synth)")
+    model.add_argument("--layers", type=int, help="measure this many of its layers (default: all)")
+    model.add_argument("--dense-layers", type=int, help="dense ones among them (default: in proportion)")
+    model.add_argument("--ram", type=_size, help="memory to use (default: what is free)")
+    model.add_argument("--vram", type=_size, help="GPU memory to use; 0 uses no GPU (default: what is free)")
     model.add_argument("--prompts", type=_numbers, default="128,512", help="lengths (default: %(default)s)")
     model.add_argument("--sequences", type=_numbers, default="1,4", help="at once (default: %(default)s)")
+    model.add_argument(
+        "--contexts", type=_numbers, default="32", help="tokens before an answer (default: %(default)s)"
+    )
+    model.add_argument("--trace", type=Path, help="write a profile of a few steps for chrome://tracing")
     model.add_argument(
         "--answer", type=int, default=16, help="tokens a sequence writes (default: %(default)s)"
     )
@@ -116,18 +137,38 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
 
 def _run_model(args: argparse.Namespace) -> int:
-    bench = ModelBench(
-        path=args.gguf,
-        prompts=args.prompts,
-        sequences=args.sequences,
-        answer_tokens=args.answer,
-        chunk_tokens=args.chunk_tokens,
-        threads=args.cpu_infer,
-    )
+    if (args.gguf is None) == (args.shape is None):
+        raise UserError("Name a GGUF or a --shape, one of the two.")
+    shaped = {"--mix": args.mix, "--layers": args.layers, "--dense-layers": args.dense_layers}
+    if args.gguf is not None and (given := [name for name, value in shaped.items() if value is not None]):
+        raise UserError(f"{given[0]} belongs to --shape, not to a GGUF.")
     with Console(stderr=True).status("starting") as status:
-        result = bench.run(status.update)
+        if args.gguf is not None:
+            result = _model_bench(args, args.gguf, None).run(status.update)
+        else:
+            whole = SHAPES[args.shape]
+            shape = whole.cut(args.layers, args.dense_layers)
+            status.update("making random weights")
+            with file_in_memory(shape, args.mix or MIX_NAMES[0], seed=0, on_bytes=lambda _: None) as path:
+                result = _model_bench(args, path, whole.layers).run(status.update)
     if args.json:
         print(json.dumps(result.as_json()))
     else:
         print_model(result)
     return 0
+
+
+def _model_bench(args: argparse.Namespace, path: Path, layers_of_whole: int | None) -> ModelBench:
+    return ModelBench(
+        path=path,
+        prompts=args.prompts,
+        sequences=args.sequences,
+        contexts=args.contexts,
+        answer_tokens=args.answer,
+        chunk_tokens=args.chunk_tokens,
+        threads=args.cpu_infer,
+        ram=args.ram,
+        vram=args.vram,
+        layers_of_whole=layers_of_whole,
+        trace=args.trace,
+    )

@@ -8,10 +8,12 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from ktd.errors import UserError
@@ -114,27 +116,62 @@ def write_file(plan: SynthPlan, *, seed: int, on_bytes: Callable[[int], None]) -
             "make room, or take fewer --layers."
         )
     writer = GGUFWriter(plan.path, "deepseek2", split_max_size=plan.split_bytes)
-    add_metadata(writer, plan.shape, plan.mix, split_kv_b=plan.split_kv_b)
-    for tensor, kind in plan.entries:
-        size = byte_count(kind, tensor.shape)
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+    _describe(writer, plan)
     paths = writer.format_shard_names(plan.path)
     for path in paths:
         if path.exists():
             raise UserError(f"{path} exists already: remove it or choose another name.")
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        _write_tensors(writer, plan, seed, on_bytes)
-        writer.close()
+        _write(writer, plan, seed, on_bytes)
     except BaseException as error:
-        if writer.fout is not None:
-            for file in writer.fout:
-                file.close()
         for path in paths:
             path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"Writing {plan.path} failed: {error.strerror}.") from error
         raise
     return paths
+
+
+@contextmanager
+def file_in_memory(
+    shape: Shape, mix: str, *, seed: int, on_bytes: Callable[[int], None]
+) -> Iterator[Path]:
+    """A synthetic file that lives in memory alone; gone when the context ends.
+
+    Raises UserError for an unknown mix, or where the memory does not hold it.
+    """
+    descriptor = os.memfd_create("ktd-synth")
+    try:
+        path = Path(f"/proc/self/fd/{descriptor}")
+        plan = plan_file(path, shape, mix, split_kv_b=False)
+        free = psutil.virtual_memory().available
+        if plan.total_bytes > free:
+            raise UserError(
+                f"{plan.total_bytes / 2**30:.1f} GiB of weights do not fit into the {free / 2**30:.1f} GiB of"
+                " free memory: take fewer --layers."
+            )
+        writer = GGUFWriter(path, "deepseek2")
+        _describe(writer, plan)
+        _write(writer, plan, seed, on_bytes)
+        yield path
+    finally:
+        os.close(descriptor)
+
+
+def _describe(writer: GGUFWriter, plan: SynthPlan) -> None:
+    """Give the writer everything but the weights."""
+    add_metadata(writer, plan.shape, plan.mix, split_kv_b=plan.split_kv_b)
+    for tensor, kind in plan.entries:
+        size = byte_count(kind, tensor.shape)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+
+
+def _write(writer: GGUFWriter, plan: SynthPlan, seed: int, on_bytes: Callable[[int], None]) -> None:
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        _write_tensors(writer, plan, seed, on_bytes)
+    finally:
+        for file in writer.fout or ():
+            file.close()
