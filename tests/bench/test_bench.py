@@ -142,7 +142,8 @@ def test_llama_cpp_multiplies_the_same_blocks(ktd: Run) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_model_command(ktd: Run, gguf_file: Path) -> None:
-    options = ("--prompts", "5,70", "--sequences", "1,3", "--answer", "6", "--cpu-infer", "1")
+    options = ("--prompts", "5,70", "--sequences", "1,3", "--answer", "9", "--contexts", "32,64")
+    options += ("--cpu-infer", "1")
     code, out, _ = ktd("bench", "model", str(gguf_file), *options, "--json")
     assert code == 0
     result = json.loads(out)
@@ -159,7 +160,18 @@ def test_model_command(ktd: Run, gguf_file: Path) -> None:
 def test_model_command_on_a_shape(ktd: Run, tmp_path: Path) -> None:
     shape = ("--shape", "tiny-r1", "--mix", "ud-iq1_s", "--layers", "2", "--dense-layers", "1")
     trace = tmp_path / "trace.json"
-    options = ("--prompts", "5", "--sequences", "1", "--answer", "4", "--cpu-infer", "1", "--trace", str(trace))
+    options = (
+        "--prompts",
+        "5",
+        "--sequences",
+        "1",
+        "--answer",
+        "4",
+        "--cpu-infer",
+        "1",
+        "--trace",
+        str(trace),
+    )
     code, out, _ = ktd("bench", "model", *shape, *options)
     assert code == 0
     assert f"tok/s of {SHAPES['tiny-r1'].layers} layers" in out
@@ -205,3 +217,16 @@ def test_model_bench_refuses_what_cannot_be_measured(gguf_file: Path) -> None:
         bench(prompts=[5000]).run(lambda _: None)
     with pytest.raises(SettingsError, match="steps to start"):
         bench(sequences=[30]).run(lambda _: None)
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not PYTHON, reason="KTD_PEERS_PYTHON names no Python with llama-cpp-python (make peers)")
+def test_llama_cpp_runs_the_same_model(ktd: Run, gguf_file: Path) -> None:
+    options = ("--prompts", "40", "--sequences", "1,2", "--answer", "6", "--cpu-infer", "1", "--json")
+    code, out, err = ktd(
+        "bench", "model", str(gguf_file), *options, "--against", "llama.cpp", "--peer-python", PYTHON
+    )
+    assert code == 0, err
+    peer = json.loads(out)["llama.cpp"]
+    assert (len(peer["prefill"]), len(peer["decode"])) == (1, 2)
+    assert all(figure["seconds"] > 0 for figure in peer["prefill"] + peer["decode"])

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from ktd.bench.kernels import KernelResult
 from ktd.bench.model import ModelResult
+from ktd.bench.peer_model import PeerResult
 from ktd.plan import size_text
 
 # Width of a table that goes to a file or a pipe.
-_PLAIN_WIDTH = 140
+_PLAIN_WIDTH = 160
 
 
 def _print(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -64,16 +65,18 @@ def print_kernels(results: Sequence[KernelResult]) -> None:
     _print(f"One matrix times its tokens; wall = memory read, measured: {wall} threads", names, rows)
 
 
-def print_model(result: ModelResult) -> None:
-    """Load time and memory, then prompt and answer speed."""
+def print_model(result: ModelResult, peer: PeerResult | None) -> None:
+    """Load time and memory, then prompt and answer speed; the peer's columns appear where it was measured."""
     print(f"{result.name}: loaded in {result.load_seconds:.2f} s, {result.threads} threads, {result.isa}")
     gpu = f"; GPU {size_text(result.vram)}, experts of {result.expert_layers_on_gpu} layers there"
     print(f"memory {size_text(result.ram)}{gpu if result.vram else ''}")
-    _print(
-        "Reading a prompt",
-        ["prompt tokens", "seconds", "tok/s"],
-        [[str(p.tokens), f"{p.seconds:.3f}", f"{p.tokens_per_second:.1f}"] for p in result.prefill],
-    )
+    names = ["prompt tokens", "seconds", "tok/s"]
+    rows = [[str(p.tokens), f"{p.seconds:.3f}", f"{p.tokens_per_second:.1f}"] for p in result.prefill]
+    if peer is not None:
+        names += ["llama.cpp tok/s", "ours/llama.cpp", "its best flags"]
+        for row, p, its in zip(rows, result.prefill, peer.prefill, strict=True):
+            row += [f"{p.tokens / its.seconds:.1f}", f"{its.seconds / p.seconds:.2f}", its.flags]
+    _print("Reading a prompt", names, rows)
     names = ["sequences", "context", "ms a step", "tok/s", "expert GB/s", "of wall"]
     rows = [
         [
@@ -91,4 +94,8 @@ def print_model(result: ModelResult) -> None:
         names.append(f"tok/s of {result.layers_of_whole} layers")
         for row, d in zip(rows, result.decode, strict=True):
             row.append(f"{d.tokens_per_second * result.layers / result.layers_of_whole:.2f}")
+    if peer is not None:
+        names += ["llama.cpp ms", "ours/llama.cpp", "its best flags"]
+        for row, d, its in zip(rows, result.decode, peer.decode, strict=True):
+            row += [f"{its.seconds * 1e3:.1f}", f"{its.seconds / d.seconds_a_step:.2f}", its.flags]
     _print("Writing, all sequences together; wall = experts read from memory", names, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -13,7 +14,8 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from ktd.bench.ggml import Ggml
 from ktd.bench.kernels import KernelBench
-from ktd.bench.model import ModelBench
+from ktd.bench.model import ModelBench, ModelResult
+from ktd.bench.peer_model import PeerResult, measure_llama_cpp
 from ktd.bench.report import print_kernels, print_model
 from ktd.errors import UserError
 from ktd.settings import parse_size
@@ -94,6 +96,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--contexts", type=_numbers, default="32", help="tokens before an answer (default: %(default)s)"
     )
+    model.add_argument("--against", choices=("llama.cpp",), help="this peer on the same file, CPU only")
+    model.add_argument("--peer-python", type=Path, help="Python that has llama-cpp-python")
     model.add_argument("--trace", type=Path, help="write a profile of a few steps for chrome://tracing")
     model.add_argument(
         "--answer", type=int, default=16, help="tokens a sequence writes (default: %(default)s)"
@@ -142,24 +146,28 @@ def _run_model(args: argparse.Namespace) -> int:
     shaped = {"--mix": args.mix, "--layers": args.layers, "--dense-layers": args.dense_layers}
     if args.gguf is not None and (given := [name for name, value in shaped.items() if value is not None]):
         raise UserError(f"{given[0]} belongs to --shape, not to a GGUF.")
+    if (args.against is None) != (args.peer_python is None):
+        raise UserError("--against llama.cpp and --peer-python belong together.")
     with Console(stderr=True).status("starting") as status:
         if args.gguf is not None:
-            result = _model_bench(args, args.gguf, None).run(status.update)
+            result, peer = _measure(args, args.gguf, None, status.update)
         else:
             whole = SHAPES[args.shape]
             shape = whole.cut(args.layers, args.dense_layers)
             status.update("making random weights")
             with file_in_memory(shape, args.mix or MIX_NAMES[0], seed=0, on_bytes=lambda _: None) as path:
-                result = _model_bench(args, path, whole.layers).run(status.update)
+                result, peer = _measure(args, path, whole.layers, status.update)
     if args.json:
-        print(json.dumps(result.as_json()))
+        print(json.dumps(result.as_json() | {"llama.cpp": asdict(peer) if peer else None}))
     else:
-        print_model(result)
+        print_model(result, peer)
     return 0
 
 
-def _model_bench(args: argparse.Namespace, path: Path, layers_of_whole: int | None) -> ModelBench:
-    return ModelBench(
+def _measure(
+    args: argparse.Namespace, path: Path, layers_of_whole: int | None, say: Callable[[str], None]
+) -> tuple[ModelResult, PeerResult | None]:
+    bench = ModelBench(
         path=path,
         prompts=args.prompts,
         sequences=args.sequences,
@@ -172,3 +180,19 @@ def _model_bench(args: argparse.Namespace, path: Path, layers_of_whole: int | No
         layers_of_whole=layers_of_whole,
         trace=args.trace,
     )
+    result = bench.run(say)
+    if args.against is None:
+        return result, None
+    # After ours, whose memory is free again: both would not fit beside each other.
+    peer = measure_llama_cpp(
+        args.peer_python,
+        path,
+        prompts=args.prompts,
+        sequences=args.sequences,
+        contexts=args.contexts,
+        answer_tokens=args.answer,
+        chunk_tokens=args.chunk_tokens,
+        threads=result.threads,
+        say=say,
+    )
+    return result, peer

@@ -133,9 +133,7 @@ def write_file(plan: SynthPlan, *, seed: int, on_bytes: Callable[[int], None]) -
 
 
 @contextmanager
-def file_in_memory(
-    shape: Shape, mix: str, *, seed: int, on_bytes: Callable[[int], None]
-) -> Iterator[Path]:
+def file_in_memory(shape: Shape, mix: str, *, seed: int, on_bytes: Callable[[int], None]) -> Iterator[Path]:
     """A synthetic file that lives in memory alone; gone when the context ends.
 
     Raises UserError for an unknown mix, or where the memory does not hold it.
