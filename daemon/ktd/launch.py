@@ -75,7 +75,9 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
     Raises GgufError for what only the tensors themselves show.
     """
     settings, plan = prepared.settings, prepared.plan
-    model = load_model(prepared.gguf, prepared.cpu, context=plan.context, progress=progress)
+    model = load_model(
+        prepared.gguf, prepared.cpu, context=plan.context, progress=progress, placement=plan.placement
+    )
     engine = Engine(
         model,
         EngineConfig(
