@@ -14,7 +14,7 @@ import torch
 
 from ktd.bench.timing import read_bandwidth
 from ktd.engine import Engine, EngineConfig
-from ktd.errors import SettingsError
+from ktd.errors import KtdError, SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import find_gpu, gpu_for
 from ktd.model import ModelConfig, load_model
@@ -22,6 +22,8 @@ from ktd.model.placement import Placement
 from ktd.plan import PAGE_SIZE, budget_of, make_plan
 from ktd.types import Ended, EngineEvent, Failed, GenerationRequest, SamplingParams, Tokens
 from ktd_kernels import Cpu
+
+_SHORT = (32, 6)  # context and tokens of a run that only warms up or is profiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class ModelBench:
         """Load and measure; `say` hears what is being done. Raises GgufError, SettingsError."""
         most = max(self.sequences)
         chunk_tokens = max(self.chunk_tokens, most)
-        context = max(*self.prompts, max(self.contexts) + self.answer_tokens) + 1
+        context = max(*self.prompts, max(self.contexts) + self.answer_tokens, sum(_SHORT)) + 1
         with GgufFile.open(self.path) as gguf:
             config = ModelConfig.from_gguf(gguf)
             starting = most * max(self.contexts) // chunk_tokens
@@ -135,7 +137,7 @@ class ModelBench:
             engine.start()
             try:
                 session = _Session(engine, config.vocab_size)
-                session.decode(1, 32, 4)  # touches every page of the dense part once
+                session.decode(1, *_SHORT)  # touches every page of the dense part once
                 prefill = []
                 for tokens in self.prompts:
                     say(f"prompt of {tokens} tokens")
@@ -192,7 +194,7 @@ def _profile(session: _Session, path: Path) -> None:
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        session.decode(1, 32, 6)
+        session.decode(1, *_SHORT)
     profile.export_chrome_trace(str(path))
 
 
@@ -229,8 +231,11 @@ class _Session:
                 events.put((0, time.perf_counter(), event))
             if isinstance(event, Ended):
                 started = time.perf_counter()
-                for number in range(sequences):
-                    self._engine.submit(self._request(prompt_tokens, max_tokens), listener(number))
+                try:
+                    for number in range(sequences):
+                        self._engine.submit(self._request(prompt_tokens, max_tokens), listener(number))
+                except KtdError as error:  # nobody else would hear it on this thread
+                    events.put((0, started, Failed(error)))
 
         # A first request ends; from its last event, on the engine's thread, the others start in one step.
         self._engine.submit(self._request(1, 1), submit_all)
