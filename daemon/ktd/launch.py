@@ -59,6 +59,7 @@ def prepare(settings: Settings) -> Prepared:
         gguf,
         config,
         budget=budget_of(settings.ram, settings.vram, gpu_for(settings.vram)),
+        packer=cpu if settings.repack else None,
         context=settings.context,
         sequences=settings.max_sequences,
         chunk_tokens=settings.chunk_tokens,
@@ -76,7 +77,12 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
     """
     settings, plan = prepared.settings, prepared.plan
     model = load_model(
-        prepared.gguf, prepared.cpu, context=plan.context, progress=progress, placement=plan.placement
+        prepared.gguf,
+        prepared.cpu,
+        context=plan.context,
+        progress=progress,
+        repack=plan.growth > 0,
+        placement=plan.placement,
     )
     engine = Engine(
         model,

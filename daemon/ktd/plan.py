@@ -15,7 +15,9 @@ from ktd.errors import SettingsError
 from ktd.gguf import GgmlType, GgufFile
 from ktd.gpu import Gpu
 from ktd.model.config import ModelConfig
+from ktd.model.loader import packed_growth
 from ktd.model.placement import Placement, VramBytes, vram_bytes
+from ktd_kernels import Cpu
 
 GIB = 1 << 30
 # Tokens in a page of the latent cache: what the last page of a sequence wastes is then under 5 MB for R1.
@@ -46,7 +48,8 @@ class Plan:
     `vram` counts what lies on the GPU (all zero without one). Of the rest, in memory, `routed` are the routed
     experts and `dense` all other weights; `..._per_token` is what one generated token reads of the weights,
     from memory and from the GPU. `from_disk` of those in memory do not fit: the system reads them again from
-    the file whenever a token needs them.
+    the file whenever a token needs them. `growth` is what the weights in memory take beyond their size in
+    the file where there is room to repack them for this CPU, else 0.
     """
 
     budget: Budget
@@ -61,6 +64,7 @@ class Plan:
     cache_per_token: int
     buffers: int
     from_disk: int
+    growth: int
 
     @property
     def pages(self) -> int:
@@ -80,9 +84,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """What a plan is asked to fit."""
+    """What a plan is asked to fit. `packer` is the CPU whose layout weights are to take, if any."""
 
     gguf: GgufFile
+    packer: Cpu | None
     config: ModelConfig
     sequences: int
     chunk_tokens: int
@@ -104,6 +109,11 @@ class _Sizes:
             cache_type=self.cache_type,
         )
 
+    def growth(self, placement: Placement, room: int) -> int:
+        """What repacking takes of `room` bytes; 0 where that is not enough."""
+        growth = packed_growth(self.gguf, self.packer, placement) if self.packer else 0
+        return growth if growth <= room else 0
+
     def cache_for(self, context: int, room: int) -> int:
         """Tokens of a cache that the sequences share: one whole context at least, one for each where `room`
         bytes allow it. A page to spare for each: admission keeps one for every sequence that runs."""
@@ -116,18 +126,19 @@ def make_plan(
     config: ModelConfig,
     *,
     budget: Budget,
+    packer: Cpu | None,
     context: int | None,
     sequences: int,
     chunk_tokens: int,
     cache_type: CacheType,
 ) -> Plan:
-    """Fits weights, latent cache and buffers into `budget`.
+    """Fits weights, latent cache and buffers into `budget`; weights repacked by `packer` where there is room.
 
     `context` None takes as much as fits, up to the model's own. With a GPU everything but the routed experts
     and the token embedding goes there; what is left of it takes routed experts, layer by layer. Raises
     SettingsError when the asked context, or the least useful one, does not fit.
     """
-    sizes = _Sizes(gguf, config, sequences, chunk_tokens, cache_type)
+    sizes = _Sizes(gguf, packer, config, sequences, chunk_tokens, cache_type)
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
     if asked > config.context:
         raise SettingsError(
@@ -151,6 +162,9 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
         raise _too_small("memory", "--ram", budget.ram, need, asked, room // per_token)
     # The rest of the budget after all weights; when they do not fit, the cache stays as small as was asked.
     spare = max(room - routed, 0)
+    # Speed before room for conversations: what repacking takes comes first.
+    growth = sizes.growth(Placement(), spare - _paged(asked) * per_token)
+    spare -= growth
     if grow:
         asked = min(config.context, max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked))
     cache_tokens = sizes.cache_for(asked, spare // 2)
@@ -167,6 +181,7 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
         cache_per_token=per_token,
         buffers=buffers,
         from_disk=max(routed + dense + buffers + cache_tokens * per_token - budget.ram, 0),
+        growth=growth,
     )
 
 
@@ -196,6 +211,7 @@ def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: boo
     vram = sizes.on_gpu(placement, cache_tokens)
     embedding = _embedding(gguf)
     buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens)
+    in_ram = routed - vram.experts + embedding + buffers
     return Plan(
         budget=budget,
         placement=placement,
@@ -208,7 +224,8 @@ def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: boo
         cache_tokens=cache_tokens,
         cache_per_token=per_token,
         buffers=buffers,
-        from_disk=max(routed - vram.experts + embedding + buffers - budget.ram, 0),
+        from_disk=max(in_ram - budget.ram, 0),
+        growth=sizes.growth(placement, budget.ram - in_ram),
     )
 
 

@@ -85,6 +85,9 @@ class Settings(BaseModel):
     vram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(
         "engine", None, "GPU memory to use, such as 14GiB; 0 uses no GPU (default: what is free)", ge=0
     )
+    repack: bool = _setting(
+        "engine", True, "copy low-bit experts into a faster layout of up to 20 % more memory, where it fits"
+    )
     context: int | None = _setting(
         "engine", None, "tokens of prompt and answer together (default: what the memory allows)", ge=16
     )

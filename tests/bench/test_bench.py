@@ -213,7 +213,7 @@ def test_model_bench_refuses_what_cannot_be_measured(gguf_file: Path) -> None:
         budget = dict(chunk_tokens=64, threads=1, ram=None, vram=0)
         return model.ModelBench(**{**plain, **budget, **change})  # type: ignore[arg-type]
 
-    with pytest.raises(SettingsError, match="4096 tokens"):
+    with pytest.raises(SettingsError, match="made for 4096"):
         bench(prompts=[5000]).run(lambda _: None)
     with pytest.raises(SettingsError, match="steps to start"):
         bench(sequences=[30]).run(lambda _: None)

@@ -10,8 +10,9 @@ from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import Gpu, gpu_for
 from ktd.main import run
-from ktd.model import ModelConfig
+from ktd.model import ModelConfig, Placement, vram_bytes
 from ktd.plan import PAGE_SIZE, Budget, Plan, available_memory, budget_of, make_plan
+from ktd_kernels import Cpu, isa_list
 
 MIB = 2**20
 
@@ -24,7 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(
-    model: Path, *, ram: int, vram: int | None = None, context: int | None = None, sequences: int = 8
+    model: Path,
+    *,
+    ram: int,
+    vram: int | None = None,
+    packer: Cpu | None = None,
+    context: int | None = None,
+    sequences: int = 8,
 ) -> Plan:
     budget = Budget(ram) if vram is None else Budget(ram, vram, "cuda:0")
     with GgufFile.open(model) as gguf:
@@ -32,11 +39,19 @@ def plan_of(
             gguf,
             ModelConfig.from_gguf(gguf),
             budget=budget,
+            packer=packer,
             context=context,
             sequences=sequences,
             chunk_tokens=64,
             cache_type="bf16",
         )
+
+
+def vram_of(model: Path, placement: Placement, cache_tokens: int) -> int:
+    with GgufFile.open(model) as gguf:
+        pages, config = cache_tokens // PAGE_SIZE, ModelConfig.from_gguf(gguf)
+        sizes = vram_bytes(gguf, config, placement, rows=64, logit_rows=1, pages=pages, page_size=PAGE_SIZE)
+    return sizes.total
 
 
 def test_with_room_every_sequence_gets_the_models_own_context(model: Path) -> None:
@@ -103,25 +118,42 @@ def test_a_gpu_takes_all_but_the_experts_and_then_as_many_of_those_as_fit(model:
     assert len(most.placement.expert_layers_on_gpu) == moe_layers
     assert (most.routed, most.dense, most.ram_per_token) == (0, embedding, 0)
     one_layer = most.vram.experts // moe_layers
-    counts = []
-    for less in range(0, most.vram.experts + one_layer, one_layer // 2):
-        plan = plan_of(model, ram=1024 * MIB, vram=most.vram.total - less, context=512)
+    least = vram_of(model, Placement("cuda:0"), 512)
+    counts = [moe_layers]
+    for more in range(most.vram.experts - one_layer, -1, -one_layer // 2):
+        plan = plan_of(model, ram=1024 * MIB, vram=least + more, context=512, sequences=1)
         counts.append(len(plan.placement.expert_layers_on_gpu))
         assert plan.vram.total <= plan.budget.vram
-        assert plan.budget.vram - plan.vram.total < one_layer or counts[-1] == moe_layers
         assert plan.cache_tokens >= 512
         assert plan.routed + plan.vram.experts == on_cpu.routed
-    assert counts[0] == moe_layers
     assert counts[-1] == 0
     assert counts == sorted(counts, reverse=True)
 
 
 def test_a_gpu_too_small_for_the_context_is_refused_with_one_that_fits(model: Path) -> None:
-    least = plan_of(model, ram=1024 * MIB, vram=8192 * MIB, context=64, sequences=1)
-    vram = least.vram.total - least.vram.experts - least.vram.cache + 1000 * least.cache_per_token
+    per_token = plan_of(model, ram=1024 * MIB).cache_per_token
+    vram = vram_of(model, Placement("cuda:0"), 0) + 1000 * per_token
     with pytest.raises(SettingsError, match=r"GPU memory budget .* at most 960, or .*--vram"):
         plan_of(model, ram=1024 * MIB, vram=vram, context=2048, sequences=1)
     assert plan_of(model, ram=1024 * MIB, vram=vram, context=960, sequences=1).context == 960
+
+
+@pytest.mark.skipif("avx2" not in isa_list(), reason="without AVX2 no layout is faster than the file's")
+def test_weights_are_repacked_where_there_is_room(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    assert run(["synth", "--shape", "tiny-r1", "--mix", "iq1_s", "-o", str(path)]) == 0
+    cpu = Cpu(1)
+    roomy = plan_of(path, ram=1024 * MIB, packer=cpu)
+    assert 0 < roomy.growth < 0.25 * (roomy.routed + roomy.dense)
+    assert plan_of(path, ram=1024 * MIB).growth == 0
+    on_gpu = plan_of(path, ram=1024 * MIB, vram=8192 * MIB, packer=cpu)
+    assert on_gpu.growth <= 0.25 * on_gpu.dense, "only the embedding is left in memory"
+    least = roomy.routed + roomy.dense + roomy.buffers + 512 * roomy.cache_per_token
+    tight = plan_of(path, ram=least + roomy.growth - 1, context=512, packer=cpu)
+    assert (tight.growth, tight.from_disk) == (0, 0)
+    enough = plan_of(path, ram=least + roomy.growth, context=512, packer=cpu)
+    assert enough.growth == roomy.growth
+    assert enough.cache_tokens == 512
 
 
 def test_open_budgets_are_what_is_free_less_a_reserve() -> None:

@@ -72,6 +72,7 @@ class ModelResult:
     load_seconds: float
     ram: int
     vram: int
+    repacked: bool
     expert_layers_on_gpu: int
     prefill: list[PrefillResult]
     decode: list[DecodeResult]
@@ -101,6 +102,7 @@ class ModelBench:
     threads: int | None
     ram: int | None
     vram: int | None
+    repack: bool = True
     layers_of_whole: int | None = None
     trace: Path | None = None
 
@@ -118,19 +120,27 @@ class ModelBench:
                     f"let them write at least {starting + 3} tokens each, not {self.answer_tokens}."
                 )
             gpu = gpu_for(self.vram)
+            cpu = Cpu(threads=self.threads)
             plan = make_plan(
                 gguf,
                 config,
                 budget=budget_of(self.ram, self.vram, gpu),
+                packer=cpu if self.repack else None,
                 context=context,
                 sequences=most,
                 chunk_tokens=chunk_tokens,
                 cache_type="bf16",
             )
             say("loading")
-            cpu = Cpu(threads=self.threads)
             start = time.perf_counter()
-            model = load_model(gguf, cpu, context=context, progress=lambda _: None, placement=plan.placement)
+            model = load_model(
+                gguf,
+                cpu,
+                context=context,
+                progress=lambda _: None,
+                repack=plan.growth > 0,
+                placement=plan.placement,
+            )
             engine_config = EngineConfig(context, most, PAGE_SIZE, plan.pages, chunk_tokens, queue_limit=most)
             engine = Engine(model, engine_config)
             load_seconds = time.perf_counter() - start
@@ -165,6 +175,7 @@ class ModelBench:
                 load_seconds=load_seconds,
                 ram=psutil.Process().memory_info().rss,
                 vram=gpu.free - now.free if gpu and now else 0,
+                repacked=plan.growth > 0,
                 expert_layers_on_gpu=len(plan.placement.expert_layers_on_gpu),
                 prefill=prefill,
                 decode=decode,

@@ -69,7 +69,9 @@ def print_model(result: ModelResult, peer: PeerResult | None) -> None:
     """Load time and memory, then prompt and answer speed; the peer's columns appear where it was measured."""
     print(f"{result.name}: loaded in {result.load_seconds:.2f} s, {result.threads} threads, {result.isa}")
     gpu = f"; GPU {size_text(result.vram)}, experts of {result.expert_layers_on_gpu} layers there"
-    print(f"memory {size_text(result.ram)}{gpu if result.vram else ''}")
+    print(
+        f"memory {size_text(result.ram)}{', repacked' if result.repacked else ''}{gpu if result.vram else ''}"
+    )
     names = ["prompt tokens", "seconds", "tok/s"]
     rows = [[str(p.tokens), f"{p.seconds:.3f}", f"{p.tokens_per_second:.1f}"] for p in result.prefill]
     if peer is not None:

@@ -29,20 +29,21 @@ def run(args: argparse.Namespace) -> int:
     from ktd_kernels import Cpu, memory_bandwidth
 
     settings: Settings = load(args)
+    cpu = Cpu(settings.cpu_infer, settings.isa)
     gpu = gpu_for(settings.vram)
     with GgufFile.open(args.gguf) as gguf:
         plan = make_plan(
             gguf,
             ModelConfig.from_gguf(gguf),
             budget=budget_of(settings.ram, settings.vram, gpu),
+            packer=cpu if settings.repack else None,
             context=settings.context,
             sequences=settings.max_sequences,
             chunk_tokens=settings.chunk_tokens,
             cache_type=settings.cache_type,
         )
         name = gguf.name
-    threads = Cpu(settings.cpu_infer, settings.isa).threads
-    bandwidth = memory_bandwidth(threads, 0.5)
+    bandwidth = memory_bandwidth(cpu.threads, 0.5)
 
     table = Table(title=f"{name} on this machine", title_justify="left")
     columns = ["", "memory"] if gpu is None else ["", "memory", gpu.name]
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         ("budget", plan.budget.ram, plan.budget.vram),
         ("routed experts", plan.routed, vram.experts),
         ("all other weights", plan.dense, vram.dense),
+        ("more for a layout that this CPU multiplies faster", plan.growth, 0),
         (cache, plan.cache - vram.cache, vram.cache),
         ("buffers, and what is kept rearranged", plan.buffers, vram.buffers + vram.runtime),
         ("left on disk, read when needed", plan.from_disk, 0),
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         table.add_row(what, *map(size_text, (in_ram, on_gpu)[: len(columns) - 1]))
     table.add_row("context of one conversation", f"{plan.context:,} tokens")
-    table.add_row(f"memory bandwidth, {threads} threads", f"{bandwidth / 1e9:.1f} GB/s")
+    table.add_row(f"memory bandwidth, {cpu.threads} threads", f"{bandwidth / 1e9:.1f} GB/s")
     if plan.ram_per_token:
         rate = plan.tokens_per_second(bandwidth)
         table.add_row("decode at that bandwidth, at most", f"{rate:.1f} tokens/s")

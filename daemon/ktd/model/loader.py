@@ -14,11 +14,12 @@ from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 
 
-def packed_growth(gguf: GgufFile, cpu: Cpu) -> int:
-    """Bytes of memory that loading with `repack` takes beyond the size of the tensors in the file."""
+def packed_growth(gguf: GgufFile, cpu: Cpu, placement: Placement) -> int:
+    """Bytes of memory that loading with `repack` takes beyond the size in the file of what stays on the CPU."""
     growth = 0
     for tensor in gguf.tensors.values():
-        if len(tensor.shape) in (2, 3) and tensor.ggml_type in WEIGHT_TYPES:
+        matrix = len(tensor.shape) in (2, 3) and tensor.ggml_type in WEIGHT_TYPES
+        if matrix and not placement.on_gpu(tensor.name):
             packed = cpu.packed_bytes(int(tensor.ggml_type), tensor.shape)
             growth += packed - tensor.nbytes if packed else 0
     return growth

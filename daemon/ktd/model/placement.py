@@ -48,6 +48,13 @@ class Placement:
         """Whether the routed experts of `layer` are the GPU's."""
         return layer in self.expert_layers_on_gpu
 
+    def on_gpu(self, tensor: str) -> bool:
+        """Whether the tensor of this name is the GPU's."""
+        routed = _ROUTED.match(tensor)
+        if routed:
+            return self.experts_on_gpu(int(routed[1]))
+        return self.device is not None and tensor != "token_embd.weight"
+
 
 @dataclass(frozen=True, slots=True)
 class VramBytes:
