@@ -145,7 +145,7 @@ def _check_rules(settings: Settings) -> None:
         return
     rule = first_not_honoured(settings.optimize_config_path)
     if rule:
-        log.warning("%s: everything is computed on the CPU, so this rule has no effect", rule)
+        log.warning("%s: ktd places tensors by its own plan (--vram), so this rule has no effect", rule)
 
 
 class Progress:
