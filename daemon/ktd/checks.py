@@ -15,6 +15,7 @@ from typing import Literal
 import psutil
 
 from ktd.errors import UserError
+from ktd.gpu import find_gpu
 from ktd.launch import embedded_model
 from ktd.plan import GIB, available_memory
 from ktd.server.run_record import RunRecordFile
@@ -136,9 +137,17 @@ def _gpu(settings: Settings) -> Iterator[Check]:
     except (subprocess.SubprocessError, OSError) as error:
         yield Check("GPU", "note", f"nvidia-smi fails: {error}", "reinstall the NVIDIA driver, or reboot")
     else:
+        usable = find_gpu() is not None
         for line in query.stdout.splitlines():
             name, memory, free, driver, capability = (part.strip() for part in line.split(","))
-            yield Check("GPU", "ok", f"{name}, {free} of {memory} free, driver {driver}, sm {capability}")
+            found = f"{name}, {free} of {memory} free, driver {driver}, sm {capability}"
+            if usable:
+                yield Check("GPU", "ok", found)
+            else:
+                remedy = "install a CUDA build of torch; ktd uses GPUs of sm 8.0 and newer"
+                yield Check(
+                    "GPU", "note", f"{found}, but not used: everything is computed on the CPU", remedy
+                )
 
 
 def _model(settings: Settings) -> Iterator[Check]:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from ktd import checks
+from ktd.gpu import Gpu
 from ktd.main import run
 from ktd.settings import Settings
+
+NVIDIA = "echo 'NVIDIA H100, 81559 MiB, 81000 MiB, 570.1, 9.0'"
 
 
 @pytest.fixture(autouse=True)
@@ -72,19 +75,18 @@ def test_slow_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "verdict", "said"),
+    ("script", "usable", "verdict", "said"),
     [
-        (
-            "echo 'NVIDIA H100, 81559 MiB, 81000 MiB, 570.1, 9.0'",
-            "ok",
-            "NVIDIA H100, 81000 MiB of 81559 MiB free",
-        ),
-        ("exit 9", "note", "nvidia-smi fails"),
+        (NVIDIA, True, "ok", "NVIDIA H100, 81000 MiB of 81559 MiB free"),
+        (NVIDIA, False, "note", "but not used"),
+        ("exit 9", False, "note", "nvidia-smi fails"),
     ],
 )
 def test_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, verdict: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, usable: bool, verdict: str, said: str
 ) -> None:
+    gpu = Gpu("cuda:0", "NVIDIA H100", 81 << 30, 81 << 30)
+    monkeypatch.setattr(checks, "find_gpu", lambda: gpu if usable else None)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
