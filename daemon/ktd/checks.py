@@ -145,9 +145,7 @@ def _gpu(settings: Settings) -> Iterator[Check]:
                 yield Check("GPU", "ok", found)
             else:
                 remedy = "install a CUDA build of torch; ktd uses GPUs of sm 8.0 and newer"
-                yield Check(
-                    "GPU", "note", f"{found}, but not used: everything is computed on the CPU", remedy
-                )
+                yield Check("GPU", "note", f"{found}, but not used: the CPU computes everything", remedy)
 
 
 def _model(settings: Settings) -> Iterator[Check]:

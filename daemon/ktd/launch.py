@@ -91,7 +91,7 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
             max_sequences=settings.max_sequences,
             page_size=PAGE_SIZE,
             pages=plan.pages,
-            chunk_tokens=settings.chunk_tokens,
+            chunk_tokens=plan.chunk_tokens,
             queue_limit=settings.queue_limit,
             cache_type=settings.cache_type,
         ),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,9 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 _RESERVE = GIB
 # Left to other programs on the GPU, the desktop among them.
 _VRAM_RESERVE = 512 << 20
+# Tokens of a step unless asked otherwise. On a GPU experts may be sent there for a step: the more tokens share
+# the sending, the better, as far as their buffers fit.
+_CHUNK, _CHUNK_ON_GPU = 512, 2048
 # A default context is never planned below this where the model itself allows it (design: "at least 16,384").
 _LEAST_CONTEXT = 16_384
 _ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
@@ -60,6 +64,7 @@ class Plan:
     ram_per_token: int
     vram_per_token: int
     context: int
+    chunk_tokens: int
     cache_tokens: int
     cache_per_token: int
     buffers: int
@@ -129,24 +134,28 @@ def make_plan(
     packer: Cpu | None,
     context: int | None,
     sequences: int,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     cache_type: CacheType,
 ) -> Plan:
     """Fits weights, latent cache and buffers into `budget`; weights repacked by `packer` where there is room.
 
-    `context` None takes as much as fits, up to the model's own. With a GPU everything but the routed experts
+    `chunk_tokens` None takes 512, or more on a GPU with room for it; `context` None takes as much as fits, up to the model's own. With a GPU everything but the routed experts
     and the token embedding goes there; what is left of it takes routed experts, layer by layer. Raises
     SettingsError when the asked context, or the least useful one, does not fit.
     """
-    sizes = _Sizes(gguf, packer, config, sequences, chunk_tokens, cache_type)
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
     if asked > config.context:
         raise SettingsError(
             f"A context of {asked} tokens was asked for, but {gguf.name} was made for {config.context}:"
             " ask for less."
         )
+    sizes = _Sizes(gguf, packer, config, sequences, chunk_tokens or max(_CHUNK, sequences), cache_type)
     if budget.device is None:
         return _on_cpu(sizes, budget, asked, grow=context is None)
+    if chunk_tokens is None:
+        with suppress(SettingsError):
+            large = replace(sizes, chunk_tokens=max(_CHUNK_ON_GPU, sequences))
+            return _on_gpu(large, budget, budget.device, asked, grow=context is None)
     return _on_gpu(sizes, budget, budget.device, asked, grow=context is None)
 
 
@@ -177,6 +186,7 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
         ram_per_token=_active(routed, config) + dense - _embedding(gguf),
         vram_per_token=0,
         context=asked,
+        chunk_tokens=sizes.chunk_tokens,
         cache_tokens=cache_tokens,
         cache_per_token=per_token,
         buffers=buffers,
@@ -221,6 +231,7 @@ def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: boo
         ram_per_token=_active(routed - vram.experts, config),
         vram_per_token=_active(vram.experts, config) + vram.dense,
         context=asked,
+        chunk_tokens=sizes.chunk_tokens,
         cache_tokens=cache_tokens,
         cache_per_token=per_token,
         buffers=buffers,

@@ -93,7 +93,9 @@ class Settings(BaseModel):
     )
     max_sequences: int = _setting("engine", 8, "requests answered at once", ge=1, le=1024)
     queue_limit: int = _setting("engine", 64, "requests that may wait; one more is refused", ge=0, le=100_000)
-    chunk_tokens: int = _setting("engine", 512, "tokens computed in one step", ge=1, le=65_536)
+    chunk_tokens: int | None = _setting(
+        "engine", None, "tokens computed in one step (default: 512, with a GPU up to 2048)", ge=1, le=65_536
+    )
     cache_type: Literal["bf16", "f32"] = _setting("engine", "bf16", "number type of the latent cache")
     use_cuda_graph: bool = _setting("engine", True, "record the decode step of a GPU; no effect without one")
     optimize_config_path: Path | None = _setting(
@@ -140,7 +142,7 @@ class Settings(BaseModel):
                     )
         if self.port and self.port == self.grpc_port and self.host == self.grpc_host:
             raise ValueError(f"HTTP and gRPC cannot share port {self.port}: change --port or --grpc-port")
-        if self.chunk_tokens < self.max_sequences:
+        if self.chunk_tokens is not None and self.chunk_tokens < self.max_sequences:
             raise ValueError(
                 f"--chunk-tokens {self.chunk_tokens} is less than the {self.max_sequences} sequences of "
                 "--max-sequences, which write one token each in a step: raise it"

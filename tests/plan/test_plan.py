@@ -32,6 +32,7 @@ def plan_of(
     packer: Cpu | None = None,
     context: int | None = None,
     sequences: int = 8,
+    chunk_tokens: int | None = 64,
 ) -> Plan:
     budget = Budget(ram) if vram is None else Budget(ram, vram, "cuda:0")
     with GgufFile.open(model) as gguf:
@@ -42,15 +43,15 @@ def plan_of(
             packer=packer,
             context=context,
             sequences=sequences,
-            chunk_tokens=64,
+            chunk_tokens=chunk_tokens,
             cache_type="bf16",
         )
 
 
-def vram_of(model: Path, placement: Placement, cache_tokens: int) -> int:
+def vram_of(model: Path, placement: Placement, cache_tokens: int, rows: int = 64) -> int:
     with GgufFile.open(model) as gguf:
         pages, config = cache_tokens // PAGE_SIZE, ModelConfig.from_gguf(gguf)
-        sizes = vram_bytes(gguf, config, placement, rows=64, logit_rows=1, pages=pages, page_size=PAGE_SIZE)
+        sizes = vram_bytes(gguf, config, placement, rows=rows, logit_rows=1, pages=pages, page_size=PAGE_SIZE)
     return sizes.total
 
 
@@ -154,6 +155,15 @@ def test_weights_are_repacked_where_there_is_room(tmp_path: Path) -> None:
     enough = plan_of(path, ram=least + roomy.growth, context=512, packer=cpu)
     assert enough.growth == roomy.growth
     assert enough.cache_tokens == 512
+
+
+def test_a_gpu_computes_more_tokens_in_a_step_where_their_buffers_fit(model: Path) -> None:
+    assert plan_of(model, ram=1024 * MIB, chunk_tokens=None).chunk_tokens == 512
+    assert plan_of(model, ram=1024 * MIB, sequences=600, chunk_tokens=None).chunk_tokens == 600
+    for rows in (512, 2048):
+        vram = vram_of(model, Placement("cuda:0"), 64, rows) + MIB
+        plan = plan_of(model, ram=1024 * MIB, vram=vram, context=64, sequences=1, chunk_tokens=None)
+        assert plan.chunk_tokens == rows
 
 
 def test_open_budgets_are_what_is_free_less_a_reserve() -> None:

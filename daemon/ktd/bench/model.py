@@ -66,6 +66,7 @@ class ModelResult:
     name: str
     isa: str
     threads: int
+    chunk_tokens: int
     bandwidth: float
     layers: int
     layers_of_whole: int
@@ -98,7 +99,7 @@ class ModelBench:
     sequences: Sequence[int]
     contexts: Sequence[int]
     answer_tokens: int
-    chunk_tokens: int
+    chunk_tokens: int | None
     threads: int | None
     ram: int | None
     vram: int | None
@@ -109,16 +110,9 @@ class ModelBench:
     def run(self, say: Callable[[str], None]) -> ModelResult:
         """Load and measure; `say` hears what is being done. Raises GgufError, SettingsError."""
         most = max(self.sequences)
-        chunk_tokens = max(self.chunk_tokens, most)
         context = max(*self.prompts, max(self.contexts) + self.answer_tokens, sum(_SHORT)) + 1
         with GgufFile.open(self.path) as gguf:
             config = ModelConfig.from_gguf(gguf)
-            starting = most * max(self.contexts) // chunk_tokens
-            if self.answer_tokens < starting + 3:
-                raise SettingsError(
-                    f"{most} sequences take {starting} steps to start: "
-                    f"let them write at least {starting + 3} tokens each, not {self.answer_tokens}."
-                )
             gpu = gpu_for(self.vram)
             cpu = Cpu(threads=self.threads)
             plan = make_plan(
@@ -128,9 +122,21 @@ class ModelBench:
                 packer=cpu if self.repack else None,
                 context=context,
                 sequences=most,
-                chunk_tokens=chunk_tokens,
+                chunk_tokens=self.chunk_tokens,
                 cache_type="bf16",
             )
+            starting = most * max(self.contexts) // plan.chunk_tokens
+            if self.answer_tokens < starting + 3:
+                raise SettingsError(
+                    f"{most} sequences take {starting} steps to start: "
+                    f"let them write at least {starting + 3} tokens each, not {self.answer_tokens}."
+                )
+            written = most * (max(self.contexts) + self.answer_tokens + PAGE_SIZE)
+            if written > plan.cache_tokens:
+                raise SettingsError(
+                    f"The latent cache holds {plan.cache_tokens} tokens where {most} sequences take {written}:"
+                    " take fewer --sequences, shorter --contexts or more --ram or --vram."
+                )
             say("loading")
             start = time.perf_counter()
             model = load_model(
@@ -141,7 +147,9 @@ class ModelBench:
                 repack=plan.growth > 0,
                 placement=plan.placement,
             )
-            engine_config = EngineConfig(context, most, PAGE_SIZE, plan.pages, chunk_tokens, queue_limit=most)
+            engine_config = EngineConfig(
+                context, most, PAGE_SIZE, plan.pages, plan.chunk_tokens, queue_limit=most
+            )
             engine = Engine(model, engine_config)
             load_seconds = time.perf_counter() - start
             engine.start()
@@ -169,6 +177,7 @@ class ModelBench:
                 name=gguf.name,
                 isa=cpu.isa,
                 threads=cpu.threads,
+                chunk_tokens=plan.chunk_tokens,
                 bandwidth=read_bandwidth(cpu.threads),
                 layers=config.layers,
                 layers_of_whole=self.layers_of_whole or config.layers,

@@ -103,7 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--answer", type=int, default=16, help="tokens a sequence writes (default: %(default)s)"
     )
-    model.add_argument("--chunk-tokens", type=int, default=512, help="prompt tokens a step (default: 512)")
+    model.add_argument("--chunk-tokens", type=int, help="prompt tokens a step (default: as ktd serve)")
     model.add_argument("--cpu-infer", type=int, help="threads (default: one per core)")
     model.add_argument("--json", action="store_true", help="a JSON object instead of tables")
     model.set_defaults(run=_run_model)
@@ -193,7 +193,7 @@ def _measure(
         sequences=args.sequences,
         contexts=args.contexts,
         answer_tokens=args.answer,
-        chunk_tokens=args.chunk_tokens,
+        chunk_tokens=result.chunk_tokens,
         threads=result.threads,
         say=say,
     )

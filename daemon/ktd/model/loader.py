@@ -15,7 +15,7 @@ from ktd_kernels import Cpu
 
 
 def packed_growth(gguf: GgufFile, cpu: Cpu, placement: Placement) -> int:
-    """Bytes of memory that loading with `repack` takes beyond the size in the file of what stays on the CPU."""
+    """Bytes of memory that loading with `repack` takes beyond the file's size of what stays on the CPU."""
     growth = 0
     for tensor in gguf.tensors.values():
         matrix = len(tensor.shape) in (2, 3) and tensor.ggml_type in WEIGHT_TYPES
