@@ -28,8 +28,8 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 _RESERVE = GIB
 # Left to other programs on the GPU, the desktop among them.
 _VRAM_RESERVE = 512 << 20
-# Tokens of a step unless asked otherwise. On a GPU experts may be sent there for a step: the more tokens share
-# the sending, the better, as far as their buffers fit.
+# Tokens of a step unless asked otherwise. On a GPU experts may be sent there for a step: the more tokens
+# share the sending, the better, as far as their buffers fit.
 _CHUNK, _CHUNK_ON_GPU = 512, 2048
 # A default context is never planned below this where the model itself allows it (design: "at least 16,384").
 _LEAST_CONTEXT = 16_384
@@ -139,9 +139,10 @@ def make_plan(
 ) -> Plan:
     """Fits weights, latent cache and buffers into `budget`; weights repacked by `packer` where there is room.
 
-    `chunk_tokens` None takes 512, or more on a GPU with room for it; `context` None takes as much as fits, up to the model's own. With a GPU everything but the routed experts
-    and the token embedding goes there; what is left of it takes routed experts, layer by layer. Raises
-    SettingsError when the asked context, or the least useful one, does not fit.
+    `chunk_tokens` None takes 512, or more on a GPU with room for it; `context` None as much as fits, up to the
+    model's own. With a GPU everything but the routed experts and the token embedding goes there; what is left
+    of it takes routed experts, layer by layer. Raises SettingsError when the asked context, or the least
+    useful one, does not fit.
     """
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
     if asked > config.context:

@@ -134,7 +134,7 @@ class ModelBench:
             written = most * (max(self.contexts) + self.answer_tokens + PAGE_SIZE)
             if written > plan.cache_tokens:
                 raise SettingsError(
-                    f"The latent cache holds {plan.cache_tokens} tokens where {most} sequences take {written}:"
+                    f"The cache holds {plan.cache_tokens} tokens where {most} sequences take {written}:"
                     " take fewer --sequences, shorter --contexts or more --ram or --vram."
                 )
             say("loading")
