@@ -139,9 +139,9 @@ def make_plan(
 ) -> Plan:
     """Fits weights, latent cache and buffers into `budget`; weights repacked by `packer` where there is room.
 
-XX
-    model's own. With a GPU everything but the routed experts and the token embedding goes there; what is left
-    of it takes routed experts, layer by layer. Raises SettingsError when the asked context, or the least
+    `chunk_tokens` None takes 512, or more on a GPU with room for it; `context` None as much as fits, up to
+    the model's own. With a GPU everything but the routed experts and the token embedding goes there; what is
+    left of it takes routed experts, layer by layer. Raises SettingsError when the asked context, or the least
     useful one, does not fit.
     """
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
