@@ -1119,7 +1119,8 @@ def has_image(content: object) -> bool:
 
 def read_messages(body: Mapping[str, Any], *, text_only: bool, tools: bool = False) -> list[Json]:
     """The conversation: role, content, tool calls. Dropped are old thoughts that another function left as
-    markup and, unless there are tools that need them, the ids of attached files.
+    markup, what `PageText` put into old answers and, unless there are tools that need them, the ids of
+    attached files.
     """
     messages: list[Json] = []
     for message in body.get("messages") or []:
@@ -1133,7 +1134,7 @@ def read_messages(body: Mapping[str, Any], *, text_only: bool, tools: bool = Fal
             continue
         text = parts_text(content)
         if role == "assistant":
-            text = _OLD_THOUGHT.sub("", text)
+            text = _OLD_THOUGHT.sub("", text).replace(_JOINER, "")
         elif not tools:
             text = _ATTACHED.sub("", text)
         kept: Json = {"role": role, "content": text}

@@ -142,7 +142,7 @@ async def test_odd_bodies_are_understood() -> None:
         messages = [
             {"role": "developer", "content": "s"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-            {"role": "assistant", "content": '<details type="reasoning">\n> old\n</details>\nanswer'},
+            {"role": "assistant", "content": '<details type="reasoning">\n> old\n</details>\nan!\u2060[swer'},
             {"role": "assistant", "content": None, "tool_calls": [
                 {"id": "c", "function": {"name": "f", "arguments": '{"a":1}'}}]},
             {"role": "tool", "content": "r", "tool_call_id": "c"},
@@ -155,7 +155,7 @@ async def test_odd_bodies_are_understood() -> None:
         await ask(pipe, browser_body("q", think=True, model="ktd.any"))
     first, second = daemon.requests
     assert [(m.role, m.content) for m in first.messages] == [
-        ("system", "s"), ("user", "a\nb"), ("assistant", "answer"), ("assistant", ""), ("tool", "r"),
+        ("system", "s"), ("user", "a\nb"), ("assistant", "an![swer"), ("assistant", ""), ("tool", "r"),
         ("assistant", "to be contin"),
     ]  # fmt: skip
     assert first.messages[3].tool_calls[0].arguments_json == '{"a":1}'

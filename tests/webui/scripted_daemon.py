@@ -41,12 +41,24 @@ def hostile(url: str) -> str:
     )
 
 
+def call(name: str, arguments: str) -> str:
+    """A tool call as R1 writes it."""
+    inner = f"function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```"
+    return f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{inner}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+
+
 def script(prompt: str) -> str:
     """The answer to the last message; a message with search results is answered with citations."""
     asked = QUESTION.sub("", prompt).strip()
     cited = CITED if QUESTION.match(prompt) else ""
     if asked.startswith("/long"):
         return "<think>\nThis takes long.\n</think>\n\n" + "again and " * 10_000
+    if asked.startswith("Use a tool"):
+        return call("get_current_timestamp", "{}")
+    if "current_timestamp" in asked:  # the tool's result
+        return f"The tool said: {asked}"
+    if asked.startswith("Search for ever") or '"snippet"' in asked:  # searches whatever it finds
+        return call("search_web", '{"query": "more"}')
     if asked.startswith("Tell me"):
         return f"<think>\nThey want to hear about it.\n</think>\n\n{LIGHTHOUSE * 50}"
     if asked.startswith("/think"):
