@@ -2683,7 +2683,8 @@ class Pipe:
             messages = read_messages(body, text_only=target.speaks_grpc, tools=bool(offered))
             if offered:
                 page.offer_tools()
-            elif valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search"):
+            wanted = valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search")
+            if wanted and not offered and not tool_rounds(messages):
                 await self._search(last_question(messages), tools, valves, page)
             if len(sources):
                 put_sources_into(messages, sources, metadata, language)

@@ -82,10 +82,13 @@ async def test_with_tools_the_model_searches_by_itself() -> None:
     async def search_web(**_: Any) -> str:
         raise AssertionError("searched twice")
 
-    async with scripted_pipe([text("x"), STOP], TOOLS="on") as (pipe, _):
+    bodies = [body(), body(asked("search_web", "{}"))]  # at its end, the model has searched already
+    async with scripted_pipe(*[[text("x"), STOP]] * 2, TOOLS="on", TOOL_ROUNDS=1) as (pipe, _):
         about = {"features": {"web_search": True}}
-        shown = await ask(pipe, body(), metadata=about, __tools__={"search_web": {"callable": search_web}})
-    assert (shown.text, shown.events) == ("x", [])
+        for question in bodies:
+            found = {"search_web": {"callable": search_web}}
+            shown = await ask(pipe, question, metadata=about, __tools__=found)
+            assert (shown.text, shown.events) == ("x", [])
 
 
 async def test_a_services_calls_come_in_pieces_and_leave_whole() -> None:
