@@ -20,7 +20,7 @@ SMALLER = (
     ("MODEL.gguf", "{model}"),
     ("synthetic.gguf", "{other}"),
     ("--shape deepseek-r1 --mix ud-iq1_s --layers 5 --dense-layers 1", "--shape tiny-r1 --mix ud-iq1_s"),
-    ("bench model {other}", "bench model {other} --prompts 16 --sequences 1 --answer 4"),
+    ("bench model", "bench model --prompts 16 --sequences 1 --answer 4"),
     ("--each 200", "--each 1 --tasks addition"),
     ("make bench", ".venv/bin/ktd bench kernels --types Q8_0 --tokens 1 --seconds 0.05"),
 )

@@ -140,7 +140,7 @@ def file_in_memory(shape: Shape, mix: str, *, seed: int, on_bytes: Callable[[int
     """
     descriptor = os.memfd_create("ktd-synth")
     try:
-        path = Path(f"/proc/self/fd/{descriptor}")
+        path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")  # other processes may open it too
         plan = plan_file(path, shape, mix, split_kv_b=False)
         free = psutil.virtual_memory().available
         if plan.total_bytes > free:
