@@ -54,18 +54,18 @@ def truth(a: Attention) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return result[..., :r], (rounding + 2 * width * 2.0**-24 * score + 2.0**-20) * result[..., r:]
 
 
-def check(a: Attention, *, prompt: bool) -> None:
+def check(a: Attention) -> None:
+    """Both ways to attend."""
     expected, tolerance = truth(a)
-    error = np.abs(wide(run(a, prompt=prompt)) - expected)
-    assert (error <= tolerance).all(), (
-        f"off by {np.max(error / np.maximum(tolerance, 1e-30)):.3} of the tolerance"
-    )
+    for prompt in (False, True):
+        error = np.abs(wide(run(a, prompt=prompt)) - expected)
+        part = np.max(error / np.maximum(tolerance, 1e-30))
+        assert (error <= tolerance).all(), f"off by {part:.3} of the tolerance, {prompt=}"
 
 
 PROMPT = pytest.mark.parametrize("prompt", [False, True], ids=["decode", "prompt"])
 
 
-@PROMPT
 @pytest.mark.parametrize(
     "case",
     [
@@ -77,9 +77,9 @@ PROMPT = pytest.mark.parametrize("prompt", [False, True], ids=["decode", "prompt
     ],
     ids=str,
 )
-def test_attends_to_the_context_alone(case: dict[str, object], prompt: bool) -> None:
+def test_attends_to_the_context_alone(case: dict[str, object]) -> None:
     """Unused slots and the output are NaN, unused places of the page table point outside the cache."""
-    check(attention(**case), prompt=prompt)  # type: ignore[arg-type]
+    check(attention(**case))  # type: ignore[arg-type]
 
 
 @PROMPT
@@ -130,27 +130,24 @@ R1 = {"heads": 128, "latent": 512, "rope": 64, "page": 64}
 
 @pytest.mark.gpu
 @on_device
-@PROMPT
 @pytest.mark.parametrize("contexts", [[1], [64], [1000, 65, 4097], [20000], [131072]], ids=str)
-def test_r1_on_the_device(contexts: list[int], prompt: bool) -> None:
-    check(attention(contexts, **R1, seed=sum(contexts)), prompt=prompt)  # type: ignore[arg-type]
+def test_r1_on_the_device(contexts: list[int]) -> None:
+    check(attention(contexts, **R1, seed=sum(contexts)))  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
 @on_device
 @pytest.mark.parametrize("page", [16, 32, 128])
 @pytest.mark.parametrize(("heads", "latent", "rope"), [(16, 512, 64), (8, 128, 32), (64, 512, 64)])
-@PROMPT
-def test_kin_on_the_device(heads: int, latent: int, rope: int, page: int, prompt: bool) -> None:
+def test_kin_on_the_device(heads: int, latent: int, rope: int, page: int) -> None:
     a = attention([700, 90], rows_of=[40, 9], heads=heads, latent=latent, rope=rope, page=page)
-    check(a, prompt=prompt)
+    check(a)
 
 
 @pytest.mark.gpu
 @on_device
-@PROMPT
-def test_float32_cache_on_the_device(prompt: bool) -> None:
-    check(attention([300, 20], **R1, dtype=torch.float32), prompt=prompt)  # type: ignore[arg-type]
+def test_float32_cache_on_the_device() -> None:
+    check(attention([300, 20], **R1, dtype=torch.float32))  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

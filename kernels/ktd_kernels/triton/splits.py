@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_wait
 Ladder = tuple[tuple[int, int], ...]
 
 # (longest context, tokens a split), longest first; see split_length for what is beyond.
-LADDER: Ladder = ((65536, 1024), (16384, 512), (4096, 128), (2048, 64))
+LADDER: Ladder = ((65536, 1024), (16384, 512), (4096, 256), (2048, 128))
 MOST_SPLITS = 64
 
 
