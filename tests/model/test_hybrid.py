@@ -206,9 +206,16 @@ def test_blocks_of_long_prompts_send_for_their_experts(path: Path, expected: Mod
         if path.stem == "f32":
             tolerance = TOLERANCE * float(np.abs(theirs).max())
             np.testing.assert_allclose(np.concatenate(ours), theirs[:50], atol=tolerance, rtol=0)
-    device.passed = 0
-    bench.step([Piece(tokens[50:], 50, pages, 1, prompt=50)])
-    assert device.passed == 0
+    for start, count, prompt, sent in (
+        (0, 7, 7, 0),  # less than half a block
+        (0, 8, 8, experts),
+        (48, 7, 55, 0),
+        (48, 8, 56, experts),
+        (55, 1, 55, 0),  # drawn, though the prompt's last block would reach it
+    ):
+        device.passed = 0
+        bench.step([Piece(tokens[start : start + count], start, pages, 1, prompt)])
+        assert device.passed == sent
 
 
 def test_experts_pass_through_in_groups(path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,12 +132,13 @@ class HybridModel:
         return result
 
     def _kinds(self, batch: Batch) -> tuple[Ids, Ids, Ids]:
-        """Rows of whole blocks of prompts, which stream where that is faster; other rows of prompts; rows
-        that were drawn. Decided by a token's place in its own request alone."""
+        """Rows of prompts to the nearest whole block, which stream where that is faster; other rows of
+        prompts; rows that were drawn. Decided by a token's place in its own request alone."""
         drawn = batch.positions >= batch.prompt
         streamed = np.zeros_like(drawn)
         if self._block:
-            streamed = batch.positions < batch.prompt // self._block * self._block
+            blocks = (batch.prompt + self._block // 2) // self._block
+            streamed = (batch.positions < blocks * self._block) & ~drawn
         return np.flatnonzero(streamed), np.flatnonzero(~(streamed | drawn)), np.flatnonzero(drawn)
 
     def _prompt(self, batch: Batch, cache: LatentCache, experts: Elsewhere | None, tick: Tick | None) -> F32:
