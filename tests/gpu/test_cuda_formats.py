@@ -23,9 +23,12 @@ template <int TYPE>
 void run(const u8* raw, u8* planes, u64 blocks, float* out, const u32* table) {
   const u64 units = blocks * Format<TYPE>::kUnits;
   for (u64 unit = 0; unit < units; ++unit) repack_unit<TYPE>(raw, {planes, blocks}, unit);
-  for (u64 unit = 0; unit < units; ++unit) {
+  const Matrix<TYPE> matrix = matrix_at<TYPE>(planes, blocks);
+  for (u32 unit = 0; unit < units; ++unit) {
+    Raw<TYPE> raw_unit;
     Unit o;
-    decode(Tag<TYPE>{}, Planes<const u8>{planes, blocks}, unit, table, o);
+    fetch(matrix, unit, raw_unit);
+    decode(raw_unit, unit % Format<TYPE>::kUnits, table, o);
     for (int i = 0; i < 32; ++i) out[32 * unit + i] = weight<TYPE>(o, i);
   }
 }

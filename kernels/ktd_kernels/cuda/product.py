@@ -120,8 +120,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(w: GpuWeight) -> int:
-    """KTD_ROWS of the sources: rows that a group of lanes takes at a time."""
-    return 4 if w.format.coded else 1
+    """Rows that a group of lanes takes at a time, as in the sources."""
+    return 2 if w.format.coded else 1
 
 
 def lanes_per_row(w: GpuWeight) -> int:
@@ -132,7 +132,7 @@ def lanes_per_row(w: GpuWeight) -> int:
         lanes *= 2
     if lanes < 32 and pieces > 4 * lanes:
         lanes = 32
-    rows, wanted = w.rows * min(w.matrices, 8), processors(w.index) * 512 * _rows(w)
+    rows, wanted = w.rows * min(w.matrices, 8), processors(w.index) * 1024
     while 32 <= lanes < _THREADS and rows * lanes < wanted and pieces >= 2 * lanes:
         lanes *= 2
     return lanes
@@ -174,5 +174,6 @@ def product(
     kernel = product_module(first.ggml_type, first.index).function(f"product_{tile}")
     tile_rows = _THREADS // args.lanes * _rows(first)
     items = -(-first.rows // tile_rows) * -(-tokens // tile) * slots * len(w)
-    blocks = min(items, processors(first.index) * kernel.resident(_THREADS))
+    rounds = -(-items // (processors(first.index) * kernel.resident(_THREADS)))
+    blocks = -(-items // rounds)  # all of them do the same number
     kernel.launch((blocks, 1), _THREADS, args)

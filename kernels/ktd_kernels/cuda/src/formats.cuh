@@ -145,11 +145,11 @@ enum Type {
 
 // kBlock: weights of a block; kBytes: its bytes in the file; kSub16: two scales per unit; kFactor: the power
 // of two that d lacks; kTable: words of the lookup table; W0..W4: bytes per block of each plane, in an order
-// that keeps every plane aligned.
-#define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, FACTOR, TABLE, W0, W1, W2, W3, W4)            \
+// that keeps every plane aligned; kHeaders: the first plane of which every unit of a block reads all.
+#define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, FACTOR, TABLE, HEADERS, W0, W1, W2, W3, W4)   \
   template <>                                                                                                \
   struct Format<NAME> {                                                                                      \
-    static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE;                   \
+    static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE, kHeaders = HEADERS;                   \
     static constexpr int kUnits = BLOCK / 32;                                                                \
     static constexpr float kFactor = FACTOR;                                                                 \
     static constexpr bool kMinimum = MINIMUM, kSub16 = SUB16;                                                \
@@ -165,28 +165,28 @@ enum Type {
   };
 template <int TYPE>
 struct Format;
-KTD_FORMAT(Q4_0, 32, 18, 8, false, false, 1.0f, 0, 16, 2, 0, 0, 0)
-KTD_FORMAT(Q4_1, 32, 20, 0, true, false, 1.0f, 0, 16, 4, 0, 0, 0)
-KTD_FORMAT(Q5_0, 32, 22, 16, false, false, 1.0f, 0, 16, 4, 2, 0, 0)
-KTD_FORMAT(Q5_1, 32, 24, 0, true, false, 1.0f, 0, 16, 4, 4, 0, 0)
-KTD_FORMAT(Q8_0, 32, 34, 0, false, false, 1.0f, 0, 32, 2, 0, 0, 0)
-KTD_FORMAT(IQ4_NL, 32, 18, 0, false, false, 1.0f, 0, 16, 2, 0, 0, 0)
-KTD_FORMAT(MXFP4, 32, 17, 0, false, false, 1.0f, 0, 16, 1, 0, 0, 0)
-KTD_FORMAT(Q2_K, 256, 84, 0, true, true, 1.0f, 0, 64, 16, 4, 0, 0)
-KTD_FORMAT(Q3_K, 256, 110, 4, false, true, 1.0f, 0, 64, 32, 12, 2, 0)
-KTD_FORMAT(Q4_K, 256, 144, 0, true, false, 1.0f, 0, 128, 16, 0, 0, 0)
-KTD_FORMAT(Q5_K, 256, 176, 0, true, false, 1.0f, 0, 128, 32, 16, 0, 0)
-KTD_FORMAT(Q6_K, 256, 210, 32, false, true, 1.0f, 0, 128, 64, 16, 2, 0)
-KTD_FORMAT(IQ1_S, 256, 50, 0, false, false, 0.125f, 2048, 32, 16, 2, 0, 0)
-KTD_FORMAT(IQ1_M, 256, 56, 0, false, true, 0.125f, 2048, 32, 16, 8, 0, 0)
-KTD_FORMAT(IQ2_XXS, 256, 66, 0, false, false, 0.125f, 384, 64, 2, 0, 0, 0)
-KTD_FORMAT(IQ2_XS, 256, 74, 0, false, true, 0.125f, 640, 64, 8, 2, 0, 0)
-KTD_FORMAT(IQ2_S, 256, 82, 0, false, true, 0.125f, 1280, 32, 32, 8, 8, 2)
-KTD_FORMAT(IQ3_XXS, 256, 98, 0, false, false, 0.25f, 288, 64, 32, 2, 0, 0)
-KTD_FORMAT(IQ3_S, 256, 110, 0, false, false, 1.0f, 512, 64, 32, 8, 4, 2)
-KTD_FORMAT(IQ4_XS, 256, 136, 0, false, false, 1.0f, 0, 128, 8, 0, 0, 0)
-KTD_FORMAT(TQ1_0, 256, 54, 1, false, false, 1.0f, 0, 48, 4, 2, 0, 0)
-KTD_FORMAT(TQ2_0, 256, 66, 1, false, false, 1.0f, 0, 64, 2, 0, 0, 0)
+KTD_FORMAT(Q4_0, 32, 18, 8, false, false, 1.0f, 0, 5, 16, 2, 0, 0, 0)
+KTD_FORMAT(Q4_1, 32, 20, 0, true, false, 1.0f, 0, 5, 16, 4, 0, 0, 0)
+KTD_FORMAT(Q5_0, 32, 22, 16, false, false, 1.0f, 0, 5, 16, 4, 2, 0, 0)
+KTD_FORMAT(Q5_1, 32, 24, 0, true, false, 1.0f, 0, 5, 16, 4, 4, 0, 0)
+KTD_FORMAT(Q8_0, 32, 34, 0, false, false, 1.0f, 0, 5, 32, 2, 0, 0, 0)
+KTD_FORMAT(IQ4_NL, 32, 18, 0, false, false, 1.0f, 0, 5, 16, 2, 0, 0, 0)
+KTD_FORMAT(MXFP4, 32, 17, 0, false, false, 1.0f, 0, 5, 16, 1, 0, 0, 0)
+KTD_FORMAT(Q2_K, 256, 84, 0, true, true, 1.0f, 0, 2, 64, 16, 4, 0, 0)
+KTD_FORMAT(Q3_K, 256, 110, 4, false, true, 1.0f, 0, 2, 64, 32, 12, 2, 0)
+KTD_FORMAT(Q4_K, 256, 144, 0, true, false, 1.0f, 0, 1, 128, 16, 0, 0, 0)
+KTD_FORMAT(Q5_K, 256, 176, 0, true, false, 1.0f, 0, 2, 128, 32, 16, 0, 0)
+KTD_FORMAT(Q6_K, 256, 210, 32, false, true, 1.0f, 0, 3, 128, 64, 16, 2, 0)
+KTD_FORMAT(IQ1_S, 256, 50, 0, false, false, 0.125f, 2048, 2, 32, 16, 2, 0, 0)
+KTD_FORMAT(IQ1_M, 256, 56, 0, false, true, 0.125f, 2048, 2, 32, 16, 8, 0, 0)
+KTD_FORMAT(IQ2_XXS, 256, 66, 0, false, false, 0.125f, 384, 1, 64, 2, 0, 0, 0)
+KTD_FORMAT(IQ2_XS, 256, 74, 0, false, true, 0.125f, 640, 2, 64, 8, 2, 0, 0)
+KTD_FORMAT(IQ2_S, 256, 82, 0, false, true, 0.125f, 1280, 4, 32, 32, 8, 8, 2)
+KTD_FORMAT(IQ3_XXS, 256, 98, 0, false, false, 0.25f, 288, 2, 64, 32, 2, 0, 0)
+KTD_FORMAT(IQ3_S, 256, 110, 0, false, false, 1.0f, 512, 3, 64, 32, 8, 4, 2)
+KTD_FORMAT(IQ4_XS, 256, 136, 0, false, false, 1.0f, 0, 1, 128, 8, 0, 0, 0)
+KTD_FORMAT(TQ1_0, 256, 54, 1, false, false, 1.0f, 0, 0, 48, 4, 2, 0, 0)
+KTD_FORMAT(TQ2_0, 256, 66, 1, false, false, 1.0f, 0, 1, 64, 2, 0, 0, 0)
 #undef KTD_FORMAT
 
 // Plane P at block `block`. Offsets are 32-bit factors multiplied into 64 bits: one instruction.
@@ -196,29 +196,87 @@ KTD_FN Byte* plane(Planes<Byte> w, u32 block) {
   return w.base + w.blocks * F::template before<P> + static_cast<u64>(block) * F::template width<P>;
 }
 
-// Plane P at the share of one unit.
-template <int TYPE, int P>
-KTD_FN const u8* field(Planes<const u8> w, u32 unit) {
-  using F = Format<TYPE>;
-  constexpr u32 width = F::template width<P> / F::kUnits;
-  return w.base + w.blocks * F::template before<P> + static_cast<u64>(unit) * width;
-}
-
 template <int TYPE>
 struct Tag {};
 
-// ---- decode
-// -------------------------------------------------------------------------------------------------
+// Where a matrix's planes start.
+template <int TYPE>
+struct Matrix {
+  const u8* p[5];
+};
 
-KTD_FN void unpack4(Words4 q, u32* c) {
-  const u32 words[4] = {q.x, q.y, q.z, q.w};
+template <int TYPE>
+KTD_FN Matrix<TYPE> matrix_at(const u8* base, u64 blocks) {
+  using F = Format<TYPE>;
+  return {{base, base + blocks * F::template before<1>, base + blocks * F::template before<2>,
+           base + blocks * F::template before<3>, base + blocks * F::template before<4>}};
+}
+
+// A unit's bytes as they lie in memory, plane by plane: loaded well before they are decoded.
+template <int TYPE>
+struct Raw {
+  using F = Format<TYPE>;
+  template <int P>
+  static constexpr int bytes = P < F::kHeaders ? F::template width<P> / F::kUnits : F::template width<P>;
+  template <int P>
+  static constexpr int words = (bytes<P> + 3) / 4;
+  template <int P>
+  static constexpr int start = (P > 0 ? words<0> : 0) + (P > 1 ? words<1> : 0) + (P > 2 ? words<2> : 0) +
+                               (P > 3 ? words<3> : 0) + (P > 4 ? words<4> : 0);
+  u32 v[start<5>];
+};
+
+template <int kBytes>
+KTD_FN void load(const u8* p, u32* v) {
+  if constexpr (kBytes == 1) v[0] = load1(p);
+  if constexpr (kBytes == 2) v[0] = load2(p);
+  if constexpr (kBytes == 8) {
+    const Words2 two = load8(p);
+    v[0] = two.x, v[1] = two.y;
+  } else if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const Words4 four = load16(p + 16 * i);
+      v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+    }
+  } else if constexpr (kBytes % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 4; ++i) v[i] = load4(p + 4 * i);
+  }
+}
+
+// Offsets are 32-bit factors multiplied into 64 bits: one instruction each.
+template <int P, int TYPE>
+KTD_FN void fetch_plane(const Matrix<TYPE>& w, u32 unit, Raw<TYPE>& r) {
+  using F = Format<TYPE>;
+  constexpr int bytes = Raw<TYPE>::template bytes<P>;
+  const u32 index = P < F::kHeaders ? unit : unit / F::kUnits;
+  if constexpr (bytes > 0)
+    load<bytes>(w.p[P] + static_cast<u64>(index) * bytes, r.v + Raw<TYPE>::template start<P>);
+}
+
+template <int TYPE>
+KTD_FN void fetch(const Matrix<TYPE>& w, u32 unit, Raw<TYPE>& r) {
+  fetch_plane<0>(w, unit, r), fetch_plane<1>(w, unit, r), fetch_plane<2>(w, unit, r);
+  fetch_plane<3>(w, unit, r), fetch_plane<4>(w, unit, r);
+}
+
+// The words of plane P.
+template <int P, int TYPE>
+KTD_FN const u32* at(const Raw<TYPE>& r) {
+  return r.v + Raw<TYPE>::template start<P>;
+}
+
+// decode(raw, s, table, unit): s is the unit's place in its block, table the lookup table of the type.
+
+KTD_FN void unpack4(const u32* words, u32* c) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) c[j] = words[j] & 0x0f0f0f0f, c[4 + j] = words[j] >> 4 & 0x0f0f0f0f;
 }
 
-KTD_FN void unpack2(Words2 q, u32* c) {
+KTD_FN void unpack2(const u32* q, u32* c) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) c[k] = q.x >> (2 * k) & 0x03030303, c[4 + k] = q.y >> (2 * k) & 0x03030303;
+  for (int k = 0; k < 4; ++k) c[k] = q[0] >> (2 * k) & 0x03030303, c[4 + k] = q[1] >> (2 * k) & 0x03030303;
 }
 
 // Adds a bit plane to the codes, as bit `position`.
@@ -241,8 +299,7 @@ KTD_FN void lookup16(u32 q, u32 t0, u32 t1, u32 t2, u32 t3, u32* c) {
 }
 
 // -127 -104 -83 -65, -49 -35 -22 -10, 1 13 25 38, 53 69 89 113
-KTD_FN void lookup_iq4(Words4 q, u32* c) {
-  const u32 words[4] = {q.x, q.y, q.z, q.w};
+KTD_FN void lookup_iq4(const u32* words, u32* c) {
 #pragma unroll
   for (int j = 0; j < 4; ++j)
     lookup16(words[j], 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u, c + 2 * j);
@@ -255,9 +312,9 @@ KTD_FN u32 with_signs(u32 magnitudes, u32 bits) {
   return (magnitudes ^ negative) + (negative & 0x01010101);
 }
 
-KTD_FN void decode(Tag<Q4_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack4(load16(plane<Q4_0, 0>(w, unit)), o.c);
-  o.d = half_float(load2(plane<Q4_0, 1>(w, unit)));
+KTD_FN void decode(const Raw<Q4_0>& r, u32, const u32*, Unit& o) {
+  unpack4(at<0>(r), o.c);
+  o.d = half_float(*at<1>(r));
   set_scale(o, 1);
 }
 
@@ -268,115 +325,109 @@ KTD_FN void set_minimum32(Unit& o, u32 halves) {
   o.mn[0] = o.mn[1] = 1;
 }
 
-KTD_FN void decode(Tag<Q4_1>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack4(load16(plane<Q4_1, 0>(w, unit)), o.c);
-  set_minimum32(o, load4(plane<Q4_1, 1>(w, unit)));
+KTD_FN void decode(const Raw<Q4_1>& r, u32, const u32*, Unit& o) {
+  unpack4(at<0>(r), o.c);
+  set_minimum32(o, *at<1>(r));
 }
 
-KTD_FN void decode(Tag<Q5_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack4(load16(plane<Q5_0, 0>(w, unit)), o.c);
-  unpack1<4>(load4(plane<Q5_0, 1>(w, unit)), o.c);
-  o.d = half_float(load2(plane<Q5_0, 2>(w, unit)));
+KTD_FN void decode(const Raw<Q5_0>& r, u32, const u32*, Unit& o) {
+  unpack4(at<0>(r), o.c);
+  unpack1<4>(*at<1>(r), o.c);
+  o.d = half_float(*at<2>(r));
   set_scale(o, 1);
 }
 
-KTD_FN void decode(Tag<Q5_1>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack4(load16(plane<Q5_1, 0>(w, unit)), o.c);
-  unpack1<4>(load4(plane<Q5_1, 1>(w, unit)), o.c);
-  set_minimum32(o, load4(plane<Q5_1, 2>(w, unit)));
+KTD_FN void decode(const Raw<Q5_1>& r, u32, const u32*, Unit& o) {
+  unpack4(at<0>(r), o.c);
+  unpack1<4>(*at<1>(r), o.c);
+  set_minimum32(o, *at<2>(r));
 }
 
-KTD_FN void decode(Tag<Q8_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  const u8* p = plane<Q8_0, 0>(w, unit);
-  const Words4 a = load16(p), b = load16(p + 16);
-  o.c[0] = a.x, o.c[1] = a.y, o.c[2] = a.z, o.c[3] = a.w;
-  o.c[4] = b.x, o.c[5] = b.y, o.c[6] = b.z, o.c[7] = b.w;
-  o.d = half_float(load2(plane<Q8_0, 1>(w, unit)));
+KTD_FN void decode(const Raw<Q8_0>& r, u32, const u32*, Unit& o) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) o.c[i] = at<0>(r)[i];
+  o.d = half_float(*at<1>(r));
   set_scale(o, 1);
 }
 
-KTD_FN void decode(Tag<IQ4_NL>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  lookup_iq4(load16(plane<IQ4_NL, 0>(w, unit)), o.c);
-  o.d = half_float(load2(plane<IQ4_NL, 1>(w, unit)));
+KTD_FN void decode(const Raw<IQ4_NL>& r, u32, const u32*, Unit& o) {
+  lookup_iq4(at<0>(r), o.c);
+  o.d = half_float(*at<1>(r));
   set_scale(o, 1);
 }
 
 // Codes are doubled e2m1, 0 1 2 3 4 6 8 12 and their negatives; the scale is 2^(e - 128).
-KTD_FN void decode(Tag<MXFP4>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  const Words4 q = load16(plane<MXFP4, 0>(w, unit));
-  const u32 words[4] = {q.x, q.y, q.z, q.w};
+KTD_FN void decode(const Raw<MXFP4>& r, u32, const u32*, Unit& o) {
+  const u32* words = at<0>(r);
 #pragma unroll
   for (int j = 0; j < 4; ++j)
     lookup16(words[j], 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu, o.c + 2 * j);
-  const u32 e = load1(plane<MXFP4, 1>(w, unit));
+  const u32 e = *at<1>(r);
   o.d = bits_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
   set_scale(o, 1);
 }
 
-KTD_FN void decode(Tag<Q2_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  const u32 block = unit / 8;
-  unpack2(load8(field<Q2_K, 0>(w, unit)), o.c);
-  const u32 scales = load2(field<Q2_K, 1>(w, unit)), dm = load4(plane<Q2_K, 2>(w, block));
+KTD_FN void decode(const Raw<Q2_K>& r, u32, const u32*, Unit& o) {
+  unpack2(at<0>(r), o.c);
+  const u32 scales = *at<1>(r), dm = *at<2>(r);
   o.sc[0] = scales & 15, o.mn[0] = scales >> 4 & 15, o.sc[1] = scales >> 8 & 15, o.mn[1] = scales >> 12;
   o.d = half_float(dm & 0xffff);
   o.dmin = half_float(dm >> 16);
 }
 
-KTD_FN void decode(Tag<Q3_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  const u32 block = unit / 8;
-  const u32 s = unit % 8;
-  unpack2(load8(field<Q3_K, 0>(w, unit)), o.c);
-  unpack1<2>(load4(field<Q3_K, 1>(w, unit)), o.c);
-  const u8* scales = plane<Q3_K, 2>(w, block);
+KTD_FN void decode(const Raw<Q3_K>& r, u32 s, const u32*, Unit& o) {
+  unpack2(at<0>(r), o.c);
+  unpack1<2>(*at<1>(r), o.c);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const u32 i = 2 * s + half;
-    const u32 low = load1(scales + i % 8) >> (i / 8 * 4) & 15,
-              high = load1(scales + 8 + i % 4) >> (i / 4 * 2) & 3;
+  for (int half = 0; half < 2; ++half) {  // byte i % 8 holds four bits of scale i, byte 8 + i % 4 two
+    const u32 i = 2 * s + half, *scales = at<2>(r);
+    const u32 low = (i & 4 ? scales[1] : scales[0]) >> (i % 4 * 8 + i / 8 * 4) & 15;
+    const u32 high = scales[2] >> (i % 4 * 8 + i / 4 * 2) & 3;
     o.sc[half] = static_cast<int>(low | high << 4) - 32;
   }
-  o.d = half_float(load2(plane<Q3_K, 3>(w, block)));
+  o.d = half_float(*at<3>(r));
 }
 
 // The header of Q4_K and Q5_K: two halves, then 6-bit scales and minima in 12 bytes.
-KTD_FN void set_scales_k4(Words4 header, u32 s, Unit& o) {
+KTD_FN void set_scales_k4(const u32* header, u32 s, Unit& o) {
   const u32 shift = 8 * (s & 3);
-  const u32 a = header.y >> shift, b = header.z >> shift, c = header.w >> shift;
+  const u32 a = header[1] >> shift, b = header[2] >> shift, c = header[3] >> shift;
   const bool low = s < 4;
   set_scale(o, static_cast<int>(low ? a & 63 : (c & 15) | (a >> 6 & 3) << 4));
   o.mn[0] = o.mn[1] = static_cast<int>(low ? b & 63 : (c >> 4 & 15) | (b >> 6 & 3) << 4);
-  o.d = half_float(header.x & 0xffff);
-  o.dmin = half_float(header.x >> 16);
+  o.d = half_float(header[0] & 0xffff);
+  o.dmin = half_float(header[0] >> 16);
 }
 
-KTD_FN void decode(Tag<Q4_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack4(load16(field<Q4_K, 0>(w, unit)), o.c);
-  set_scales_k4(load16(plane<Q4_K, 1>(w, unit / 8)), unit % 8, o);
+KTD_FN void decode(const Raw<Q4_K>& r, u32 s, const u32*, Unit& o) {
+  unpack4(at<0>(r), o.c);
+  set_scales_k4(at<1>(r), s, o);
 }
 
-KTD_FN void decode(Tag<Q5_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack4(load16(field<Q5_K, 0>(w, unit)), o.c);
-  unpack1<4>(load4(field<Q5_K, 1>(w, unit)), o.c);
-  set_scales_k4(load16(plane<Q5_K, 2>(w, unit / 8)), unit % 8, o);
+KTD_FN void decode(const Raw<Q5_K>& r, u32 s, const u32*, Unit& o) {
+  unpack4(at<0>(r), o.c);
+  unpack1<4>(*at<1>(r), o.c);
+  set_scales_k4(at<2>(r), s, o);
 }
 
-KTD_FN void decode(Tag<Q6_K>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack4(load16(field<Q6_K, 0>(w, unit)), o.c);
-  const Words2 high = load8(field<Q6_K, 1>(w, unit));
+KTD_FN void decode(const Raw<Q6_K>& r, u32, const u32*, Unit& o) {
+  unpack4(at<0>(r), o.c);
+  const u32* high = at<1>(r);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    o.c[k] |= (k > 2 ? high.x >> (2 * k - 4) : high.x << (4 - 2 * k)) & 0x30303030;
-    o.c[4 + k] |= (k > 2 ? high.y >> (2 * k - 4) : high.y << (4 - 2 * k)) & 0x30303030;
+    o.c[k] |= (k > 2 ? high[0] >> (2 * k - 4) : high[0] << (4 - 2 * k)) & 0x30303030;
+    o.c[4 + k] |= (k > 2 ? high[1] >> (2 * k - 4) : high[1] << (4 - 2 * k)) & 0x30303030;
   }
-  const u32 scales = load2(field<Q6_K, 2>(w, unit));
+  const u32 scales = *at<2>(r);
   o.sc[0] = static_cast<i8>(scales & 255), o.sc[1] = static_cast<i8>(scales >> 8);
-  o.d = half_float(load2(plane<Q6_K, 3>(w, unit / 8)));
+  o.d = half_float(*at<3>(r));
 }
 
 // A word of the table at a byte offset: the low bits of bits moved left (shift > 0) or right, under a mask.
 KTD_FN u32 moved(u32 bits, int shift, u32 mask) {
   return (shift < 0 ? bits >> -shift : bits << shift) & mask;
 }
+KTD_FN u32 byte_of(u32 word, int i) { return permute(word, 0, 0x4440 + i); }
 KTD_FN u32 table_at(const u32* table, u32 offset) {
   return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + offset);
 }
@@ -393,29 +444,29 @@ KTD_FN void put_iq1(u32 selectors, bool negative, u32* c) {
   put_group(selectors, negative ? 0x0007fff7u : 0x000901f9u, 0, c);
 }
 
-KTD_FN void decode(Tag<IQ1_S>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
-  const u32 qs = load4(field<IQ1_S, 0>(w, unit)), h = load2(field<IQ1_S, 1>(w, unit));
+KTD_FN void decode(const Raw<IQ1_S>& r, u32, const u32* table, Unit& o) {
+  const u32 qs = *at<0>(r), h = *at<1>(r);
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_iq1(table_at(table, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 3 * l, 0x1c00)), h & 0x8000,
+    put_iq1(table_at(table, byte_of(qs, l) * 4 + (h & 7u << (3 * l)) * (1024u >> (3 * l))), h & 0x8000,
             o.c + 2 * l);
   set_scale(o, static_cast<int>(moved(h, -11, 14) | 1));
-  o.d = half_float(load2(plane<IQ1_S, 2>(w, unit / 8)));
+  o.d = half_float(*at<2>(r));
 }
 
-KTD_FN void decode(Tag<IQ1_M>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
-  const u32 s = unit % 8, qs = load4(field<IQ1_M, 0>(w, unit)), h = load2(field<IQ1_M, 1>(w, unit));
+KTD_FN void decode(const Raw<IQ1_M>& r, u32 s, const u32* table, Unit& o) {
+  const u32 qs = *at<0>(r), h = *at<1>(r);
 #pragma unroll
   for (int l = 0; l < 4; ++l)
     put_iq1(table_at(table, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 4 * l, 0x1c00)), h & 8u << (4 * l),
             o.c + 2 * l);
-  const Words2 scales = load8(plane<IQ1_M, 2>(w, unit / 8));
-  const u32 pair = s < 4 ? scales.x : scales.y, word = s & 2 ? pair >> 16 : pair & 0xffff;
+  const u32* scales = at<2>(r);
+  const u32 pair = s < 4 ? scales[0] : scales[1], word = s & 2 ? pair >> 16 : pair & 0xffff;
   const u32 shift = s & 1 ? 6 : 0;
   o.sc[0] = static_cast<int>(2 * (word >> shift & 7) + 1);
   o.sc[1] = static_cast<int>(2 * (word >> (shift + 3) & 7) + 1);
-  o.d = half_float((scales.x >> 12 & 15) | (scales.x >> 24 & 0xf0) | (scales.y >> 4 & 0xf00) |
-                   (scales.y >> 16 & 0xf000));
+  o.d = half_float((scales[0] >> 12 & 15) | (scales[0] >> 24 & 0xf0) | (scales[1] >> 4 & 0xf00) |
+                   (scales[1] >> 16 & 0xf000));
 }
 
 // IQ2: nibble = magnitude (8, 25, 43) + 4 if negative; signs come spread over nibbles from a second table.
@@ -423,13 +474,13 @@ KTD_FN void put_iq2(const u32* table, int grid, u32 group, u32 signs, u32* c) {
   put_group(table_at(table, group) | table_at(table + grid, signs), 0x002b1908u, 0x00d5e7f8u, c);
 }
 
-KTD_FN void decode(Tag<IQ2_XXS>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
-  const Words2 q = load8(field<IQ2_XXS, 0>(w, unit));
+KTD_FN void decode(const Raw<IQ2_XXS>& r, u32, const u32* table, Unit& o) {
+  const u32* q = at<0>(r);
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_iq2(table, 256, moved(q.x, 2 - 8 * l, 0x3fc), moved(q.y, 2 - 7 * l, 0x1fc), o.c + 2 * l);
-  set_scale(o, static_cast<int>(q.y >> 27 | 1));
-  o.d = half_float(load2(plane<IQ2_XXS, 1>(w, unit / 8)));
+    put_iq2(table, 256, moved(q[0], 2 - 8 * l, 0x3fc), moved(q[1], 2 - 7 * l, 0x1fc), o.c + 2 * l);
+  set_scale(o, static_cast<int>(q[1] >> 27 | 1));
+  o.d = half_float(*at<1>(r));
 }
 
 KTD_FN void set_scales4(Unit& o, u32 byte) {
@@ -437,27 +488,27 @@ KTD_FN void set_scales4(Unit& o, u32 byte) {
   o.sc[1] = static_cast<int>(2 * (byte >> 4) + 1);
 }
 
-KTD_FN void decode(Tag<IQ2_XS>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
-  const Words2 q = load8(field<IQ2_XS, 0>(w, unit));
+KTD_FN void decode(const Raw<IQ2_XS>& r, u32, const u32* table, Unit& o) {
+  const u32* q = at<0>(r);
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
-    const u32 word = l < 2 ? q.x : q.y;
+    const u32 word = l < 2 ? q[0] : q[1];
     put_iq2(table, 512, moved(word, 2 - 16 * (l % 2), 0x7fc), moved(word, -7 - 16 * (l % 2), 0x1fc),
             o.c + 2 * l);
   }
-  set_scales4(o, load1(field<IQ2_XS, 1>(w, unit)));
-  o.d = half_float(load2(plane<IQ2_XS, 2>(w, unit / 8)));
+  set_scales4(o, *at<1>(r));
+  o.d = half_float(*at<2>(r));
 }
 
-KTD_FN void decode(Tag<IQ2_S>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
-  const u32 qs = load4(field<IQ2_S, 0>(w, unit)), signs = load4(field<IQ2_S, 1>(w, unit));
-  const u32 h = load1(field<IQ2_S, 2>(w, unit));
+KTD_FN void decode(const Raw<IQ2_S>& r, u32, const u32* table, Unit& o) {
+  const u32 qs = *at<0>(r), signs = *at<1>(r);
+  const u32 h = *at<2>(r);
 #pragma unroll
   for (int l = 0; l < 4; ++l)
     put_iq2(table, 1024, moved(qs, 2 - 8 * l, 0x3fc) | moved(h, 10 - 2 * l, 0xc00),
             moved(signs, 2 - 8 * l, 0x3fc), o.c + 2 * l);
-  set_scales4(o, load1(field<IQ2_S, 3>(w, unit)));
-  o.d = half_float(load2(plane<IQ2_S, 4>(w, unit / 8)));
+  set_scales4(o, *at<3>(r));
+  o.d = half_float(*at<4>(r));
 }
 
 // IQ3's tables hold four magnitudes a word; with 7-bit sign fields, eight sign bits a byte stand behind it.
@@ -466,40 +517,38 @@ KTD_FN void put_signed8(u32 first, u32 second, u32 signs, u32* c) {
   c[1] = with_signs(second, signs >> 4);
 }
 
-KTD_FN void decode(Tag<IQ3_XXS>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
-  const Words2 q = load8(field<IQ3_XXS, 0>(w, unit));
-  const u32 signs = load4(field<IQ3_XXS, 1>(w, unit));
+KTD_FN void decode(const Raw<IQ3_XXS>& r, u32, const u32* table, Unit& o) {
+  const u32* q = at<0>(r);
+  const u32 signs = *at<1>(r);
   const u8* sign_bytes = reinterpret_cast<const u8*>(table + 256);
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
-    const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
+    const u32 word = (l < 2 ? q[0] : q[1]) >> (16 * (l % 2));
     put_signed8(table[word & 255], table[word >> 8 & 255], sign_bytes[signs >> (7 * l) & 127], o.c + 2 * l);
   }
   set_scale(o, static_cast<int>(2 * (signs >> 28) + 1));
-  o.d = half_float(load2(plane<IQ3_XXS, 2>(w, unit / 8)));
+  o.d = half_float(*at<2>(r));
 }
 
-KTD_FN void decode(Tag<IQ3_S>, Planes<const u8> w, u32 unit, const u32* table, Unit& o) {
-  const u32 s = unit % 8;
-  const Words2 q = load8(field<IQ3_S, 0>(w, unit));
-  const u32 signs = load4(field<IQ3_S, 1>(w, unit)), h = load1(field<IQ3_S, 2>(w, unit));
+KTD_FN void decode(const Raw<IQ3_S>& r, u32 s, const u32* table, Unit& o) {
+  const u32* q = at<0>(r);
+  const u32 signs = *at<1>(r), h = *at<2>(r);
 #pragma unroll
   for (int l = 0; l < 4; ++l) {
-    const u32 word = (l < 2 ? q.x : q.y) >> (16 * (l % 2));
+    const u32 word = (l < 2 ? q[0] : q[1]) >> (16 * (l % 2));
     const u32 first = (word & 255) | (h >> (2 * l) & 1) << 8,
               second = (word >> 8 & 255) | (h >> (2 * l + 1) & 1) << 8;
     put_signed8(table[first], table[second], signs >> (8 * l), o.c + 2 * l);
   }
-  set_scale(o, static_cast<int>(2 * (load1(plane<IQ3_S, 3>(w, unit / 8) + s / 2) >> (s % 2 * 4) & 15) + 1));
-  o.d = half_float(load2(plane<IQ3_S, 4>(w, unit / 8)));
+  set_scale(o, static_cast<int>(2 * (*at<3>(r) >> (4 * s) & 15) + 1));
+  o.d = half_float(*at<4>(r));
 }
 
-KTD_FN void decode(Tag<IQ4_XS>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  const u32 s = unit % 8;
-  lookup_iq4(load16(field<IQ4_XS, 0>(w, unit)), o.c);
-  const Words2 header = load8(plane<IQ4_XS, 1>(w, unit / 8));  // d, scales_h, scales_l[4]
-  set_scale(o, static_cast<int>((header.y >> (4 * s) & 15) | (header.x >> (16 + 2 * s) & 3) << 4) - 32);
-  o.d = half_float(header.x & 0xffff);
+KTD_FN void decode(const Raw<IQ4_XS>& r, u32 s, const u32*, Unit& o) {
+  lookup_iq4(at<0>(r), o.c);
+  const u32* header = at<1>(r);  // d, scales_h, scales_l[4]
+  set_scale(o, static_cast<int>((header[1] >> (4 * s) & 15) | (header[0] >> (16 + 2 * s) & 3) << 4) - 32);
+  o.d = half_float(header[0] & 0xffff);
 }
 
 // Base 3: digit k of a byte is ((byte * 3^k mod 256) * 3) >> 8, here for four bytes at once.
@@ -509,30 +558,27 @@ KTD_FN u32 ternary(u32 bytes, u32 power) {
   return (even * 3 >> 8 & 0x00ff00ff) | (odd * 3 & 0xff00ff00);
 }
 
-KTD_FN void decode(Tag<TQ1_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  const u32 block = unit / 8;
-  const u32 s = unit % 8;
-  const u8* qs = plane<TQ1_0, 0>(w, block);
+KTD_FN void decode(const Raw<TQ1_0>& r, u32 s, const u32*, Unit& o) {
   const u32 powers[5] = {1, 3, 9, 27, 81};
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     // Weights 0..159: digit s of bytes 0..31; 160..239: digits of bytes 32..47; the last 16: of qh.
     const u32 group = 2 * (s - 5) + j / 4, digit = s < 5 ? s : group < 5 ? group : j % 4;
-    const u8* p = s < 5 ? qs + 4 * j : group < 5 ? qs + 32 + 4 * (j % 4) : plane<TQ1_0, 1>(w, block);
+    const u32 bytes = s < 5 ? at<0>(r)[j] : group < 5 ? at<0>(r)[8 + j % 4] : *at<1>(r);
     u32 power = 1;
 #pragma unroll
     for (u32 k = 1; k < 5; ++k) power = digit == k ? powers[k] : power;
-    o.c[j] = ternary(load4(p), power);
+    o.c[j] = ternary(bytes, power);
   }
   set_scale(o, 1);
-  o.d = half_float(load2(plane<TQ1_0, 2>(w, block)));
+  o.d = half_float(*at<2>(r));
 }
 
 // Code 3 exists in the format though quantisers never write it; it means weight 2d.
-KTD_FN void decode(Tag<TQ2_0>, Planes<const u8> w, u32 unit, const u32*, Unit& o) {
-  unpack2(load8(field<TQ2_0, 0>(w, unit)), o.c);
+KTD_FN void decode(const Raw<TQ2_0>& r, u32, const u32*, Unit& o) {
+  unpack2(at<0>(r), o.c);
   set_scale(o, 1);
-  o.d = half_float(load2(plane<TQ2_0, 1>(w, unit / 8)));
+  o.d = half_float(*at<1>(r));
 }
 
 // Weight i of a unit as gguf.quants computes it.

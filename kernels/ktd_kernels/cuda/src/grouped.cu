@@ -103,7 +103,7 @@ KTD_FN void grouped(const GroupedArgs& a) {
   const int m = thread / 2, half = thread % 2;
   const bool second = kGated && m % 32 >= 16;
   const int block_row = kGated ? blockIdx.x * (kRows / 2) + m / 32 * 16 + m % 16 : blockIdx.x * kRows + m;
-  const Planes<const u8> w{a.w[second] + expert * a.matrix_bytes, a.blocks};
+  const Matrix<KTD_TYPE> w = matrix_at<KTD_TYPE>(a.w[second] + expert * a.matrix_bytes, a.blocks);
   const u32 row_unit = static_cast<u32>(min(block_row, a.rows - 1)) * units;
 
   const u16* x[kLoads];  // pieces of x: row thread / 8 and every 32nd after it
@@ -115,28 +115,27 @@ KTD_FN void grouped(const GroupedArgs& a) {
   }
 
   float sum[2][kTiles][4] = {};
-  Unit o;
+  Raw<KTD_TYPE> raw;
   uint4 piece[kLoads];
-  const auto fetch = [&](int k) {  // columns k ... k + 63; beyond the end everything is 0
+  const auto bring = [&](int k) {  // columns k ... k + 63; beyond the end everything is 0
     const int unit = k / 32 + half;
-    if (unit < units) {
-      decode(Tag<KTD_TYPE>{}, w, row_unit + unit, table, o);
-    } else {
-      o = Unit{};
-    }
+    raw = {};
+    if (unit < units) fetch(w, row_unit + unit, raw);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
       piece[i] = k + thread % 8 * 8 < a.cols ? *reinterpret_cast<const uint4*>(x[i] + k) : uint4{0, 0, 0, 0};
   };
 
-  fetch(0);
+  bring(0);
   for (int k = 0; k < a.cols; k += kCols) {
     __syncthreads();
+    Unit o;
+    decode(raw, (row_unit + k / 32 + half) % F::kUnits, table, o);
     store_unit(o, weights, m, half);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) tokens[swizzled(thread / 8 + 32 * i, thread % 8)] = piece[i];
     __syncthreads();
-    if (k + kCols < a.cols) fetch(k + kCols);
+    if (k + kCols < a.cols) bring(k + kCols);
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
       u32 left[2][4], right[4];

@@ -35,6 +35,27 @@ KTD_FN void add_unit(const Unit& o, const uint4& a, const uint4& b, float scale,
   }
 }
 
+// What a group of lanes multiplies next: one step along the columns of R rows. Steps of a row, terms of a
+// result and results of a thread block follow each other in one stream, so that the bytes of a step are on
+// their way while the step before it is computed.
+template <int T, int R>
+struct Step {
+  i64 index;  // of the item; the last one is behind all
+  Item item;
+  int term, unit;      // unit: the first lane's
+  bool there;          // false: the term's expert lives elsewhere
+  int x;               // row of the activations (of the first token)
+  Matrix<KTD_TYPE> w;
+};
+
+template <int T, int R>
+struct Fetched {
+  Raw<KTD_TYPE> raw[R];
+  uint4 low, high;  // activations, if T is 1
+  float scale;
+  int sums;
+};
+
 template <int T, int R>
 KTD_FN void product(const ProductArgs& a) {
   __shared__ Table table;
@@ -44,58 +65,100 @@ KTD_FN void product(const ProductArgs& a) {
   const Share share = share_of(a);
   const int tile_rows = kThreads / a.lanes * R, units = a.cols / 32;
   const i64 count = item_count(a, tile_rows, T);
-  for (i64 index = blockIdx.x; index < count; index += gridDim.x) {
-    const Item item = item_at<T, R>(a, index, tile_rows);
-    float sum[R * T] = {};
-    for (int term = share.term; term < a.terms; term += share.term_stride) {
-      const int product = item.slot * a.terms + term;
-      const int matrix = a.ids ? a.ids[product] : item.slot;
-      if (matrix < 0 || matrix >= a.matrices) continue;
-      const Planes<const u8> w{a.w[item.stack] + matrix * a.matrix_bytes, a.blocks};
-      int x_row[T];
+
+  const auto open_term = [&](Step<T, R>& s) {
+    const int product = s.item.slot * a.terms + s.term;
+    const int matrix = a.ids ? a.ids[product] : s.item.slot;
+    s.there = matrix >= 0 && matrix < a.matrices;
+    s.x = a.ids ? product / a.share : s.item.slot * a.tokens + s.item.token;
+    s.w = matrix_at<KTD_TYPE>(a.w[s.item.stack] + (s.there ? matrix : 0) * a.matrix_bytes, a.blocks);
+    s.unit = 0;
+  };
+  const auto open_item = [&](Step<T, R>& s) {
+    if (s.index >= count) return;
+    s.item = item_at<T, R>(a, s.index, tile_rows);
+    s.term = share.term;
+    open_term(s);
+  };
+  const auto activations = [&](int x, int unit, uint4& low, uint4& high, float& scale, int& sums) {
+    const i64 at = static_cast<i64>(x) * units + unit;
+    const uint4* q = reinterpret_cast<const uint4*>(a.q) + 2 * at;
+    low = q[0], high = q[1];
+    scale = a.scales[at / F::kUnits] * F::kFactor;
+    sums = F::kOffset || F::kMinimum ? a.sums[at] : 0;
+  };
+  const auto bring = [&](const Step<T, R>& s, Fetched<T, R>& f) {
+    const int unit = s.unit + share.lane;
+    if (s.index >= count || !s.there || unit >= units) return;
 #pragma unroll
-      for (int t = 0; t < T; ++t)
-        x_row[t] = a.ids ? product / a.share : item.slot * a.tokens + min(item.token + t, a.tokens - 1);
-      u32 first_unit[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) first_unit[r] = static_cast<u32>(min(item.row + r, a.rows - 1)) * units;
-      float part[R * T] = {};
-#pragma unroll(T > 2 ? 1 : 2)
-      for (int unit = share.lane; unit < units; unit += share.stride) {
-        Unit o[R];
-#pragma unroll
-        for (int r = 0; r < R; ++r) decode(Tag<KTD_TYPE>{}, w, first_unit[r] + unit, table.words, o[r]);
-#pragma unroll
-        for (int t = 0; t < T; ++t) {
-          const int x = x_row[t];
-          const uint4* q = reinterpret_cast<const uint4*>(a.q + (static_cast<i64>(x) * units + unit) * 32);
-          const uint4 low = q[0], high = q[1];
-          const float scale = a.scales[(x * units + unit) / F::kUnits] * F::kFactor;
-          const int sums = F::kOffset || F::kMinimum ? a.sums[x * units + unit] : 0;
-#pragma unroll
-          for (int r = 0; r < R; ++r) add_unit(o[r], low, high, scale, sums, part[r * T + t]);
-        }
-      }
-      const float weight = a.weights ? a.weights[product] : 1.0f;
-#pragma unroll
-      for (int i = 0; i < R * T; ++i) sum[i] = fmaf(weight, part[i], sum[i]);
+    for (int r = 0; r < R; ++r)
+      fetch(s.w, static_cast<u32>(min(s.item.row + r, a.rows - 1)) * units + unit, f.raw[r]);
+    if (T == 1) activations(s.x, unit, f.low, f.high, f.scale, f.sums);
+  };
+
+  Step<T, R> next;
+  Fetched<T, R> ahead;
+  next.index = blockIdx.x;
+  open_item(next);
+  bring(next, ahead);
+  float sum[R * T] = {}, part[R * T] = {};
+  while (next.index < count) {
+    const Item item = next.item;
+    const int term = next.term, unit = next.unit + share.lane, x = next.x;
+    const bool there = next.there && unit < units;
+    const Fetched<T, R> here = ahead;
+    next.unit += share.stride;
+    const bool term_ends = next.unit >= units;
+    const bool item_ends = term_ends && term + share.term_stride >= a.terms;
+    if (item_ends) {
+      next.index += gridDim.x;
+      open_item(next);
+    } else if (term_ends) {
+      next.term += share.term_stride;
+      open_term(next);
     }
+    bring(next, ahead);
+
+    if (there) {
+      Unit o[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) decode(here.raw[r], unit % F::kUnits, table.words, o[r]);
+#pragma unroll
+      for (int t = 0; t < T; ++t) {
+        uint4 low = here.low, high = here.high;
+        float scale = here.scale;
+        int sums = here.sums;
+        if (T > 1) activations(x + min(t, a.tokens - 1 - item.token), unit, low, high, scale, sums);
+#pragma unroll
+        for (int r = 0; r < R; ++r) add_unit(o[r], low, high, scale, sums, part[r * T + t]);
+      }
+    }
+    if (!term_ends) continue;
+    const float weight = a.weights ? a.weights[item.slot * a.terms + term] : 1.0f;
+#pragma unroll
+    for (int i = 0; i < R * T; ++i) sum[i] = fmaf(weight, part[i], sum[i]), part[i] = 0.0f;
+    if (!item_ends) continue;
     reduce(sum, a.lanes, partial);
     store<T, R>(a, item, sum);
+#pragma unroll
+    for (int i = 0; i < R * T; ++i) sum[i] = 0.0f;
   }
 }
 
 #ifndef KTD_ROWS
-#define KTD_ROWS 4
+#define KTD_ROWS 2
 #endif
-#define KTD_PRODUCT(T)                                                                      \
-  extern "C" __global__ void __launch_bounds__(kThreads) product_##T(const ProductArgs a) { \
-    product<T, KTD_ROWS>(a);                                                                \
+#ifndef KTD_MIN
+#define KTD_MIN 2
+#endif
+#define KTD_PRODUCT(T, R, RESIDENT)                                                                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT) product_##T(const ProductArgs a) { \
+    product<T, R>(a);                                                                                 \
   }
-KTD_PRODUCT(1)
-KTD_PRODUCT(2)
-KTD_PRODUCT(4)
-KTD_PRODUCT(8)
+KTD_PRODUCT(1, KTD_ROWS, KTD_MIN)
+KTD_PRODUCT(2, 2, 1)
+KTD_PRODUCT(4, 2, 1)
+KTD_PRODUCT(8, 2, 1)
 
 // Rows to floats, bit-equal to gguf.quants.dequantize, then rounded to nearest even.
 struct DequantizeArgs {
@@ -137,9 +200,11 @@ KTD_FN void dequantize(const DequantizeArgs& a) {
     const i64 row = a.ids ? a.ids[i / units] : a.first_row + i / units;
     const i64 last = a.rows - 1, matrix = a.ids ? 0 : row / a.rows;
     const i64 within = a.ids ? (row < 0 ? 0 : row > last ? last : row) : row % a.rows;
+    const u32 unit = static_cast<u32>(within * units + i % units);
+    Raw<KTD_TYPE> raw;
     Unit o;
-    decode(Tag<KTD_TYPE>{}, Planes<const u8>{a.w + matrix * a.matrix_bytes, a.blocks},
-           static_cast<u32>(within * units + i % units), table.words, o);
+    fetch(matrix_at<KTD_TYPE>(a.w + matrix * a.matrix_bytes, a.blocks), unit, raw);
+    decode(raw, unit % F::kUnits, table.words, o);
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
       alignas(16) Out values[16 / sizeof(Out)];
