@@ -28,6 +28,17 @@ def quantized(x: F32, block: int) -> tuple[NDArray[np.float64], NDArray[np.float
     return (codes * scale).reshape(x.shape), np.broadcast_to(scale / 2, parts.shape).reshape(x.shape)
 
 
+def rounding_bound(name: str, values: F32, x: F32) -> NDArray[np.float64]:
+    """Most that float32 roundings move a product of a block type: values [rows, cols], x [n, cols]."""
+    exact, cols, size = values.astype(np.float64), values.shape[1], block_size(name)
+    # Per 32 values and for scale and minimum: a product, a sum. A weight's parts are no larger than thrice
+    # the largest weight of its block.
+    blocked = np.abs(exact).reshape(len(exact), -1, size).max(axis=-1, keepdims=True)
+    parts = 3 * blocked.repeat(size, axis=-1).reshape(exact.shape)
+    bound: NDArray[np.float64] = (4 * cols / 32 + 10) * U * (np.abs(quantized(x, size)[0]) @ parts.T)
+    return bound
+
+
 def product_bound(name: str, values: F32, x: F32) -> NDArray[np.float64]:
     """Largest |result - float64 product with x| of up to 64 tokens: values [rows, cols], x [n, cols]."""
     exact, cols = values.astype(np.float64), values.shape[1]
@@ -35,10 +46,5 @@ def product_bound(name: str, values: F32, x: F32) -> NDArray[np.float64]:
     if size == 1:  # at least four running sums of a quarter of the values, then their sum
         return (cols / 4 + 8) * U * (np.abs(x.astype(np.float64)) @ np.abs(exact).T)
     # An activation moves by at most half a step; float division may turn a tie.
-    seen, step = quantized(x, size)
-    moved = (step * (1 + 1e-5)) @ np.abs(exact).T
-    # Per 32 values and for scale and minimum: a product, a sum. A weight's parts are no larger than thrice
-    # the largest weight of its block.
-    blocked = np.abs(exact).reshape(len(exact), -1, size).max(axis=-1, keepdims=True)
-    parts = 3 * blocked.repeat(size, axis=-1).reshape(exact.shape)
-    return moved + (4 * cols / 32 + 10) * U * (np.abs(seen) @ parts.T)
+    moved = (quantized(x, size)[1] * (1 + 1e-5)) @ np.abs(exact).T
+    return moved + rounding_bound(name, values, x)

@@ -8,9 +8,20 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from kit_cuda import gpu_weight, product_bound
-from kit_kernels import ALL_TYPES, F32, FLOAT_TYPES, TYPES_32, blocks, normal, type_id
+from kit_cuda import gpu_weight, product_bound, rounding_bound
+from kit_kernels import (
+    ALL_TYPES,
+    F32,
+    FLOAT_TYPES,
+    QUANTIZED_TYPES,
+    TYPES_32,
+    blocks,
+    normal,
+    type_id,
+    weight,
+)
 
+from ktd_kernels import Cpu
 from ktd_kernels import cuda as ops
 from ktd_kernels.cuda import GpuWeight
 
@@ -91,6 +102,18 @@ def test_linear_against_float64(name: str, rows: int, cols: int) -> None:
     for n in (65, 200):
         got = linear(w, device_x[:n]).cpu().numpy()
         assert (np.abs(got - want[:n]) <= many_bound(values, x[:n])).all()
+
+
+@pytest.mark.parametrize("name", QUANTIZED_TYPES)
+def test_linear_is_what_the_cpu_computes(name: str) -> None:
+    """Both quantise activations alike and sum exact integers: they differ by the order of float additions."""
+    cols = 1536
+    w, values = gpu_weight(name, 40, cols)
+    x = normal(12, 3, cols)
+    got = linear(w, torch.from_numpy(x).cuda()).cpu().numpy()
+    want = np.empty_like(got)
+    Cpu(threads=1).linear(weight(name, 40, cols), x, want)
+    assert (np.abs(got - want) <= 2 * rounding_bound(name, values, x)).all()
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "F16"])
