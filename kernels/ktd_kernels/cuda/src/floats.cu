@@ -21,10 +21,9 @@ KTD_FN void product(const ProductArgs& a) {
   __shared__ float partial[kThreads / 32 * R * T];
   wait_for_previous();
   const Share share = share_of(a);
-  const int tile_rows = kThreads / a.lanes * R;
-  const i64 count = item_count(a, tile_rows, T);
-  for (i64 index = blockIdx.x; index < count; index += gridDim.x) {
-    const Item item = item_at<T, R>(a, index, tile_rows);
+  const u32 count = item_count<T, R>(a);
+  for (u32 index = blockIdx.x; index < count; index += gridDim.x) {
+    const Item item = item_at<T, R>(a, index);
     float sum[R * T] = {};
     for (int term = share.term; term < a.terms; term += share.term_stride) {
       const int product = item.slot * a.terms + term;

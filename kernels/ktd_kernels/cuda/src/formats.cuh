@@ -149,7 +149,8 @@ enum Type {
 #define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, FACTOR, TABLE, HEADERS, W0, W1, W2, W3, W4)   \
   template <>                                                                                                \
   struct Format<NAME> {                                                                                      \
-    static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE, kHeaders = HEADERS;                   \
+    static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE,                   \
+                         kHeaders = HEADERS;                                                                 \
     static constexpr int kUnits = BLOCK / 32;                                                                \
     static constexpr float kFactor = FACTOR;                                                                 \
     static constexpr bool kMinimum = MINIMUM, kSub16 = SUB16;                                                \

@@ -33,6 +33,10 @@ struct ProductArgs {
 #endif
 constexpr int kThreads = KTD_THREADS;
 
+// Of a power of two; and the thread's group among those of `lanes`.
+KTD_FN int log2_of(int power) { return 31 - __clz(power); }
+KTD_FN int group_of(int lanes) { return threadIdx.x >> log2_of(lanes); }
+
 // The sum over the lanes of each row, valid in its first lane. `partial` holds one float per warp, row and
 // token. How the lanes of a row share its products: by columns, or a warp each takes every nth term.
 struct Share {
@@ -41,7 +45,7 @@ struct Share {
 };
 
 KTD_FN Share share_of(const ProductArgs& a) {
-  const int within = threadIdx.x % a.lanes;
+  const int within = (threadIdx.x & (a.lanes - 1));
   if (a.term_warps == 1) return {within, a.lanes, 0, 1};
   return {within % 32, 32, within / 32, a.term_warps};
 }
@@ -60,10 +64,11 @@ KTD_FN void reduce(float (&sum)[N], int lanes, float* partial) {
     for (int i = 0; i < N; ++i) partial[warp * N + i] = sum[i];
   }
   __syncthreads();
-  if (threadIdx.x % lanes) return;
+  if (threadIdx.x & (lanes - 1)) return;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     float total = partial[warp * N + i];
+#pragma unroll 1
     for (int k = 1; k < count; ++k) total += partial[(warp + k) * N + i];
     sum[i] = total;
   }
@@ -75,26 +80,32 @@ struct Item {
 };
 
 template <int T, int R>
-KTD_FN Item item_at(const ProductArgs& a, i64 index, int tile_rows) {
-  const int row_tiles = (a.rows + tile_rows - 1) / tile_rows, token_tiles = (a.tokens + T - 1) / T;
-  Item item;
-  item.token = static_cast<int>(index % token_tiles) * T;
-  index /= token_tiles;
-  item.row = static_cast<int>(index % row_tiles) * tile_rows + static_cast<int>(threadIdx.x) / a.lanes * R;
-  index /= row_tiles;
-  item.stack = static_cast<int>(index % a.stacks);
-  item.slot = static_cast<int>(index / a.stacks);
-  return item;
+KTD_FN u32 item_count(const ProductArgs& a) {
+  const u32 tile_rows = (kThreads >> log2_of(a.lanes)) * R;
+  return (a.rows + tile_rows - 1) / tile_rows * ((a.tokens + T - 1) / T) * a.stacks * a.slots;
 }
 
-KTD_FN i64 item_count(const ProductArgs& a, int tile_rows, int tile_tokens) {
-  return static_cast<i64>((a.rows + tile_rows - 1) / tile_rows) *
-         ((a.tokens + tile_tokens - 1) / tile_tokens) * a.stacks * a.slots;
+// Tokens change fastest: tiles that share weights run side by side.
+template <int T, int R>
+KTD_FN Item item_at(const ProductArgs& a, u32 index) {
+  const u32 tile_rows = (kThreads >> log2_of(a.lanes)) * R, row_tiles = (a.rows + tile_rows - 1) / tile_rows;
+  Item item;
+  item.token = 0;
+  if (T > 1) {
+    const u32 token_tiles = (a.tokens + T - 1) / T, rest = index / token_tiles;
+    item.token = static_cast<int>(index - rest * token_tiles) * T;
+    index = rest;
+  }
+  const u32 matrix = index / row_tiles;
+  item.row = static_cast<int>((index - matrix * row_tiles) * tile_rows + group_of(a.lanes) * R);
+  item.stack = a.stacks == 2 ? matrix & 1 : 0;
+  item.slot = static_cast<int>(a.stacks == 2 ? matrix / 2 : matrix);
+  return item;
 }
 
 template <int T, int R>
 KTD_FN void store(const ProductArgs& a, const Item& item, const float (&sum)[R * T]) {
-  if (threadIdx.x % a.lanes) return;
+  if ((threadIdx.x & (a.lanes - 1))) return;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
 #pragma unroll

@@ -40,11 +40,11 @@ KTD_FN void add_unit(const Unit& o, const uint4& a, const uint4& b, float scale,
 // their way while the step before it is computed.
 template <int T, int R>
 struct Step {
-  i64 index;  // of the item; the last one is behind all
+  u32 index;  // of the item; the last one is behind all
   Item item;
-  int term, unit;      // unit: the first lane's
-  bool there;          // false: the term's expert lives elsewhere
-  int x;               // row of the activations (of the first token)
+  int term, unit;  // unit: the first lane's
+  bool there;      // false: the term's expert lives elsewhere
+  int x;           // row of the activations (of the first token)
   Matrix<KTD_TYPE> w;
 };
 
@@ -63,8 +63,8 @@ KTD_FN void product(const ProductArgs& a) {
   load_table(table);
   wait_for_previous();
   const Share share = share_of(a);
-  const int tile_rows = kThreads / a.lanes * R, units = a.cols / 32;
-  const i64 count = item_count(a, tile_rows, T);
+  const int units = a.cols / 32;
+  const u32 count = item_count<T, R>(a);
 
   const auto open_term = [&](Step<T, R>& s) {
     const int product = s.item.slot * a.terms + s.term;
@@ -76,7 +76,7 @@ KTD_FN void product(const ProductArgs& a) {
   };
   const auto open_item = [&](Step<T, R>& s) {
     if (s.index >= count) return;
-    s.item = item_at<T, R>(a, s.index, tile_rows);
+    s.item = item_at<T, R>(a, s.index);
     s.term = share.term;
     open_term(s);
   };
@@ -97,16 +97,11 @@ KTD_FN void product(const ProductArgs& a) {
   };
 
   Step<T, R> next;
-  Fetched<T, R> ahead;
-  next.index = blockIdx.x;
-  open_item(next);
-  bring(next, ahead);
   float sum[R * T] = {}, part[R * T] = {};
-  while (next.index < count) {
+  const auto step = [&](const Fetched<T, R>& here, Fetched<T, R>& ahead) {
     const Item item = next.item;
     const int term = next.term, unit = next.unit + share.lane, x = next.x;
     const bool there = next.there && unit < units;
-    const Fetched<T, R> here = ahead;
     next.unit += share.stride;
     const bool term_ends = next.unit >= units;
     const bool item_ends = term_ends && term + share.term_stride >= a.terms;
@@ -133,15 +128,25 @@ KTD_FN void product(const ProductArgs& a) {
         for (int r = 0; r < R; ++r) add_unit(o[r], low, high, scale, sums, part[r * T + t]);
       }
     }
-    if (!term_ends) continue;
+    if (!term_ends) return;
     const float weight = a.weights ? a.weights[item.slot * a.terms + term] : 1.0f;
 #pragma unroll
     for (int i = 0; i < R * T; ++i) sum[i] = fmaf(weight, part[i], sum[i]), part[i] = 0.0f;
-    if (!item_ends) continue;
+    if (!item_ends) return;
     reduce(sum, a.lanes, partial);
     store<T, R>(a, item, sum);
 #pragma unroll
     for (int i = 0; i < R * T; ++i) sum[i] = 0.0f;
+  };
+
+  Fetched<T, R> even, odd;
+  next.index = blockIdx.x;
+  open_item(next);
+  bring(next, even);
+  while (next.index < count) {
+    step(even, odd);
+    if (next.index >= count) break;
+    step(odd, even);
   }
 }
 
@@ -151,7 +156,7 @@ KTD_FN void product(const ProductArgs& a) {
 #ifndef KTD_MIN
 #define KTD_MIN 2
 #endif
-#define KTD_PRODUCT(T, R, RESIDENT)                                                                          \
+#define KTD_PRODUCT(T, R, RESIDENT)                                                                   \
   extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT) product_##T(const ProductArgs a) { \
     product<T, R>(a);                                                                                 \
   }
