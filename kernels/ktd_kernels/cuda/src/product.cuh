@@ -37,19 +37,20 @@ constexpr int kThreads = KTD_THREADS;
 KTD_FN int log2_of(int power) { return 31 - __clz(power); }
 KTD_FN int group_of(int lanes) { return threadIdx.x >> log2_of(lanes); }
 
-// The sum over the lanes of each row, valid in its first lane. `partial` holds one float per warp, row and
-// token. How the lanes of a row share its products: by columns, or a warp each takes every nth term.
+// How the lanes of a row share its products: by columns, or a warp each takes every nth term.
 struct Share {
   int lane, stride;  // first unit of columns and the step to the next
   int term, term_stride;
 };
 
 KTD_FN Share share_of(const ProductArgs& a) {
-  const int within = (threadIdx.x & (a.lanes - 1));
+  const int within = threadIdx.x & (a.lanes - 1);
   if (a.term_warps == 1) return {within, a.lanes, 0, 1};
   return {within % 32, 32, within / 32, a.term_warps};
 }
 
+// The sum over the lanes of each row, valid in its first lane. `partial` holds one float per warp, row and
+// token.
 template <int N>
 KTD_FN void reduce(float (&sum)[N], int lanes, float* partial) {
   for (int step = (lanes < 32 ? lanes : 32) / 2; step; step /= 2) {
@@ -105,7 +106,7 @@ KTD_FN Item item_at(const ProductArgs& a, u32 index) {
 
 template <int T, int R>
 KTD_FN void store(const ProductArgs& a, const Item& item, const float (&sum)[R * T]) {
-  if ((threadIdx.x & (a.lanes - 1))) return;
+  if (threadIdx.x & (a.lanes - 1)) return;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
 #pragma unroll
