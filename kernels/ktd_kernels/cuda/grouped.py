@@ -13,7 +13,6 @@ import torch
 from ktd_kernels.cuda import kernels
 from ktd_kernels.cuda.driver import Module
 from ktd_kernels.cuda.product import activation_module
-from ktd_kernels.cuda.scratch import scratch
 from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over
 
 _THREADS, _ROWS = 256, 128  # kThreads and kRows of grouped.cu
@@ -96,8 +95,8 @@ def _piece(
     order = order.int()
     most = pairs // tile + min(experts, pairs)
 
-    hidden = scratch("grouped.hidden", (pairs, gate.rows), torch.bfloat16, x.device)
-    partial = scratch("grouped.partial", (pairs, down.rows), torch.float32, x.device)
+    hidden = x.new_empty((pairs, gate.rows))
+    partial = x.new_empty((pairs, down.rows), dtype=torch.float32)
     for stacks, source, target, name in (
         ((gate, up), x, hidden, "gated"),
         ((down,), hidden, partial, "plain"),

@@ -1,4 +1,4 @@
-"""Products of many tokens: weights decoded by tiles to bfloat16 in a reused buffer, multiplied by torch.
+"""Products of many tokens: weights decoded by tiles to bfloat16, multiplied by torch.
 
 Sums and results are float32; weights and activations are rounded to bfloat16 (2^-9 relative each).
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from ktd_kernels.cuda import grouped
-from ktd_kernels.cuda.scratch import scratch
 from ktd_kernels.cuda.weight import GpuWeight
 
 _TILE = 1 << 25  # weights decoded at a time
@@ -22,8 +21,8 @@ def _matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _decoded(w: GpuWeight, first: int, count: int) -> torch.Tensor:
-    """bfloat16 [count, cols]: rows of w's matrices, valid until the next call."""
-    tile = scratch("tile", (count, w.cols), torch.bfloat16, w.device)
+    """bfloat16 [count, cols]: rows of w's matrices."""
+    tile = torch.empty((count, w.cols), dtype=torch.bfloat16, device=w.device)
     w.dequantize_rows(first, count, tile)
     return tile
 
