@@ -1,6 +1,7 @@
 """Products of many tokens: weights decoded by tiles to bfloat16, multiplied by torch.
 
-Sums and results are float32; weights and activations are rounded to bfloat16 (2^-9 relative each).
+Sums and results are float32; weights and activations are rounded to bfloat16 (2^-9 relative each), except
+with F32 weights.
 """
 
 from __future__ import annotations
@@ -13,62 +14,62 @@ from ktd_kernels.cuda.weight import GpuWeight
 _TILE = 1 << 25  # weights decoded at a time
 
 
-def _matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x[n, cols] @ w[rows, cols].T in float32 from bfloat16 factors."""
-    if torch.cuda.get_device_capability(x.device) < (8, 0):  # no bfloat16 tensor cores
-        return torch.mm(x.float(), w.float().T)
-    return torch.mm(x, w.T, out_dtype=torch.float32)
+def _dtype(w: GpuWeight) -> torch.dtype:
+    """float32 for F32 weights, whose products decide (a router's), and before bfloat16 tensor cores."""
+    exact = w.format.name == "F32" or torch.cuda.get_device_capability(w.device) < (8, 0)
+    return torch.float32 if exact else torch.bfloat16
 
 
 def _decoded(w: GpuWeight, first: int, count: int) -> torch.Tensor:
-    """bfloat16 [count, cols]: rows of w's matrices."""
-    tile = torch.empty((count, w.cols), dtype=torch.bfloat16, device=w.device)
+    """[count, cols]: rows of w's matrices."""
+    tile = torch.empty((count, w.cols), dtype=_dtype(w), device=w.device)
     w.dequantize_rows(first, count, tile)
     return tile
 
 
 def _multiply(w: GpuWeight, matrix: int, x: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
-    """out (+)= x @ w[matrix].T; x bfloat16."""
+    """out (+)= x @ w[matrix].T."""
+    x = x.to(_dtype(w))
     step = max(_TILE // w.cols, 1)
     for first in range(0, w.rows, step):
         count = min(step, w.rows - first)
-        values = _matmul(x, _decoded(w, matrix * w.rows + first, count))
+        tile = _decoded(w, matrix * w.rows + first, count)
+        exact = tile.dtype == torch.float32
+        values = torch.mm(x, tile.T) if exact else torch.mm(x, tile.T, out_dtype=torch.float32)
         part = out[:, first : first + count]
         part.add_(values) if accumulate else part.copy_(values)
 
 
 def linear(w: GpuWeight, x: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
     """As ops.linear, for any number of tokens."""
-    _multiply(w, 0, x.bfloat16(), out, accumulate)
+    _multiply(w, 0, x, out, accumulate)
 
 
 def linear_heads(w: GpuWeight, x: torch.Tensor, out: torch.Tensor) -> None:
     """As ops.linear_heads, for any number of tokens."""
-    heads = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)
+    heads = x.transpose(0, 1).to(_dtype(w), memory_format=torch.contiguous_format)
     step = max(_TILE // (w.rows * w.cols), 1)
     for first in range(0, w.matrices, step):
         count = min(step, w.matrices - first)
         tile = _decoded(w, first * w.rows, count * w.rows).view(count, w.rows, w.cols)
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            values = torch.bmm(heads[first : first + count].float(), tile.float().mT)
-        else:
-            values = torch.bmm(heads[first : first + count], tile.mT, out_dtype=torch.float32)
+        part, exact = heads[first : first + count], tile.dtype == torch.float32
+        values = torch.bmm(part, tile.mT) if exact else torch.bmm(part, tile.mT, out_dtype=torch.float32)
         out[:, first : first + count] = values.transpose(0, 1)
 
 
 def _hidden(gate: GpuWeight, up: GpuWeight, matrix: int, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate x) * (up x) of one matrix, in bfloat16."""
-    parts = x.new_empty((2, x.shape[0], gate.rows), dtype=torch.float32)
+    """silu(gate x) * (up x) of one matrix."""
+    parts = x.new_empty((2, x.shape[0], gate.rows))
     _multiply(gate, matrix, x, parts[0], False)
     _multiply(up, matrix, x, parts[1], False)
-    return torch.nn.functional.silu(parts[0]).mul_(parts[1]).bfloat16()
+    return torch.nn.functional.silu(parts[0]).mul_(parts[1])
 
 
 def mlp(
     gate: GpuWeight, up: GpuWeight, down: GpuWeight, x: torch.Tensor, out: torch.Tensor, accumulate: bool
 ) -> None:
     """As ops.mlp, for any number of tokens."""
-    _multiply(down, 0, _hidden(gate, up, 0, x.bfloat16()), out, accumulate)
+    _multiply(down, 0, _hidden(gate, up, 0, x), out, accumulate)
 
 
 def moe(
@@ -96,13 +97,13 @@ def moe(
     order = torch.argsort(flat, stable=True)
     bounds = torch.arange(gate.matrices + 1, device=ids.device, dtype=ids.dtype)
     starts = torch.searchsorted(flat[order], bounds).tolist()
-    rounded, factors = x.bfloat16(), weights.reshape(-1)
+    factors = weights.reshape(-1)
     for expert in range(gate.matrices):
         if starts[expert] == starts[expert + 1]:
             continue
         pairs = order[starts[expert] : starts[expert + 1]]
         tokens = pairs // used
-        hidden = _hidden(gate, up, expert, rounded[tokens])
-        result = hidden.new_empty((len(pairs), down.rows), dtype=torch.float32)
+        hidden = _hidden(gate, up, expert, x[tokens])
+        result = hidden.new_empty((len(pairs), down.rows))
         _multiply(down, expert, hidden, result, False)
         out.index_add_(0, tokens, result.mul_(factors[pairs, None]))
