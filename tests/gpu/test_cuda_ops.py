@@ -23,7 +23,7 @@ from kit_kernels import (
 
 from ktd_kernels import Cpu
 from ktd_kernels import cuda as ops
-from ktd_kernels.cuda import GpuWeight
+from ktd_kernels.cuda import GpuWeight, grouped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -214,6 +214,22 @@ def test_moe_against_a_sum_over_experts(mix: tuple[str, str, str], n: int) -> No
     more = torch.full((n, 256), 2.0, device="cuda")
     ops.moe(gate, up, down, *arguments, more, accumulate=True)
     torch.testing.assert_close(more, out + 2, rtol=0, atol=8 * 2.0**-24 * (2 + out.abs().max().item()))
+
+
+def test_experts_in_pieces_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 tokens in pieces of 64, 256 rows in slices of 128."""
+    data = [blocks(name, 6 * rows, cols) for name, rows, cols in (("Q4_K", 512, 256), ("Q6_K", 256, 512))]
+    gate = GpuWeight(torch.from_numpy(data[0].ravel()).cuda(), type_id("Q4_K"), (6, 512, 256))
+    down = GpuWeight(torch.from_numpy(data[1].ravel()).cuda(), type_id("Q6_K"), (6, 256, 512))
+    x = torch.from_numpy(normal(13, 300, 256)).cuda()
+    ids = torch.stack([torch.randperm(6, device="cuda")[:3] for _ in range(300)]).int()
+    weights = torch.rand(300, 3, device="cuda")
+    whole, parts = poisoned(300, 256), poisoned(300, 256)
+    ops.moe(gate, gate, down, x, ids, weights, whole)
+    monkeypatch.setattr(grouped, "_PARTIAL", 1)
+    monkeypatch.setattr(grouped, "_HIDDEN", 1)
+    ops.moe(gate, gate, down, x, ids, weights, parts)
+    assert torch.equal(parts, whole)
 
 
 @pytest.mark.parametrize("name", ALL_TYPES)

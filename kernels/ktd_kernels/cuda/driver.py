@@ -43,6 +43,7 @@ class Module:
         """Load `cubin` into torch's context of the current device; raises DriverError."""
         torch.cuda.current_stream()  # makes torch create its context
         torch.cuda.synchronize()
+        self._device = torch.cuda.current_device()
         self._handle = ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(self._handle), cubin), "cuModuleLoadData")
         self._functions: dict[str, Function] = {}
@@ -55,7 +56,7 @@ class Module:
                 _driver().cuModuleGetFunction(ctypes.byref(handle), self._handle, name.encode()),
                 f"cuModuleGetFunction({name})",
             )
-            self._functions[name] = Function(name, handle)
+            self._functions[name] = Function(name, handle, self._device)
         return self._functions[name]
 
 
@@ -86,11 +87,12 @@ _EARLY.value[0] = 1
 class Function:
     """One kernel."""
 
-    def __init__(self, name: str, handle: ctypes.c_void_p) -> None:
+    def __init__(self, name: str, handle: ctypes.c_void_p, device: int) -> None:
         self._name = name
+        self._device = device
         self._handle = handle
         self._occupancy: dict[int, int] = {}
-        self._early = torch.cuda.get_device_capability() >= (9, 0)
+        self._early = torch.cuda.get_device_capability(device) >= (9, 0)
 
     def resident(self, threads: int) -> int:
         """Blocks of `threads` threads that one multiprocessor holds at a time."""
@@ -106,7 +108,11 @@ class Function:
         return self._occupancy[threads]
 
     def launch(self, grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
-        """Queue `grid` (x, y) blocks of `threads` threads on torch's current stream; arguments by value."""
+        """Queue `grid` (x, y) blocks of `threads` threads on the device's current stream; arguments by value."""
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self.launch(grid, threads, *arguments)
+            return
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         config = _Config((*grid, 1), (threads, 1, 1), 0, torch.cuda.current_stream().cuda_stream)
         if self._early:

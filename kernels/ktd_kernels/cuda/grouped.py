@@ -16,7 +16,8 @@ from ktd_kernels.cuda.product import activation_module
 from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over
 
 _THREADS, _ROWS = 256, 128  # kThreads and kRows of grouped.cu
-_PIECE = 1 << 26  # float32 results of pairs that wait for their sum
+_HIDDEN = 1 << 26  # bfloat16 values between up and down that are kept at a time
+_PARTIAL = 1 << 24  # float32 results of pairs that wait for their sum
 
 
 class GroupedArgs(ctypes.Structure):
@@ -27,7 +28,7 @@ class GroupedArgs(ctypes.Structure):
         ("matrix_bytes", ctypes.c_uint64),
         ("blocks", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in ("x", "order", "starts", "tiles", "out")),
-        *((name, ctypes.c_int) for name in ("rows", "cols", "experts", "share")),
+        *((name, ctypes.c_int) for name in ("rows", "cols", "experts", "share", "first", "count")),
     )
 
 
@@ -67,7 +68,7 @@ def moe(
     accumulate: bool,
 ) -> None:
     """As ops.moe, for any number of tokens; the result of a token does not depend on the others."""
-    step = max(_PIECE // (ids.shape[1] * down.rows), 64)
+    step = max(_HIDDEN // (ids.shape[1] * gate.rows), 64)
     for first in range(0, len(x), step):
         part = slice(first, first + step)
         _piece(gate, up, down, x[part].bfloat16(), ids[part], weights[part], out[part], accumulate)
@@ -94,28 +95,44 @@ def _piece(
     torch.cumsum((starts.diff() + (tile - 1)) // tile, 0, dtype=torch.int32, out=tiles[1:])
     order = order.int()
     most = pairs // tile + min(experts, pairs)
+    places = (order, starts, tiles, used)
 
     hidden = x.new_empty((pairs, gate.rows))
-    partial = x.new_empty((pairs, down.rows), dtype=torch.float32)
-    for stacks, source, target, name in (
-        ((gate, up), x, hidden, "gated"),
-        ((down,), hidden, partial, "plain"),
-    ):
-        args = GroupedArgs()
-        for i, w in enumerate(stacks):
-            args.w[i] = w.data.data_ptr()
-        first = stacks[0]
-        args.matrix_bytes, args.blocks = first.matrix_bytes, first.blocks
-        args.x, args.out = source.data_ptr(), target.data_ptr()
-        args.order, args.starts, args.tiles = order.data_ptr(), starts.data_ptr(), tiles.data_ptr()
-        args.rows, args.cols, args.experts, args.share = first.rows, first.cols, experts, used
-        row_tiles = -(-first.rows * len(stacks) // _ROWS)
-        _module(first.ggml_type, first.index).function(f"{name}_{tile}").launch(
-            (row_tiles, most), _THREADS, args
-        )
+    args = _arguments((gate, up), x, hidden, *places)
+    rows = -(-2 * gate.rows // _ROWS)
+    _module(gate.ggml_type, gate.index).function(f"gated_{tile}").launch((rows, most), _THREADS, args)
 
-    sums = CombineArgs(partial.data_ptr(), ids.data_ptr(), weights.data_ptr(), out.data_ptr(), out.stride(0))
-    sums.tokens, sums.used, sums.cols = n, used, down.rows
-    sums.experts, sums.accumulate = experts, accumulate
-    combine = activation_module(down.index).function("combine")
-    launch_over(combine, down.index, n * down.rows, sums)
+    # Results of pairs wait for their sum; rows of the down projections are taken in slices, so that few do.
+    width = min(max(_PARTIAL // pairs // _ROWS, 1) * _ROWS, down.rows)
+    partial = x.new_empty((pairs, width), dtype=torch.float32)
+    plain = _module(down.ggml_type, down.index).function(f"plain_{tile}")
+    for first in range(0, down.rows, width):
+        args = _arguments((down,), hidden, partial, *places)
+        args.first, args.count = first, min(width, down.rows - first)
+        plain.launch((-(-args.count // _ROWS), most), _THREADS, args)
+        target = out[:, first:]
+        sums = CombineArgs(partial.data_ptr(), ids.data_ptr(), weights.data_ptr(), target.data_ptr())
+        sums.out_token, sums.tokens, sums.used, sums.cols = out.stride(0), n, used, args.count
+        sums.experts, sums.accumulate = experts, accumulate
+        combine = activation_module(down.index).function("combine")
+        launch_over(combine, down.index, n * args.count, sums)
+
+
+def _arguments(
+    stacks: tuple[GpuWeight, ...],
+    x: torch.Tensor,
+    out: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    tiles: torch.Tensor,
+    used: int,
+) -> GroupedArgs:
+    args = GroupedArgs()
+    for i, w in enumerate(stacks):
+        args.w[i] = w.data.data_ptr()
+    first = stacks[0]
+    args.matrix_bytes, args.blocks = first.matrix_bytes, first.blocks
+    args.x, args.out = x.data_ptr(), out.data_ptr()
+    args.order, args.starts, args.tiles = order.data_ptr(), starts.data_ptr(), tiles.data_ptr()
+    args.rows, args.cols, args.experts, args.share = first.rows, first.cols, first.matrices, used
+    return args

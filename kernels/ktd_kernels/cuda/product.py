@@ -119,9 +119,9 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x if rows else x.clone(memory_format=torch.contiguous_format)
 
 
-def _rows(w: GpuWeight) -> int:
-    """Rows that a group of lanes takes at a time, as in the sources."""
-    return 2 if w.format.coded else 1
+def _rows(w: GpuWeight, tile: int) -> int:
+    """Rows that a group of lanes takes at a time, as in the sources, where it takes `tile` tokens."""
+    return 1 if not w.format.coded else 2 if tile == 8 else 4
 
 
 def lanes_per_row(w: GpuWeight) -> int:
@@ -172,7 +172,7 @@ def product(
     args.lanes = 32 * args.term_warps if args.term_warps > 1 else lanes_per_row(first)
     tile = 1 if tokens == 1 else 2 if tokens == 2 else 4 if tokens <= 4 else 8
     kernel = product_module(first.ggml_type, first.index).function(f"product_{tile}")
-    tile_rows = _THREADS // args.lanes * _rows(first)
+    tile_rows = _THREADS // args.lanes * _rows(first, tile)
     items = -(-first.rows // tile_rows) * -(-tokens // tile) * slots * len(w)
     rounds = -(-items // (processors(first.index) * kernel.resident(_THREADS)))
     blocks = -(-items // rounds)  # all of them do the same number

@@ -13,8 +13,9 @@ struct GroupedArgs {
   const int* order;                // [pairs] the pairs sorted by expert
   const int* starts;               // [experts + 1] an expert's first place in `order`
   const int* tiles;                // [experts + 1] an expert's first tile of N pairs
-  void* out;                       // gated: bfloat16 [place][rows]; else float [pair][rows]
+  void* out;                       // gated: bfloat16 [place][rows]; else float [pair][count]
   int rows, cols, experts, share;  // x row of a gated pair: pair / share; else its place
+  int first, count;                // rows of the matrices that a launch which is not gated computes
 };
 
 constexpr int kThreads = 256, kRows = 128, kCols = 64;
@@ -102,7 +103,8 @@ KTD_FN void grouped(const GroupedArgs& a) {
   // The row of weights that this thread decodes: gated blocks hold 16 rows of gate, then 16 of up per warp.
   const int m = thread / 2, half = thread % 2;
   const bool second = kGated && m % 32 >= 16;
-  const int block_row = kGated ? blockIdx.x * (kRows / 2) + m / 32 * 16 + m % 16 : blockIdx.x * kRows + m;
+  const int block_row =
+      kGated ? blockIdx.x * (kRows / 2) + m / 32 * 16 + m % 16 : a.first + blockIdx.x * kRows + m;
   const Matrix<KTD_TYPE> w = matrix_at<KTD_TYPE>(a.w[second] + expert * a.matrix_bytes, a.blocks);
   const u32 row_unit = static_cast<u32>(min(block_row, a.rows - 1)) * units;
 
@@ -170,8 +172,8 @@ KTD_FN void grouped(const GroupedArgs& a) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = blockIdx.x * kRows + wm * 32 + i * 16 + within;
-          if (row < a.rows)
-            static_cast<float*>(a.out)[static_cast<i64>(a.order[first + n]) * a.rows + row] = sum[i][j][c];
+          if (row < a.count)
+            static_cast<float*>(a.out)[static_cast<i64>(a.order[first + n]) * a.count + row] = sum[i][j][c];
         }
       }
     }
