@@ -108,7 +108,7 @@ class Function:
         return self._occupancy[threads]
 
     def launch(self, grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
-        """Queue `grid` (x, y) blocks of `threads` threads on the device's current stream; arguments by value."""
+        """Queue `grid` (x, y) blocks of `threads` threads on the device's current stream."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
                 self.launch(grid, threads, *arguments)
