@@ -1,0 +1,76 @@
+// One thread block at a time on threads of the host: enough of CUDA to run the product kernels without a GPU.
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __shared__ static
+#define __global__
+#define __launch_bounds__(...)
+#define asm(...)  // conversions to 16 bits, which no test here uses
+
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct Index {
+  int x, y;
+};
+static thread_local Index threadIdx, blockIdx;
+static Index blockDim, gridDim;
+
+constexpr int kBlockThreads = 256;
+static std::unique_ptr<std::barrier<>> block_barrier, warp_barriers[kBlockThreads / 32];
+static unsigned exchanged[kBlockThreads];
+
+static inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+static inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
+template <class T>
+static T __shfl_xor_sync(unsigned, T value, int mask) {
+  memcpy(&exchanged[threadIdx.x], &value, 4);
+  __syncwarp();
+  memcpy(&value, &exchanged[threadIdx.x ^ mask], 4);
+  __syncwarp();
+  return value;
+}
+static inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
+  return sum;
+}
+static inline int __clz(int value) { return __builtin_clz(value); }
+static inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+using std::max;
+using std::min;
+static inline void wait_for_previous() {}
+
+template <class Kernel>
+void launch(int blocks, Kernel kernel) {
+  blockDim = {kBlockThreads, 1}, gridDim = {blocks, 1};
+  block_barrier = std::make_unique<std::barrier<>>(kBlockThreads);
+  for (auto& warp : warp_barriers) warp = std::make_unique<std::barrier<>>(32);
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < kBlockThreads; ++thread)
+    threads.emplace_back([=] {
+      threadIdx = {thread, 0};
+      for (int block = 0; block < blocks; ++block) {
+        blockIdx = {block, 0};
+        kernel();
+        block_barrier->arrive_and_wait();
+      }
+    });
+  for (auto& thread : threads) thread.join();
+}
