@@ -1,4 +1,4 @@
-"""The product kernels on threads of the host, without a GPU: plain, grouped by expert, summed over experts."""
+"""The product kernels on host threads, without a GPU: plain, grouped by expert, summed over experts."""
 
 from __future__ import annotations
 
