@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 #: Architectures that the sources support, as compute capability times ten.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
@@ -27,15 +29,16 @@ class NvrtcError(RuntimeError):
 
 
 def _candidates() -> list[str]:
-    """File names of libnvrtc to try, newest first."""
-    found: list[tuple[int, str]] = []
+    """File names of libnvrtc to try: that of torch's CUDA first, as the driver may take no newer one."""
+    own = int((torch.version.cuda or "0").partition(".")[0])
+    found: list[tuple[bool, int, str]] = []
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or () if spec else ():
         for path in Path(root).glob("*/lib/libnvrtc.so.*"):
             version = re.search(r"\.so\.(\d+)", path.name)
             if version and "alt" not in path.name:
-                found.append((int(version[1]), str(path)))
-    names = [path for _, path in sorted(found, reverse=True)]
+                found.append((int(version[1]) == own, int(version[1]), str(path)))
+    names = [path for _, _, path in sorted(found, reverse=True)]
     return [*names, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
 
 
