@@ -121,7 +121,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _rows(w: GpuWeight, tile: int) -> int:
     """Rows that a group of lanes takes at a time, as in the sources, where it takes `tile` tokens."""
-    return 1 if not w.format.coded else 2 if tile == 8 else 4
+    return 1 if not w.format.coded else 4 if tile == 1 else 2
 
 
 def lanes_per_row(w: GpuWeight) -> int:

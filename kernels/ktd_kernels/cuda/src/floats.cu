@@ -63,12 +63,9 @@ KTD_FN void product(const ProductArgs& a) {
   }
 }
 
-#ifndef KTD_ROWS
-#define KTD_ROWS 1
-#endif
 #define KTD_PRODUCT(T)                                                                      \
   extern "C" __global__ void __launch_bounds__(kThreads) product_##T(const ProductArgs a) { \
-    product<T, KTD_ROWS>(a);                                                                \
+    product<T, 1>(a);                                                                       \
   }
 KTD_PRODUCT(1)
 KTD_PRODUCT(2)

@@ -28,10 +28,7 @@ struct ProductArgs {
   int accumulate;
 };
 
-#ifndef KTD_THREADS
-#define KTD_THREADS 256
-#endif
-constexpr int kThreads = KTD_THREADS;
+constexpr int kThreads = 256;
 
 // Of a power of two; and the thread's group among those of `lanes`.
 KTD_FN int log2_of(int power) { return 31 - __clz(power); }

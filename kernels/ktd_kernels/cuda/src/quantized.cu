@@ -150,23 +150,15 @@ KTD_FN void product(const ProductArgs& a) {
   }
 }
 
-#ifndef KTD_ROWS
-#define KTD_ROWS 4
-#endif
-#ifndef KTD_MIN
-#define KTD_MIN 2
-#endif
-#ifndef KTD_R8
-#define KTD_R8 2
-#endif
+// T: tokens, R: rows of a group of lanes, RESIDENT: thread blocks that a multiprocessor must hold.
 #define KTD_PRODUCT(T, R, RESIDENT)                                                                   \
   extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT) product_##T(const ProductArgs a) { \
     product<T, R>(a);                                                                                 \
   }
-KTD_PRODUCT(1, KTD_ROWS, KTD_MIN)
-KTD_PRODUCT(2, KTD_ROWS, 1)
-KTD_PRODUCT(4, KTD_ROWS, 1)
-KTD_PRODUCT(8, KTD_R8, 1)
+KTD_PRODUCT(1, 4, 2)
+KTD_PRODUCT(2, 2, 1)
+KTD_PRODUCT(4, 2, 1)
+KTD_PRODUCT(8, 2, 1)
 
 // Rows to floats, bit-equal to gguf.quants.dequantize, then rounded to nearest even.
 struct DequantizeArgs {
