@@ -13,6 +13,7 @@
 
 #include "bandwidth.h"
 #include "dispatch.h"
+#include "hand_off.h"
 #include "matmul.h"
 #include "moe.h"
 #include "topology.h"
@@ -55,6 +56,13 @@ double py_memory_bandwidth(int threads, double seconds) {
   if (!(seconds > 0)) reject("seconds is " + std::to_string(seconds) + ", but must be above 0.");
   nb::gil_scoped_release released;
   return memory_bandwidth(threads, seconds);
+}
+
+double py_hand_off(Cpu& cpu, int loops, double gap) {
+  if (loops < 1) reject("loops is " + std::to_string(loops) + ", but must be at least 1.");
+  if (!(gap >= 0)) reject("gap is " + std::to_string(gap) + ", but must be 0 or above.");
+  nb::gil_scoped_release released;
+  return hand_off(cpu.pool, loops, gap);
 }
 
 std::vector<int64_t> weight_shape(const PyWeight& w) {
@@ -219,6 +227,8 @@ NB_MODULE(_C, m) {
           "best.")
       .def_prop_ro("isa", [](const Cpu& self) { return self.table.name; })
       .def_prop_ro("threads", [](const Cpu& self) { return self.pool.threads(); })
+      .def("hand_off", &py_hand_off, "loops"_a = 1000, "gap"_a = 0.0,
+           "Seconds until all threads have met in a parallel loop: the median of `loops`, `gap` seconds apart.")
       .def("linear", &py_linear, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a = false,
            "out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.")
       .def("linear_heads", &py_linear_heads, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(),

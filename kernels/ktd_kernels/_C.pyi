@@ -58,6 +58,11 @@ class Cpu:
     @property
     def threads(self) -> int: ...
 
+    def hand_off(self, loops: int = 1000, gap: float = 0.0) -> float:
+        """
+        Seconds until all threads have met in a parallel loop: the median of `loops`, `gap` seconds apart.
+        """
+
     def linear(self, w: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], accumulate: bool = False) -> None:
         """
         out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.

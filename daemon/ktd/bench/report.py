@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ktd.bench.kernels import KernelResult
 from ktd.bench.model import ModelResult
+from ktd.bench.ops import AttentionResult, HandOffResult
 from ktd.bench.peer_model import PeerResult
 from ktd.plan import size_text
 
@@ -63,6 +64,35 @@ def print_kernels(results: Sequence[KernelResult]) -> None:
     walls = sorted({(r.threads, r.bandwidth) for r in results})
     wall = ", ".join(f"{bandwidth / 1e9:.1f} GB/s with {threads}" for threads, bandwidth in walls)
     _print(f"One matrix times its tokens; wall = memory read, measured: {wall} threads", names, rows)
+
+
+def print_hand_off(results: Sequence[HandOffResult]) -> None:
+    """Microseconds by pool."""
+    _print(
+        "Until all threads of a pool work",
+        ["threads", "after another loop, us", "after an idle time, us"],
+        [[str(r.threads), f"{r.busy_seconds * 1e6:.1f}", f"{r.idle_seconds * 1e6:.1f}"] for r in results],
+    )
+
+
+def print_attention(results: Sequence[AttentionResult]) -> None:
+    """One line a measurement."""
+    _print(
+        "Latent attention of one layer, 128 heads, 512 + 64 bfloat16 values a token",
+        ["sequences", "context", "threads", "isa", "us", "GOP/s", "of the memory wall"],
+        [
+            [
+                str(r.rows),
+                str(r.context),
+                str(r.threads),
+                r.isa,
+                f"{r.seconds * 1e6:.0f}",
+                f"{r.gigaops_per_second:.1f}",
+                f"{r.wall_percent:.0f} %",
+            ]
+            for r in results
+        ],
+    )
 
 
 def print_model(result: ModelResult, peer: PeerResult | None) -> None:

@@ -15,8 +15,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from ktd.bench.ggml import Ggml
 from ktd.bench.kernels import KernelBench
 from ktd.bench.model import ModelBench, ModelResult
+from ktd.bench.ops import attention, hand_off
 from ktd.bench.peer_model import PeerResult, measure_llama_cpp
-from ktd.bench.report import print_kernels, print_model
+from ktd.bench.report import print_attention, print_hand_off, print_kernels, print_model
 from ktd.errors import UserError
 from ktd.settings import parse_size
 from ktd.synth import SHAPES, file_in_memory
@@ -67,8 +68,8 @@ def _seconds(text: str) -> float:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add `kernels` and `model` with their options."""
-    what = parser.add_subparsers(dest="what", required=True, metavar="kernels|model")
+    """Add `kernels`, `ops` and `model` with their options."""
+    what = parser.add_subparsers(dest="what", required=True, metavar="kernels|ops|model")
     kernels = what.add_parser("kernels", help="quantised products at the sizes of R1's experts")
     kernels.add_argument("--types", type=_types, default=_TYPES, help="block types (default: %(default)s)")
     kernels.add_argument("--tokens", type=_numbers, default="1,16,512", help="tokens (default: %(default)s)")
@@ -83,6 +84,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--peer-lib", type=Path, help="folder that holds libggml-cpu.so")
     kernels.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     kernels.set_defaults(run=_run_kernels)
+    ops = what.add_parser("ops", help="waking the threads, and attention at the size of R1's")
+    ops.add_argument("--rows", type=_numbers, default="1", help="sequences (default: %(default)s)")
+    ops.add_argument(
+        "--contexts", type=_numbers, default="1024,4096,16384", help="tokens (default: %(default)s)"
+    )
+    ops.add_argument("--threads", type=_numbers, help="numbers of threads (default: one per core)")
+    ops.add_argument("--isa", choices=isa_list(), help="instruction set (default: the best)")
+    ops.add_argument("--seconds", type=_seconds, default="0.5", help="for each measurement (default: 0.5)")
+    ops.set_defaults(run=_run_ops)
     model = what.add_parser("model", help="load time, memory, prompt and answer speed of a model")
     model.add_argument("gguf", type=Path, nargs="?", help="file, shard or folder")
     model.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead, made in memory")
@@ -138,6 +148,14 @@ def _run_kernels(args: argparse.Namespace) -> int:
                 print(json.dumps(result.as_json()), flush=True)
     if not args.json:
         print_kernels(results)
+    return 0
+
+
+def _run_ops(args: argparse.Namespace) -> int:
+    pools = args.threads or [Cpu().threads]
+    print_hand_off([hand_off(threads) for threads in pools])
+    cpus = [Cpu(threads=threads, isa=args.isa) for threads in pools]
+    print_attention([r for cpu in cpus for r in attention(args.rows, args.contexts, cpu, args.seconds)])
     return 0
 
 
