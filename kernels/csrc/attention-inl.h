@@ -49,10 +49,12 @@ inline RowState row_state(const Attention& a, float* scratch, int64_t row) {
 // Reads tokens [begin, begin + count) of a sequence into `tile` as floats.
 void load_tile(const Attention& a, int64_t seq, int64_t begin, int64_t count, float* tile) {
   const int64_t width = a.r + a.dr;
-  const int32_t* pages = a.page_table + seq * a.page_table_row;
+  // A division for each token would cost as much as its conversion.
+  const int32_t* page = a.page_table + seq * a.page_table_row + begin / a.page_size;
+  int64_t slot = begin % a.page_size;
   for (int64_t t = 0; t < count; ++t, tile += tile_stride(a)) {
-    const int64_t token = begin + t;
-    const int64_t at = (pages[token / a.page_size] * a.page_size + token % a.page_size) * width;
+    const int64_t at = (*page * a.page_size + slot) * width;
+    if (++slot == a.page_size) slot = 0, ++page;
     int64_t i = 0;
     if (a.bf16) {
       const uint16_t* row = static_cast<const uint16_t*>(a.cache) + at;
@@ -82,29 +84,42 @@ void pack_queries(const Attention& a, int64_t row, const AttentionBlock& block, 
   }
 }
 
-// weights[t][h] = tile[t] . query[:, h] for t < count (rounded up: rows past it hold rubbish).
+// weights[t][h] = tile[t] . query[:, h] for t < count (rounded up: rows past it hold rubbish). The width is
+// cut so that a slice of the queries stays in the first-level cache for all tokens; sums wait in `weights`
+// meanwhile.
 template <int kVecs>
 void score_tile(const float* query, const float* tile, int64_t stride, int64_t width, int64_t count,
                 float* weights) {
   constexpr int kHeads = kVecs * kLanes;
   // Enough independent chains for two multiply-adds a cycle at a latency of 4, within 16 (32) registers.
   constexpr int kTokens = kVecs == 1 || kLanes == 16 ? 8 : 4;
-  for (int64_t t = 0; t < count; t += kTokens) {
-    VecF acc[kTokens][kVecs] = {};
-    const float* k = tile + t * stride;
-    for (int64_t d = 0; d < width; ++d) {
-      VecF q[kVecs];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) q[v] = load(query + d * kHeads + v * kLanes);
+  constexpr int64_t kSlice = 4096 / kHeads;
+  for (int64_t begin = 0; begin < width; begin += kSlice) {
+    const int64_t end = begin + kSlice < width ? begin + kSlice : width;
+    for (int64_t t = 0; t < count; t += kTokens) {
+      VecF acc[kTokens][kVecs];
 #pragma GCC unroll 8
-      for (int i = 0; i < kTokens; ++i) {
-        const VecF key = broadcast(k[i * stride + d]);
+      for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) acc[i][v] = fma(key, q[v], acc[i][v]);
+        for (int v = 0; v < kVecs; ++v)
+          acc[i][v] = begin == 0 ? VecF{} : load(weights + (t + i) * kHeads + v * kLanes);
+      const float* k = tile + t * stride;
+      for (int64_t d = begin; d < end; ++d) {
+        VecF q[kVecs];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) q[v] = load(query + d * kHeads + v * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTokens; ++i) {
+          const VecF key = broadcast(k[i * stride + d]);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVecs; ++v) acc[i][v] = fma(key, q[v], acc[i][v]);
+        }
       }
+#pragma GCC unroll 8
+      for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) store(weights + (t + i) * kHeads + v * kLanes, acc[i][v]);
     }
-    for (int i = 0; i < kTokens; ++i)
-      for (int v = 0; v < kVecs; ++v) store(weights + (t + i) * kHeads + v * kLanes, acc[i][v]);
   }
 }
 
@@ -159,15 +174,19 @@ inline void add_values(const float* weights, int64_t weight_stride, const float*
     for (int v = 0; v < kVecs; ++v) store(o + h * o_stride + v * kLanes, acc[h][v]);
 }
 
-template <int kHeads>
-void add_values_heads(const float* weights, int64_t weight_stride, const float* tile, int64_t stride,
-                      int64_t count, bool first, const float* decay, float* o, int64_t o_stride) {
-  constexpr int kVecs = kLanes == 16 ? 4 : 2;
-  int64_t j = 0;
-  for (; j + kVecs * kLanes <= o_stride; j += kVecs * kLanes)
-    add_values<kHeads, kVecs>(weights, weight_stride, tile + j, stride, count, first, decay, o + j, o_stride);
-  for (; j < o_stride; j += kLanes)
-    add_values<kHeads, 1>(weights, weight_stride, tile + j, stride, count, first, decay, o + j, o_stride);
+// The same for `heads` heads: columns in the outer loop, so that they stay in the first-level cache for all
+// heads.
+template <int kVecs>
+void add_values_slice(int64_t heads, const float* weights, int64_t weight_stride, const float* tile,
+                      int64_t stride, int64_t count, bool first, const float* decay, float* o,
+                      int64_t o_stride) {
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4)
+    add_values<4, kVecs>(weights + h, weight_stride, tile, stride, count, first, decay + h, o + h * o_stride,
+                         o_stride);
+  for (; h < heads; ++h)
+    add_values<1, kVecs>(weights + h, weight_stride, tile, stride, count, first, decay + h, o + h * o_stride,
+                         o_stride);
 }
 
 // One tile of `count` tokens for one row.
@@ -179,13 +198,13 @@ void attend_tile(const Attention& a, int64_t heads, const RowState& s, const flo
   const int64_t stride = tile_stride(a), o_stride = round_up(a.r, kLanes);
   score_tile<kVecs>(s.query, tile, stride, a.r + a.dr, count, s.weights);
   soften_tile<kVecs>(s.weights, count, first, s.maximum, s.sum, decay);
-  int64_t h = 0;
-  for (; h + 4 <= heads; h += 4)
-    add_values_heads<4>(s.weights + h, kHeads, tile, stride, count, first, decay + h, o + h * o_stride,
-                        o_stride);
-  for (; h < heads; ++h)
-    add_values_heads<1>(s.weights + h, kHeads, tile, stride, count, first, decay + h, o + h * o_stride,
-                        o_stride);
+  constexpr int kColumns = kLanes == 16 ? 4 : 2;
+  int64_t j = 0;
+  for (; j + kColumns * kLanes <= o_stride; j += kColumns * kLanes)
+    add_values_slice<kColumns>(heads, s.weights, kHeads, tile + j, stride, count, first, decay, o + j,
+                               o_stride);
+  for (; j < o_stride; j += kLanes)
+    add_values_slice<1>(heads, s.weights, kHeads, tile + j, stride, count, first, decay, o + j, o_stride);
 }
 
 // Adds a chunk to what earlier chunks of the row gave; the result stays unnormalised in Attention::out.

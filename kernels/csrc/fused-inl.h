@@ -16,23 +16,33 @@ void fused_256(const MatmulArgs& a, int64_t first) {
     for (int t = 0; t < kTokens; ++t) acc[t] = _mm_setzero_ps();
     for (int64_t k = 0; k < blocks; ++k) {
       const int64_t next = ahead<kBytes>(a, k, blocks);
-      VecI sum[kTokens][4], minimum[kTokens][4];
+      const FourScales<F> scales(rows.w, k * kBytes);
+      VecI sum[kTokens][2], minimum[kTokens][2];
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; ++pair) {
+        VecI own[2][kTokens], low[2][kTokens];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const uint8_t* w = rows.w[2 * pair + i] + k * kBytes;
+          prefetch<kBytes>(w + next);
+          prepared.dot(w, k, 2 * pair + i, scales, own[i], low[i]);
+        }
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const uint8_t* w = rows.w[i] + k * kBytes;
-        prefetch<kBytes>(w + next);
-        prepared.dot(w, k, i, sum, minimum);
+        for (int t = 0; t < kTokens; ++t) {
+          sum[t][pair] = reduce_pair(own[0][t], own[1][t]);
+          if constexpr (T::minimum) minimum[t][pair] = reduce_pair(low[0][t], low[1][t]);
+        }
       }
       const __m128 d = block_scales<F>(rows.w, k * kBytes);
+      __m128 dmin;
+      if constexpr (T::minimum) dmin = block_minima<F>(rows.w, k * kBytes);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
         const __m128 dx = _mm_set1_ps(x[t].scales[k]);
-        const __m128 value = _mm_cvtepi32_ps(reduce4(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
+        const __m128 value = _mm_cvtepi32_ps(reduce_pairs(sum[t][0], sum[t][1]));
         acc[t] = _mm_add_ps(acc[t], _mm_mul_ps(_mm_mul_ps(d, dx), value));
         if constexpr (T::minimum) {
-          const __m128 dmin = block_minima<F>(rows.w, k * kBytes);
-          const __m128 low =
-              _mm_cvtepi32_ps(reduce4(minimum[t][0], minimum[t][1], minimum[t][2], minimum[t][3]));
+          const __m128 low = _mm_cvtepi32_ps(reduce_pairs(minimum[t][0], minimum[t][1]));
           acc[t] = _mm_sub_ps(acc[t], _mm_mul_ps(_mm_mul_ps(dmin, dx), low));
         }
       }

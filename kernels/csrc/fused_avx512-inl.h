@@ -1,16 +1,23 @@
 // The fused product of one block with the tokens of a call, in natural or lane order; and rows for the tile
 // path.
 
+// Every row finds its scales itself.
+template <Format F>
+struct FourScales {
+  FourScales(const uint8_t* const*, int64_t) {}
+};
+
 template <Format F, int kTokens, Order = kOrder<F>>
 struct FusedX {
   const TokenX* x;
   FusedX(const TokenX* x, int64_t, void*) : x(x) {}
 
-  void dot(const uint8_t* w, int64_t k, int row, VecI (&sum)[kTokens][4], VecI (&minimum)[kTokens][4]) const {
+  void dot(const uint8_t* w, int64_t k, int, const FourScales<F>&, VecI (&sum)[kTokens],
+           VecI (&minimum)[kTokens]) const {
     const Unpacked block = Unpack<F>::run(w);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t)
-      sum[t][row] = dot_natural<F>(block, x[t].q + 256 * k, x[t].sums + 16 * k, &minimum[t][row]);
+      sum[t] = dot_natural<F>(block, x[t].q + 256 * k, x[t].sums + 16 * k, &minimum[t]);
   }
 };
 
@@ -25,10 +32,11 @@ struct FusedX<F, kTokens, Order::lanes> {
       for (int64_t k = 0; k < blocks; ++k) prepare_lanes<F>(x[t].q + 256 * k, out[t * blocks + k]);
   }
 
-  void dot(const uint8_t* w, int64_t k, int row, VecI (&sum)[kTokens][4], VecI (&)[kTokens][4]) const {
+  void dot(const uint8_t* w, int64_t k, int, const FourScales<F>&, VecI (&sum)[kTokens],
+           VecI (&)[kTokens]) const {
     const Lanes block = UnpackLanes<F>::run(w);
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) sum[t][row] = dot_lanes<F>(block, prepared[t * blocks + k]);
+    for (int t = 0; t < kTokens; ++t) sum[t] = dot_lanes<F>(block, prepared[t * blocks + k]);
   }
 };
 

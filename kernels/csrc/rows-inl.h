@@ -10,8 +10,11 @@ inline float block_factor() {
              : 1.0f;
 }
 
-inline __m128 halves_to_float(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
-  return _mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<int64_t>(a | b << 16 | c << 32 | d << 48)));
+inline __m128 halves_to_float(uint16_t a, uint16_t b, uint16_t c, uint16_t d) {
+  __m128i halves = _mm_cvtsi32_si128(a);
+  halves = _mm_insert_epi16(halves, b, 1);
+  halves = _mm_insert_epi16(halves, c, 2);
+  return _mm_cvtph_ps(_mm_insert_epi16(halves, d, 3));
 }
 
 template <Format F>

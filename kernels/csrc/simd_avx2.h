@@ -78,10 +78,11 @@ inline float sum_f(VecF v) {
 inline VecI spread_low(VecI v) { return _mm256_blend_epi16(v, _mm256_slli_epi32(v, 16), 0xaa); }
 inline VecI spread_high(VecI v) { return _mm256_blend_epi16(_mm256_srli_epi32(v, 16), v, 0xaa); }
 
-// Four vectors of eight partial sums -> their four totals.
-inline __m128i reduce4(VecI a, VecI b, VecI c, VecI d) {
-  const VecI ab = add_i32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-  const VecI cd = add_i32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+// Partial sums a and b, c and d -> their four totals, in two steps.
+inline VecI reduce_pair(VecI a, VecI b) {
+  return add_i32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+}
+inline __m128i reduce_pairs(VecI ab, VecI cd) {
   const VecI all = add_i32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
   return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }

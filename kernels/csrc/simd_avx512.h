@@ -97,10 +97,11 @@ inline VecI spread_high(VecI v) {
   return kVnni ? _mm512_srai_epi32(v, 16) : _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(v, 16), v);
 }
 
-// Four vectors of 16 partial sums -> their four totals.
-inline __m128i reduce4(VecI a, VecI b, VecI c, VecI d) {
-  const VecI ab = add_i32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const VecI cd = add_i32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+// Partial sums a and b, c and d -> their four totals, in two steps.
+inline VecI reduce_pair(VecI a, VecI b) {
+  return add_i32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+inline __m128i reduce_pairs(VecI ab, VecI cd) {
   const VecI all = add_i32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
   const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
