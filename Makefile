@@ -18,9 +18,11 @@ WEBUI_ENV := $(KTD_CACHE)/webui-$(WEBUI_VERSION)
 PEERS_VERSION := 0.3.36
 # llama.cpp is built for the processor at hand, so an environment made on another one is not reused.
 PEERS_ENV := $(KTD_CACHE)/peers-$(PEERS_VERSION)-$(shell grep -m1 '^flags' /proc/cpuinfo | cksum | cut -d' ' -f1)
+PEERS_AVX2 := $(KTD_CACHE)/peers-avx2-$(PEERS_VERSION)
 export KTD_PEERS_PYTHON := $(PEERS_ENV)/bin/python
 export KTD_WEBUI_ENV := $(WEBUI_ENV)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
+AVX2_TYPES := Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ1_S,IQ1_M,IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ4_NL,IQ4_XS,TQ1_0,TQ2_0,MXFP4
 SOURCES := $(shell find kernels/csrc -type f) CMakeLists.txt pyproject.toml
 
 # Seconds a stage of `make test` is meant to take on two quiet cores: 20 minutes together, 60 with a cold set-up.
@@ -32,7 +34,7 @@ BUDGET_QEMU := 220
 BUDGET_PEERS := 100
 BUDGET_WEBUI := 280
 
-.PHONY: help proto stub up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers webui-env format bench-pipe pictures
+.PHONY: help proto stub up down webui test lint bench wheel clean tests tests-qemu tests-peers tests-webui peers peers-avx2 bench-avx2 webui-env format bench-pipe pictures
 
 help:
 	sed -n '1,4s/^# //p' Makefile
@@ -91,6 +93,22 @@ $(PEERS_ENV)/.ready:
 
 peers: $(PEERS_ENV)/.ready
 
+# Only the products are needed of the AVX2 build, not the models: ggml alone, from the same sources.
+$(PEERS_AVX2)/.ready: $(VENV)/.run
+	echo "Building ggml of llama-cpp-python $(PEERS_VERSION) for AVX2 into $(PEERS_AVX2): about 2 minutes"
+	rm -rf $(PEERS_AVX2); mkdir -p $(PEERS_AVX2)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d $(PEERS_AVX2) llama-cpp-python==$(PEERS_VERSION)
+	tar xzf $(PEERS_AVX2)/*.tar.gz -C $(PEERS_AVX2) --strip-components=3 --wildcards '*/vendor/llama.cpp/ggml'
+	rm $(PEERS_AVX2)/*.tar.gz
+	printf 'cmake_minimum_required(VERSION 3.18)\nproject(peer C CXX)\nadd_subdirectory(ggml)\n' >$(PEERS_AVX2)/CMakeLists.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH"
+	cmake -S $(PEERS_AVX2) -B $(PEERS_AVX2)/build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=OFF \
+	  -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF >/dev/null
+	cmake --build $(PEERS_AVX2)/build --target ggml-cpu >/dev/null
+	touch $@
+
+peers-avx2: $(PEERS_AVX2)/.ready
+
 test:
 	for stage in setup lint tests qemu peers webui; do
 	  start=$$SECONDS; echo "== $$stage"
@@ -148,6 +166,10 @@ bench-pipe: $(VENV)/.dev $(VENV)/.built webui-env
 # The pictures of the documentation, from the real page.
 pictures: $(VENV)/.dev $(VENV)/.built webui-env
 	$(BIN)/python tests/webui/screenshots.py
+
+# Our AVX2 kernels and llama.cpp built for AVX2, every type; about 5 minutes.
+bench-avx2: $(VENV)/.built peers-avx2
+	$(BIN)/ktd bench kernels --isa avx2 --tokens 1,512 --threads 1 --types $(AVX2_TYPES) --against llama.cpp --peer-lib $(PEERS_AVX2)
 
 # Regenerates the committed gRPC code from the proto file.
 proto: $(VENV)/.dev

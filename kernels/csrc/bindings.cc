@@ -228,7 +228,8 @@ NB_MODULE(_C, m) {
       .def_prop_ro("isa", [](const Cpu& self) { return self.table.name; })
       .def_prop_ro("threads", [](const Cpu& self) { return self.pool.threads(); })
       .def("hand_off", &py_hand_off, "loops"_a = 1000, "gap"_a = 0.0,
-           "Seconds until all threads have met in a parallel loop: the median of `loops`, `gap` seconds apart.")
+           "Seconds until all threads have met in a parallel loop: the median of `loops`, `gap` seconds "
+           "apart.")
       .def("linear", &py_linear, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a = false,
            "out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.")
       .def("linear_heads", &py_linear_heads, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(),

@@ -151,26 +151,61 @@ struct Source<Format::TQ1_0> {
   Scales scales() const { return {set_i16(1)}; }
 };
 
-// Four groups of eight grid values.
-inline VecI groups(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
-  return _mm256_setr_epi64x(static_cast<int64_t>(a), static_cast<int64_t>(b), static_cast<int64_t>(c),
-                            static_cast<int64_t>(d));
+// Four groups of eight grid values; `index` points to their numbers.
+inline VecI groups_of_8(const uint64_t* grid, const uint16_t* index) {
+  const auto value = [&](int i) { return static_cast<int64_t>(grid[index[i]]); };
+  return _mm256_setr_epi64x(value(0), value(1), value(2), value(3));
+}
+// Eight groups of four grid values.
+inline VecI groups_of_4(const uint32_t* grid, const uint16_t* index) {
+  const auto value = [&](int i) { return static_cast<int32_t>(grid[index[i]]); };
+  return _mm256_setr_epi32(value(0), value(1), value(2), value(3), value(4), value(5), value(6), value(7));
 }
 
-// offset + magnitude, or offset - magnitude where bit i of `signs` is set.
-inline VecI with_signs(VecI magnitude, uint32_t signs, int offset) {
+// offset + magnitude, or offset - magnitude where bit i of the four bytes at `signs` is set.
+inline VecI with_signs(VecI magnitude, const void* signs, int offset) {
   const VecI spread =
-      _mm256_shuffle_epi8(set_i32(static_cast<int32_t>(signs)),
+      _mm256_shuffle_epi8(broadcast_i32(signs),
                           _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
   const VecI bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
   const VecI negative = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
-  return _mm256_add_epi8(set_i8(offset), _mm256_sub_epi8(_mm256_xor_si256(magnitude, negative), negative));
+  return _mm256_sub_epi8(_mm256_xor_si256(magnitude, negative), _mm256_sub_epi8(negative, set_i8(offset)));
 }
 
-// Four 7-bit sign fields -> 32 signs of even parity in every byte.
-inline uint32_t signs_28(uint32_t fields) {
-  return kSigns[fields & 127] | kSigns[fields >> 7 & 127] << 8 | kSigns[fields >> 14 & 127] << 16 |
-         static_cast<uint32_t>(kSigns[fields >> 21 & 127]) << 24;
+// Seven signs in every byte -> eight, so that each byte has an even number of them.
+inline VecI even_signs(VecI seven) {
+  const VecI folded = _mm256_and_si256(_mm256_xor_si256(seven, _mm256_srli_epi16(seven, 4)), set_i8(15));
+  const VecI odd = _mm256_setr_epi64x(static_cast<int64_t>(0x8000008000808000), 0x0080800080000080,
+                                      static_cast<int64_t>(0x8000008000808000), 0x0080800080000080);
+  return _mm256_or_si256(seven, _mm256_shuffle_epi8(odd, folded));
+}
+// Four 7-bit fields in every dword -> its bytes.
+inline VecI fields_7(VecI v) {
+  const VecI first = _mm256_and_si256(v, set_i32(0x7f)),
+             second = _mm256_and_si256(_mm256_slli_epi32(v, 1), set_i32(0x7f00)),
+             third = _mm256_and_si256(_mm256_slli_epi32(v, 2), set_i32(0x7f0000)),
+             fourth = _mm256_and_si256(_mm256_slli_epi32(v, 3), set_i32(0x7f000000));
+  return _mm256_or_si256(_mm256_or_si256(first, second), _mm256_or_si256(third, fourth));
+}
+
+// 16 numbers: bytes, and above each the bits of `high` (int16) under `mask` once multiplied by `move`.
+inline VecI numbers(const uint8_t* bytes, VecI high, VecI move, int mask) {
+  return _mm256_or_si256(widen(load128(bytes)),
+                         _mm256_and_si256(_mm256_mullo_epi16(high, move), set_i16(mask)));
+}
+inline VecI broadcast_i64(const void* p) {
+  int64_t v;
+  __builtin_memcpy(&v, p, 8);
+  return _mm256_set1_epi64x(v);
+}
+// Bytes first .. first + 3 of a lane as int16, each four times; or bytes first, first + 1, each eight times.
+inline VecI bytes_4_times(VecI v, int first) {
+  const int64_t k = 0x8000800080008000 + first * 0x0001000100010001, one = 0x0001000100010001;
+  return _mm256_shuffle_epi8(v, _mm256_setr_epi64x(k, k + one, k + 2 * one, k + 3 * one));
+}
+inline VecI bytes_8_times(VecI v, int first) {
+  const int64_t k = 0x8000800080008000 + first * 0x0001000100010001, one = 0x0001000100010001;
+  return _mm256_shuffle_epi8(v, _mm256_setr_epi64x(k, k, k + one, k + one));
 }
 
 // 2v + 1 of eight scales of 32 values, or of sixteen of 16 (nibbles of eight bytes).
@@ -185,12 +220,24 @@ inline VecI odd_scales_16(const uint8_t* bytes) {
 template <>
 struct Source<Format::IQ1_S> {
   const BlockIQ1_S& b;
+  alignas(32) uint16_t index[32];
+  explicit Source(const BlockIQ1_S& block) : b(block) {
+    // Field l of three bits of each of eight words belongs above bit 8 of number l: to bits 9 to 11 first.
+    const VecI words = _mm256_broadcastsi128_si256(load128(b.qh)),
+               move = _mm256_set1_epi64x(0x0001000800400200);
+    const int64_t k = 0x0100010001000100, two = 0x0202020202020202;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = k + 4 * half * two;
+      const VecI four = _mm256_shuffle_epi8(
+          words, _mm256_setr_epi64x(first, first + two, first + 2 * two, first + 3 * two));
+      const VecI high =
+          _mm256_and_si256(_mm256_srli_epi16(_mm256_mullo_epi16(four, move), 1), set_i16(0x700));
+      store_i(index + 16 * half, _mm256_or_si256(widen(load128(b.qs + 16 * half)), high));
+    }
+  }
   VecI codes(int s) const {
-    const uint32_t h = b.qh[s];
-    const VecI grid =
-        groups(kGridIq1[b.qs[4 * s] | (h << 8 & 0x700)], kGridIq1[b.qs[4 * s + 1] | (h << 5 & 0x700)],
-               kGridIq1[b.qs[4 * s + 2] | (h << 2 & 0x700)], kGridIq1[b.qs[4 * s + 3] | (h >> 1 & 0x700)]);
-    return _mm256_add_epi8(_mm256_slli_epi16(grid, 3), set_i8(h >> 15 ? 0 : 2));
+    const VecI grid = groups_of_8(kGridIq1, index + 4 * s);
+    return _mm256_add_epi8(_mm256_slli_epi16(grid, 3), set_i8(b.qh[s] >> 15 ? 0 : 2));
   }
   Scales scales() const {
     const VecI h = _mm256_cvtepu16_epi32(load128(b.qh));
@@ -201,26 +248,26 @@ struct Source<Format::IQ1_S> {
 template <>
 struct Source<Format::IQ1_M> {
   const BlockIQ1_M& b;
+  alignas(32) uint16_t index[32];
+  explicit Source(const BlockIQ1_M& block) : b(block) {
+    const __m128i h = load128(b.qh), high = _mm_srli_epi16(h, 4);
+    const VecI move = set_i16(256);
+    store_i(index, numbers(b.qs, widen(_mm_unpacklo_epi8(h, high)), move, 0x700));
+    store_i(index + 16, numbers(b.qs + 16, widen(_mm_unpackhi_epi8(h, high)), move, 0x700));
+  }
   VecI codes(int s) const {
-    const uint32_t h = b.qh[2 * s] | b.qh[2 * s + 1] << 8;
-    const VecI grid =
-        groups(kGridIq1[b.qs[4 * s] | (h << 8 & 0x700)], kGridIq1[b.qs[4 * s + 1] | (h << 4 & 0x700)],
-               kGridIq1[b.qs[4 * s + 2] | (h & 0x700)], kGridIq1[b.qs[4 * s + 3] | (h >> 4 & 0x700)]);
+    const VecI grid = groups_of_8(kGridIq1, index + 4 * s);
+    const int64_t h = b.qh[2 * s] | b.qh[2 * s + 1] << 8;
     const VecI bit = _mm256_setr_epi64x(1 << 3, 1 << 7, 1 << 11, 1 << 15);
     const VecI plus = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(h), bit), zero_i());
     return _mm256_add_epi8(_mm256_slli_epi16(grid, 3), _mm256_and_si256(plus, set_i8(2)));
   }
   Scales scales() const {
     // Fields of 3 bits in four words: a multiplication moves field j of a word to its top.
-    int64_t words;
-    __builtin_memcpy(&words, b.scales, 8);
-    constexpr int64_t kTwo = 0x0202020202020202;
-    const VecI four =
-        _mm256_shuffle_epi8(_mm256_set1_epi64x(words),
-                            _mm256_setr_epi64x(0x0100010001000100, 0x0100010001000100 + kTwo,
-                                               0x0100010001000100 + 2 * kTwo, 0x0100010001000100 + 3 * kTwo));
-    const VecI top = _mm256_mullo_epi16(four, _mm256_set1_epi64x(0x0010008004002000));
-    const VecI v = _mm256_srli_epi16(top, 13);
+    const int64_t k = 0x0100010001000100, two = 0x0202020202020202;
+    const VecI four = _mm256_shuffle_epi8(broadcast_i64(b.scales),
+                                          _mm256_setr_epi64x(k, k + two, k + 2 * two, k + 3 * two));
+    const VecI v = _mm256_srli_epi16(_mm256_mullo_epi16(four, _mm256_set1_epi64x(0x0010008004002000)), 13);
     return {add_i16(add_i16(v, v), set_i16(1))};
   }
 };
@@ -228,58 +275,64 @@ struct Source<Format::IQ1_M> {
 template <>
 struct Source<Format::IQ2_XXS> {
   const BlockIQ2_XXS& b;
-  VecI codes(int s) const {
-    const uint8_t* i = b.sub[s].index;
-    const VecI grid = groups(kGridIq2Xxs[i[0]], kGridIq2Xxs[i[1]], kGridIq2Xxs[i[2]], kGridIq2Xxs[i[3]]);
-    return with_signs(grid, signs_28(b.sub[s].signs), 43);
-  }
-  Scales scales() const {
+  VecI words;
+  alignas(32) uint8_t signs[32];
+  explicit Source(const BlockIQ2_XXS& block) : b(block) {
     const __m256 low = _mm256_castsi256_ps(load_i(b.sub)), high = _mm256_castsi256_ps(load_i(b.sub + 4));
     const VecI mixed = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd));  // signs of 0 1 4 5 2 3 6 7
-    return {odd_scales_32(_mm256_srli_epi32(_mm256_permute4x64_epi64(mixed, 0xd8), 28))};
+    words = _mm256_permute4x64_epi64(mixed, 0xd8);
+    store_i(signs, even_signs(fields_7(words)));
   }
+  VecI codes(int s) const {
+    const uint8_t* i = b.sub[s].index;
+    const auto value = [&](int l) { return static_cast<int64_t>(kGridIq2Xxs[i[l]]); };
+    return with_signs(_mm256_setr_epi64x(value(0), value(1), value(2), value(3)), signs + 4 * s, 43);
+  }
+  Scales scales() const { return {odd_scales_32(_mm256_srli_epi32(words, 28))}; }
 };
 
 template <>
 struct Source<Format::IQ2_XS> {
   const BlockIQ2_XS& b;
-  VecI codes(int s) const {
-    const uint16_t* q = b.qs + 4 * s;
-    const VecI grid = groups(kGridIq2Xs[q[0] & 511], kGridIq2Xs[q[1] & 511], kGridIq2Xs[q[2] & 511],
-                             kGridIq2Xs[q[3] & 511]);
-    const uint32_t signs = kSigns[q[0] >> 9] | kSigns[q[1] >> 9] << 8 | kSigns[q[2] >> 9] << 16 |
-                           static_cast<uint32_t>(kSigns[q[3] >> 9]) << 24;
-    return with_signs(grid, signs, 43);
+  alignas(32) uint16_t index[32];
+  alignas(32) uint8_t signs[32];
+  explicit Source(const BlockIQ2_XS& block) : b(block) {
+    const VecI low = load_i(b.qs), high = load_i(b.qs + 16);
+    store_i(index, _mm256_and_si256(low, set_i16(511)));
+    store_i(index + 16, _mm256_and_si256(high, set_i16(511)));
+    const VecI seven = _mm256_packus_epi16(_mm256_srli_epi16(low, 9), _mm256_srli_epi16(high, 9));
+    store_i(signs, even_signs(_mm256_permute4x64_epi64(seven, 0xd8)));
   }
+  VecI codes(int s) const { return with_signs(groups_of_8(kGridIq2Xs, index + 4 * s), signs + 4 * s, 43); }
   Scales scales() const { return {odd_scales_16(b.scales)}; }
 };
 
 template <>
 struct Source<Format::IQ2_S> {
   const BlockIQ2_S& b;
-  VecI codes(int s) const {
-    const uint8_t* q = b.qs + 4 * s;
-    const uint32_t h = b.qh[s];
-    const VecI grid = groups(kGridIq2S[q[0] | (h << 8 & 0x300)], kGridIq2S[q[1] | (h << 6 & 0x300)],
-                             kGridIq2S[q[2] | (h << 4 & 0x300)], kGridIq2S[q[3] | (h << 2 & 0x300)]);
-    return with_signs(grid, load_u32(b.signs + 4 * s), 43);
+  alignas(32) uint16_t index[32];
+  explicit Source(const BlockIQ2_S& block) : b(block) {
+    const VecI h = broadcast_i64(b.qh), move = _mm256_set1_epi64x(0x0004001000400100);
+    for (int half = 0; half < 2; ++half)
+      store_i(index + 16 * half, numbers(b.qs + 16 * half, bytes_4_times(h, 4 * half), move, 0x300));
   }
+  VecI codes(int s) const { return with_signs(groups_of_8(kGridIq2S, index + 4 * s), b.signs + 4 * s, 43); }
   Scales scales() const { return {odd_scales_16(b.scales)}; }
 };
-
-// Eight groups of four grid values.
-template <class Value>
-inline VecI groups_of_4(Value value) {
-  return _mm256_setr_epi32(value(0), value(1), value(2), value(3), value(4), value(5), value(6), value(7));
-}
 
 template <>
 struct Source<Format::IQ3_XXS> {
   const BlockIQ3_XXS& b;
+  alignas(32) uint8_t signs[32];
+  explicit Source(const BlockIQ3_XXS& block) : b(block) {
+    store_i(signs, even_signs(fields_7(load_i(b.signs))));
+  }
   VecI codes(int s) const {
     const uint8_t* q = b.qs + 8 * s;
-    const VecI grid = groups_of_4([&](int i) { return static_cast<int32_t>(kGridIq3Xxs[q[i]]); });
-    return with_signs(grid, signs_28(b.signs[s]), 62);
+    const auto value = [&](int i) { return static_cast<int32_t>(kGridIq3Xxs[q[i]]); };
+    const VecI grid =
+        _mm256_setr_epi32(value(0), value(1), value(2), value(3), value(4), value(5), value(6), value(7));
+    return with_signs(grid, signs + 4 * s, 62);
   }
   Scales scales() const { return {odd_scales_32(_mm256_srli_epi32(load_i(b.signs), 28))}; }
 };
@@ -287,13 +340,14 @@ struct Source<Format::IQ3_XXS> {
 template <>
 struct Source<Format::IQ3_S> {
   const BlockIQ3_S& b;
-  VecI codes(int s) const {
-    const uint8_t* q = b.qs + 8 * s;
-    const uint32_t h = b.qh[s];
-    const VecI grid =
-        groups_of_4([&](int i) { return static_cast<int32_t>(kGridIq3S[q[i] | (h << (8 - i) & 256)]); });
-    return with_signs(grid, load_u32(b.signs + 4 * s), 15);
+  alignas(32) uint16_t index[64];
+  explicit Source(const BlockIQ3_S& block) : b(block) {
+    const VecI h = broadcast_i64(b.qh);
+    const VecI move = _mm256_setr_epi16(256, 128, 64, 32, 16, 8, 4, 2, 256, 128, 64, 32, 16, 8, 4, 2);
+    for (int part = 0; part < 4; ++part)
+      store_i(index + 16 * part, numbers(b.qs + 16 * part, bytes_8_times(h, 2 * part), move, 0x100));
   }
+  VecI codes(int s) const { return with_signs(groups_of_4(kGridIq3S, index + 8 * s), b.signs + 4 * s, 15); }
   Scales scales() const {
     const VecI nibble = _mm256_srlv_epi32(set_i32(static_cast<int32_t>(load_u32(b.scales))),
                                           _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));

@@ -16,8 +16,10 @@ from ktd.errors import UserError
 _F32 = 0  # GGML_TYPE_F32
 _NODE_OVERHEAD = 4096  # bytes a tensor's header takes in a context, rounded up generously
 _GRAPH_BYTES = 1 << 20
-# ggml takes scratch (quantised activations, at most the size of the float ones) from the context at each run.
+# ggml takes scratch from the context at each run: the quantised activations, at most the size of the float
+# ones, and something for each thread. Memory that is not touched costs nothing.
 _MOST_RUNS = 40
+_SCRATCH_BYTES = 1 << 20
 
 
 class _InitParams(ctypes.Structure):
@@ -96,7 +98,7 @@ class Products:
         self._ggml, self._threads, self._shape = ggml, threads, (x.shape[0], rows)
         out_bytes = 4 * rows * x.shape[0] + 2 * _NODE_OVERHEAD
         memory = sum(map(len, rounds)) * out_bytes + len(rounds) * _GRAPH_BYTES
-        memory += x.nbytes + _MOST_RUNS * (x.nbytes + (1 << 20))
+        memory += x.nbytes + _MOST_RUNS * (x.nbytes + (1 + threads) * _SCRATCH_BYTES)
         self._buffer = ggml.wrap(stack.ctypes.data, stack.nbytes)
         self._context = ggml.init(_InitParams(memory, None, False))
         inputs = ggml.new_2d(self._context, _F32, cols, x.shape[0])

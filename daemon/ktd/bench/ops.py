@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,10 @@ def hand_off(threads: int) -> HandOffResult:
     return HandOffResult(threads, cpu.hand_off(2000), cpu.hand_off(100, _IDLE_SECONDS))
 
 
+def _median(attend: Callable[[], None], seconds: float) -> float:
+    return interleaved_medians([lambda _: attend()], [1], seconds)[0]
+
+
 def attention(
     rows: Sequence[int], contexts: Sequence[int], cpu: Cpu, seconds: float
 ) -> Iterator[AttentionResult]:
@@ -67,7 +72,8 @@ def attention(
             order = rng.permutation(count * pages).astype(np.int32).reshape(count, pages)
             queries = rng.standard_normal((count, _HEADS, _LATENT + _ROPE), np.float32)
             out = np.empty((count, _HEADS, _LATENT), np.float32)
-            arguments = (
+            attend = functools.partial(
+                cpu.mla_attention,
                 queries[:, :, :_LATENT],
                 queries[:, :, _LATENT:],
                 cache,
@@ -77,5 +83,5 @@ def attention(
                 (_LATENT + _ROPE) ** -0.5,
                 out,
             )
-            median = interleaved_medians([lambda _, a=arguments: cpu.mla_attention(*a)], [1], seconds)[0]
+            median = _median(attend, seconds)
             yield AttentionResult(count, context, cpu.threads, cpu.isa, median, read_bandwidth(cpu.threads))
