@@ -10,6 +10,8 @@ constexpr int64_t kInlineValues = 1 << 16;
 
 // Rows of the tile path's panel on the widest instruction set; chunks of rows are whole panels.
 constexpr int64_t kPanel = 32;
+// Up to this many tokens take the fused path, which reads the file's blocks four rows at a time.
+constexpr int64_t kFusedTokens = 4, kFusedRows = 8;
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -76,8 +78,9 @@ void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<floa
 
   // About eight pieces a thread, so that a thread that starts late or runs slow does not hold up the rest.
   const int64_t pieces = 8 * cpu.pool.threads();
+  const int64_t step = n <= kFusedTokens && w.layout == nullptr ? kFusedRows : kPanel;
   const int64_t row_chunk =
-      std::min(round_up(std::max<int64_t>(w.rows * heads / pieces, 1), kPanel), int64_t{512});
+      std::min(round_up(std::max<int64_t>(w.rows * heads / pieces, 1), step), int64_t{512});
   const int64_t row_chunks = (w.rows + row_chunk - 1) / row_chunk;
   // Few rows and many tokens: cut the tokens too, at the price of decoding the weights once per cut.
   int64_t token_chunk = n;

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from ktd import main as entry
-from ktd.bench import kernels, model, timing
+from ktd.bench import kernels, model, ops, timing
 from ktd.bench.ggml import Ggml, Products
 from ktd.bench.kernels import KernelResult
 from ktd.errors import EngineFailure, SettingsError
@@ -72,6 +72,25 @@ def test_medians_are_per_piece_and_taken_in_turns() -> None:
     assert [name for name, _ in calls] == ["ours", "peer"] * 4
     assert [number for _, number in calls] == [0, 0, 0, 0, 1, 1, 0, 0]
     assert all(0 <= median < 0.1 for median in medians)
+
+
+def test_attention_figures_follow_from_the_seconds() -> None:
+    result = ops.AttentionResult(2, 1000, 1, "avx2", 0.1, 1e10)
+    assert result.gigaops_per_second == pytest.approx(2 * 2 * 128 * 1000 * (576 + 512) / 0.1 / 1e9)
+    assert result.wall_percent == pytest.approx(100 * 2 * 1000 * 576 * 2 / 0.1 / 1e10)
+
+
+def test_ops_are_measured_for_each_pool_and_context(ktd: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "read_bandwidth", lambda threads: 1e10 * threads)
+    code, out, _ = ktd(
+        "bench", "ops", "--threads", "1,2", "--contexts", "70", "--rows", "1,3", "--seconds", "0.01"
+    )
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert [line[:3] for line in lines if line[-1:] == ["%"]] == [
+        [rows, "70", threads] for threads in ("1", "2") for rows in ("1", "3")
+    ]
+    assert [line[0] for line in lines if len(line) == 3 and line[0].isdigit()] == ["1", "2"]
 
 
 def test_bandwidth_is_that_of_memory() -> None:

@@ -118,3 +118,17 @@ def test_a_child_process_can_go_on() -> None:
     assert os.read(read, 20) == b"same"
     os.close(read)
     os.close(write)
+
+
+def test_all_threads_of_a_pool_are_woken_soon() -> None:
+    assert Cpu(1).hand_off(10) < 1e-3
+    # Two threads may share one CPU here, so the bound is that of a scheduler's turn.
+    assert 0 < Cpu(2).hand_off(200) < 0.05
+    assert 0 < Cpu(3).hand_off(5, gap=0.001) < 0.5
+
+
+def test_hand_off_refuses_what_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match="loops is 0, but must be at least 1"):
+        Cpu(1).hand_off(0)
+    with pytest.raises(ValueError, match="gap is -1"):
+        Cpu(1).hand_off(1, gap=-1.0)
