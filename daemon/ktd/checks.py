@@ -20,7 +20,7 @@ from ktd.launch import embedded_model
 from ktd.plan import GIB, available_memory
 from ktd.server.run_record import RunRecordFile
 from ktd.settings import Settings
-from ktd_kernels import Cpu, cpu_features, isa_list, memory_bandwidth
+from ktd_kernels import Cpu, amx_refusal, cpu_features, isa_list, memory_bandwidth
 
 # Below this a 1.58-bit R1 (4 GB of experts a token) writes less than a token in two seconds.
 _SLOW_BANDWIDTH = 8e9
@@ -60,6 +60,8 @@ def _instruction_set(settings: Settings) -> Iterator[Check]:
     except ValueError as error:
         yield Check("instruction set", "bad", str(error), "leave --isa and KTD_ISA unset")
         return
+    if amx_refusal():
+        yield Check("AMX", "note", amx_refusal(), "allow it for prompts at full speed: Linux 5.16 or newer")
     if chosen != best:
         yield Check(
             "instruction set",

@@ -203,6 +203,7 @@ NB_MODULE(_C, m) {
 
   m.def("isa_list", &isa_list, "Names of the instruction sets this CPU and system support, best first.");
   m.def("cpu_features", &cpu_features, "CPU features, finer than isa_list, that the system has enabled.");
+  m.def("amx_refusal", &amx_refusal, "Why the AMX that this CPU has cannot be used, or an empty string.");
   m.def("memory_bandwidth", &py_memory_bandwidth, "threads"_a, "seconds"_a = 0.5,
         "Bytes a second that `threads` threads together read from memory, measured over `seconds`.");
 

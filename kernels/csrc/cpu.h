@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "crossover.h"
 #include "kernel_table.h"
 #include "pool.h"
 
@@ -51,6 +52,15 @@ struct Cpu {
   Pool pool;
   const KernelTable& table;
 
+  // What MatmulArgs::few should be in a call for `n` tokens; guarded by pool.turn(). Measured when it first
+  // matters.
+  int few_tokens(Format format, int64_t n) {
+    if (n <= 1 || format <= Format::BF16) return 1;
+    int8_t& few = few_tokens_[static_cast<size_t>(format)];
+    if (few == 0) few = static_cast<int8_t>(measure_few_tokens(table, format));
+    return few;
+  }
+
   // Scratch of matmul.cc and moe.cc; guarded by pool.turn().
   QuantizedRows x, x_up, hidden;
   Buffer hidden_float, groups, gate_up, partial, thread_scratch;
@@ -61,6 +71,9 @@ struct Cpu {
 
   // 64-byte aligned kMatmulScratch bytes per thread.
   uint8_t* scratch() { return thread_scratch.get<uint8_t>(pool.threads() * kMatmulScratch); }
+
+ private:
+  int8_t few_tokens_[kFormatCount] = {};
 };
 
 }  // namespace ktd

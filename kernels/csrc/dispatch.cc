@@ -1,6 +1,10 @@
 #include "dispatch.h"
 
 #include <cpuid.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <stdexcept>
 
@@ -19,6 +23,9 @@ namespace avx512 {
 const KernelTable& table();
 }
 namespace avx512vbmi {
+const KernelTable& table();
+}
+namespace amx {
 const KernelTable& table();
 }
 
@@ -94,6 +101,13 @@ uint32_t host_features() {
   return features;
 }
 
+// Linux hands out the tile registers on request, once for all threads of a process; 0 or an error number.
+int request_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const int error = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
+  return error;
+}
+
 struct Entry {
   Isa isa;
   const char* name;
@@ -103,6 +117,7 @@ struct Entry {
 
 constexpr uint32_t kAvx2Set = kAvx2 | kFma | kF16c | kBmi;
 constexpr Entry kEntries[] = {
+    {Isa::amx, "amx", kAvx2Set | kAvx512 | kVnni | kVbmi | kBf16 | kAmxInt8 | kAmxBf16, amx::table},
     {Isa::avx512vbmi, "avx512vbmi", kAvx2Set | kAvx512 | kVnni | kVbmi, avx512vbmi::table},
     {Isa::avx512, "avx512", kAvx2Set | kAvx512 | kVnni, avx512::table},
     {Isa::avx512bw, "avx512bw", kAvx2Set | kAvx512, avx512bw::table},
@@ -110,7 +125,11 @@ constexpr Entry kEntries[] = {
     {Isa::scalar, "scalar", 0, scalar::table},
 };
 
-bool supported(const Entry& entry) { return (entry.required & ~host_features()) == 0; }
+bool has_features(const Entry& entry) { return (entry.required & ~host_features()) == 0; }
+
+bool supported(const Entry& entry) {
+  return has_features(entry) && (entry.isa != Isa::amx || request_tiles() == 0);
+}
 
 std::string joined(const std::vector<std::string>& names) {
   std::string out;
@@ -134,13 +153,23 @@ std::vector<std::string> cpu_features() {
   return names;
 }
 
+std::string amx_refusal() {
+  for (const Entry& entry : kEntries)
+    if (entry.isa == Isa::amx && has_features(entry) && request_tiles() != 0)
+      return std::string("The operating system refused the AMX tile registers: ") +
+             strerror(request_tiles()) + ".";
+  return "";
+}
+
 const KernelTable& kernel_table(const std::string& name) {
   for (const Entry& entry : kEntries) {
     if (!name.empty() && name != entry.name) continue;
     if (supported(entry)) return entry.table();
     if (!name.empty())
-      throw std::invalid_argument("This CPU or operating system does not support the instruction set '" +
-                                  name + "'; choose one of: " + joined(isa_list()) + ".");
+      throw std::invalid_argument(
+          "This CPU or operating system does not support the instruction set '" + name +
+          "'; choose one of: " + joined(isa_list()) + "." +
+          (entry.isa == Isa::amx && !amx_refusal().empty() ? " " + amx_refusal() : ""));
   }
   throw std::invalid_argument("Unknown instruction set '" + name + "'; choose one of: " + joined(isa_list()) +
                               ".");

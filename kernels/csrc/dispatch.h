@@ -14,6 +14,9 @@ std::vector<std::string> isa_list();
 // CPUID features (as far as kernels care) that the operating system has enabled.
 std::vector<std::string> cpu_features();
 
+// Why the CPU's AMX cannot be used, or empty.
+std::string amx_refusal();
+
 // The table called `name`, or the best one when empty. Throws std::invalid_argument naming the choices.
 const KernelTable& kernel_table(const std::string& name);
 

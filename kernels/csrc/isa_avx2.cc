@@ -5,6 +5,7 @@
 #include "packed.h"
 
 #define KTD_ISA_NAME "avx2"
+#define KTD_MATMUL_MANY matmul_tiled
 
 namespace ktd::avx2 {
 namespace {
@@ -18,6 +19,7 @@ namespace {
 #include "fused_avx2-inl.h"
 #include "fused-inl.h"
 #include "tile-inl.h"
+#include "quantized-inl.h"
 #include "packed-inl.h"
 #include "packed_iq1-inl.h"
 #include "float-inl.h"

@@ -5,6 +5,7 @@
 #include "packed_grids.h"
 
 #define KTD_ISA_NAME "avx512vbmi"
+#define KTD_MATMUL_MANY matmul_tiled
 
 namespace ktd::avx512vbmi {
 namespace {
@@ -19,6 +20,7 @@ namespace {
 #include "fused_avx512-inl.h"
 #include "fused-inl.h"
 #include "tile-inl.h"
+#include "quantized-inl.h"
 #include "packed-inl.h"
 #include "packed_iq1-inl.h"
 #include "packed_grid_codes-inl.h"

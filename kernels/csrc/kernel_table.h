@@ -64,9 +64,11 @@ struct MatmulArgs {
   float* out;
   int64_t out_stride;  // in floats, from one column (token) to the next
   bool accumulate;
+  int few;        // up to this many tokens decode and multiply at once; at most kMostFewTokens
   void* scratch;  // kMatmulScratch bytes, 64-byte aligned, one per thread
 };
-constexpr int64_t kMatmulScratch = 512 << 10;
+constexpr int kMostFewTokens = 4;
+constexpr int64_t kMatmulScratch = 1280 << 10;
 
 struct PackedLayout;  // packed.h
 
@@ -94,8 +96,8 @@ struct KernelTable {
 };
 
 // Instruction sets, worst to best. avx512 means F, BW, VL, DQ and VNNI (Cascade Lake), avx512bw the same
-// without VNNI (Skylake-X), avx512vbmi with VBMI too (Ice Lake, Sapphire Rapids, Zen 4 and later). amx has no
-// kernels of its own yet.
+// without VNNI (Skylake-X), avx512vbmi with VBMI too (Ice Lake, Sapphire Rapids, Zen 4 and later). amx means
+// avx512vbmi with BF16 and AMX (Sapphire Rapids).
 enum class Isa : int { scalar, avx2, avx512bw, avx512, avx512vbmi, amx };
 
 }  // namespace ktd

@@ -75,6 +75,7 @@ void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<floa
   if (block != 0) quantized = quantize(cpu, cpu.x, block, x, n, heads, w.cols);
   uint8_t* scratch = cpu.scratch();
   const auto matmul = matmul_of(cpu, w);
+  const int few = cpu.few_tokens(w.format, n);
 
   // About eight pieces a thread, so that a thread that starts late or runs slow does not hold up the rest.
   const int64_t pieces = 8 * cpu.pool.threads();
@@ -108,6 +109,7 @@ void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<floa
       args.out = out.data + token * out.stride + head * out.head_stride + row;
       args.out_stride = out.stride;
       args.accumulate = accumulate;
+      args.few = few;
       args.scratch = scratch + thread * kMatmulScratch;
       matmul(args);
     }

@@ -37,6 +37,7 @@ struct Layer {
   int64_t hidden_size, hidden_chunk, hidden_chunks;
   Activations x_gate, x_up;
   Groups groups;
+  int few_gate, few_up, few_down;  // MatmulArgs::few
 };
 
 Groups group_pairs(Cpu& cpu, const MoeArgs& args, int64_t hidden_chunks) {
@@ -89,7 +90,7 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
   float* const gate_out = scratch + thread * 2 * kTokenChunk * kHiddenChunk;
   float* const up_out = gate_out + kTokenChunk * kHiddenChunk;
 
-  const auto product = [&](const Weight& w, const Activations& x, float* out, const uint8_t* next) {
+  const auto product = [&](const Weight& w, const Activations& x, int few, float* out, const uint8_t* next) {
     MatmulArgs m{};
     m.w = w.row(g.expert[a], row);
     m.next = next;
@@ -103,11 +104,12 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
     m.n = n;
     m.out = out;
     m.out_stride = kHiddenChunk;
+    m.few = few;
     m.scratch = matmul_scratch + thread * kMatmulScratch;
     matmul_of(layer.cpu, w)(m);
   };
-  product(*args.gate, layer.x_gate, gate_out, args.up->row(g.expert[a], row));
-  product(*args.up, layer.x_up, up_out, nullptr);
+  product(*args.gate, layer.x_gate, layer.few_gate, gate_out, args.up->row(g.expert[a], row));
+  product(*args.up, layer.x_up, layer.few_up, up_out, nullptr);
 
   const int64_t block = args.down->activation_block();
   for (int64_t t = 0; t < n; ++t) {
@@ -153,6 +155,7 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
     m.out = direct ? args.out.data + row : partial + first * rows;
     m.out_stride = direct ? args.out.stride : rows;
     m.accumulate = direct && args.accumulate;
+    m.few = layer.few_down;
     m.scratch = matmul_scratch;
     matmul_of(layer.cpu, down)(m);
   }
@@ -173,8 +176,17 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
       pairs * ((hidden_size + kHiddenChunk - 1) / kHiddenChunk) < kFewPieces * threads && threads > 1;
   const int64_t hidden_chunk = fine ? kFineChunk : kHiddenChunk;
   const int64_t hidden_chunks = (hidden_size + hidden_chunk - 1) / hidden_chunk;
-  Layer layer{cpu,           args, hidden_size, hidden_chunk,
-              hidden_chunks, {},   {},          group_pairs(cpu, args, hidden_chunks)};
+  Layer layer{cpu,
+              args,
+              hidden_size,
+              hidden_chunk,
+              hidden_chunks,
+              {},
+              {},
+              group_pairs(cpu, args, hidden_chunks),
+              cpu.few_tokens(gate.format, args.n),
+              cpu.few_tokens(up.format, args.n),
+              cpu.few_tokens(down.format, args.n)};
   const int64_t gate_block = gate.activation_block(), up_block = up.activation_block();
   if (gate_block != 0) layer.x_gate = quantize(cpu, cpu.x, gate_block, args.x, args.n, 1, gate.cols);
   if (up_block == gate_block) {

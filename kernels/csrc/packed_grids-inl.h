@@ -145,7 +145,7 @@ struct PackedRowsGrid {
 template <Format F>
 void matmul_grid(const MatmulArgs& a) {
   const int64_t scratch = a.n * (a.cols / 256) * static_cast<int64_t>(sizeof(GridX));
-  if (scratch > kMatmulScratch) return matmul_tiled<F, PackedRowsGrid<F>>(a);
+  if (scratch > kMatmulScratch) return KTD_MATMUL_MANY<F, PackedRowsGrid<F>>(a);
   if (a.n == 1)
     grid_few<F, 1>(a);
   else if (a.n == 2)
@@ -155,7 +155,7 @@ void matmul_grid(const MatmulArgs& a) {
   else if (a.n == 4)
     grid_few<F, 4>(a);
   else
-    matmul_tiled<F, PackedRowsGrid<F>>(a);
+    KTD_MATMUL_MANY<F, PackedRowsGrid<F>>(a);
 }
 
 #define KTD_PACKED_GRID(FORMAT)                                                                         \

@@ -236,8 +236,6 @@ inline void store_group(const MatmulArgs& a, int64_t row, int64_t token, const V
   for (int64_t r = 0; r < a.rows - row; ++r) out[r] = a.accumulate ? out[r] + values[r] : values[r];
 }
 
-template <Format F>
-struct PackedBlock;
 template <>
 struct PackedBlock<Format::IQ1_S> {
   using Type = PackedIQ1_S;
@@ -420,7 +418,7 @@ void matmul_packed(const MatmulArgs& a) {
   if (a.n <= kFewTokens && prepared <= kMatmulScratch)
     matmul_few<F>(a);
   else
-    matmul_tiled<F, PackedRowsIq1<F>>(a);
+    KTD_MATMUL_MANY<F, PackedRowsIq1<F>>(a);
 }
 
 inline uint16_t half_of(const BlockIQ1_S& b) { return b.d; }

@@ -107,11 +107,11 @@ inline __m128i reduce_pairs(VecI ab, VecI cd) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// 16 rows of 64 bytes, `pitch` apart -> store(i, dword i of every row) for i < 16.
-template <class Store>
-inline void transpose_rows(const uint8_t* from, int64_t pitch, Store store) {
+// 16 rows of 16 dwords, load(i) -> store(i, dword i of every row) for i < 16.
+template <class Load, class Store>
+inline void transpose(Load load, Store store) {
   VecI r[16];
-  for (int i = 0; i < 16; ++i) r[i] = load_i(from + pitch * i);
+  for (int i = 0; i < 16; ++i) r[i] = load(i);
   VecI t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -134,4 +134,10 @@ inline void transpose_rows(const uint8_t* from, int64_t pitch, Store store) {
     store(8 + j, _mm512_shuffle_i32x4(high01, high23, 0x88));
     store(12 + j, _mm512_shuffle_i32x4(high01, high23, 0xdd));
   }
+}
+
+// The same for rows that are `pitch` bytes apart.
+template <class Store>
+inline void transpose_rows(const uint8_t* from, int64_t pitch, Store store) {
+  transpose([&](int i) { return load_i(from + pitch * i); }, store);
 }

@@ -11,6 +11,9 @@ def isa_list() -> list[str]:
 def cpu_features() -> list[str]:
     """CPU features, finer than isa_list, that the system has enabled."""
 
+def amx_refusal() -> str:
+    """Why the AMX that this CPU has cannot be used, or an empty string."""
+
 def memory_bandwidth(threads: int, seconds: float = 0.5) -> float:
     """
     Bytes a second that `threads` threads together read from memory, measured over `seconds`.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ktd_kernels import Cpu, cpu_features, isa_list
+from ktd_kernels import Cpu, amx_refusal, cpu_features, isa_list
 
-KNOWN = ["avx512vbmi", "avx512", "avx512bw", "avx2", "scalar"]  # best first
+KNOWN = ["amx", "avx512vbmi", "avx512", "avx512bw", "avx2", "scalar"]  # best first
 
 
 def test_list_is_best_first_and_ends_in_scalar() -> None:
@@ -26,6 +26,8 @@ def test_list_agrees_with_the_features() -> None:
     assert ("avx2" in names) == ({"avx2", "fma", "f16c", "bmi2"} <= features)
     assert ("avx512" in names) == ("avx2" in names and {"avx512", "avx512_vnni"} <= features)
     assert ("avx512vbmi" in names) == ("avx512" in names and "avx512_vbmi" in features)
+    amx = "avx512vbmi" in names and {"avx512_bf16", "amx_int8", "amx_bf16"} <= features
+    assert ("amx" in names) == (amx and not amx_refusal())
 
 
 def test_features_agree_with_the_kernel() -> None:
@@ -114,13 +116,15 @@ def test_wide_registers_stay_inside_their_instruction_set() -> None:
             assert not re.search(r"%zmm|%k[0-7]", text), f"{path.name} holds AVX-512 instructions"
         else:
             assert "%zmm" in text
+            vbmi = name in ("avx512vbmi", "amx")
             assert ("vpdpbusd" in text) == (name != "avx512bw"), f"VNNI in the wrong table: {path.name}"
-            assert ("vpermb" in text) == (name == "avx512vbmi"), f"VBMI in the wrong table: {path.name}"
+            assert ("vpermb" in text) == vbmi, f"VBMI in the wrong table: {path.name}"
+            assert ("tdpbssd" in text) == (name == "amx"), f"AMX in the wrong table: {path.name}"
         seen.add(name)
     assert seen == {"baseline", *KNOWN}
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512bw", "avx512", "avx512vbmi"])
+@pytest.mark.parametrize("name", ["avx2", "avx512bw", "avx512", "avx512vbmi", "amx"])
 def test_wide_objects_export_nothing_but_their_table(name: str) -> None:
     """Weak (shared inline) symbols in a wide object could be picked by the linker for everybody."""
     (path,) = [p for p in _objects() if f"isa_{name}.dir" in str(p)]

@@ -1,0 +1,217 @@
+// Many tokens on tile registers. A panel of rows is folded (amx_fold-inl.h) once per block of 256 values
+// and multiplied by all tokens, 16 to a tile, whose activations are packed once per call. A block's integer
+// sums are exact in any order, so the results are the bits of the other paths.
+//
+// A class P says what a panel is: the file's rows (amx_rows-inl.h) are the left operands of the tile
+// products, row by row as they lie; layouts with a row to each lane are right operands. P has
+//   kBlock, kRows, kSums (16 times that), kPackedBytes, config()
+//   P(args, row, rows)                              the panel that starts with a row
+//   touch(args, part, parts)                        asks for the first panel's memory
+//   pack(x, k, cols, out)                           256 activations of 16 tokens, from 256 k on
+//   run(packed, pitch, tiles, sums, scratch)        adds all blocks' products
+//   store(args, row, rows, token, tokens, sums)
+// and for blocks of 256, whose run() is run_panel(),
+//   kFolding, kRight, kMinimum, kSumsAt, blocks
+//   fold(k, piece, planes, factors)                 a part of a panel's block, of kRows
+//   add_terms(factors, c, minima, packed, sums)     the float terms of one block, panel and tile of tokens
+
+constexpr int kTileTokensAmx = 16;     // tokens of a tile
+constexpr int64_t kChunkTokens = 256;  // whose float accumulators stay in scratch
+
+// What the integer sums of a panel are multiplied by, and its minima.
+struct Factors {
+  alignas(64) float d[8][kFoldRows];
+  alignas(64) float dmin[8][kFoldRows];
+  alignas(64) uint8_t minima[kFoldRows][64];
+};
+using TileSums = int32_t[16][16];
+struct AmxScratch {
+  alignas(64) uint8_t planes[2][2 * kWeightBytes];  // of a block and of the next
+  Factors factors[3];  // and of the block before, whose last terms are added late
+  alignas(64) TileSums c[8];
+  alignas(64) float minima[4][16][16];
+};
+
+// Into the L2 cache: the panel and the packed activations fill the L1.
+template <int64_t kBytes>
+inline void prefetch_l2(const uint8_t* w) {
+  for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(w + i), _MM_HINT_T1);
+}
+
+template <int kTile>
+inline void tile_keep(TileSums* c) {
+  tile_store<kTile>(c[kTile], 64);
+}
+
+// The block that is folded next, piece by piece between the products of the one before.
+template <class P>
+struct Folder {
+  const P& panel;
+  int64_t k;
+  uint8_t* planes;
+  Factors& factors;
+  int piece = 0;
+
+  void fold(int pieces) {
+    for (const int end = piece + pieces; piece < end; ++piece) panel.fold(k, piece, planes, factors);
+  }
+};
+
+// Products of weights in tile kW and activations in tile kX.
+template <class P, bool kSigned, int kC, int kW, int kX>
+inline void multiply_weights() {
+  if constexpr (P::kRight)
+    tile_multiply<true, kSigned, kC, kX, kW>();
+  else
+    tile_multiply<kSigned, true, kC, kW, kX>();
+}
+
+// c[2t + w] = tile w of a panel's weights times tile t of one or two tiles of tokens.
+template <class P, bool kTwo, bool kFold>
+void multiply_tiles(const uint8_t* planes, const uint8_t* packed, int64_t second, Folder<P>& next) {
+  constexpr bool kSigned0 = P::kFolding.signed_high,
+                 kSigned1 = P::kFolding.planes == 2 ? P::kFolding.signed_low : kSigned0;
+  constexpr int kRowsNow = P::kRows / 8;
+  tile_zero<0>(), tile_zero<1>();
+  if constexpr (kTwo) tile_zero<2>(), tile_zero<3>();
+#pragma GCC unroll 5
+  for (int s = 0; s < 4 + P::kFolding.delta; ++s) {
+    const uint8_t* at = planes + s * kTileBytes;
+    tile_load<6>(packed + s * kTileBytes, 64);
+    tile_load<4>(at, 64);
+    multiply_weights<P, kSigned0, 0, 4, 6>();
+    if (kFold && s < 4) next.fold(kRowsNow);
+    tile_load<5>(at + kWeightBytes, 64);
+    multiply_weights<P, kSigned1, 1, 5, 6>();
+    if (kFold && s < 4) next.fold(kRowsNow);
+    if constexpr (kTwo) {
+      tile_load<7>(packed + second + s * kTileBytes, 64);
+      multiply_weights<P, kSigned0, 2, 4, 7>();
+      multiply_weights<P, kSigned1, 3, 5, 7>();
+    }
+  }
+}
+
+// minima[h] = the minima of 16 rows each times the sums of one tile of tokens, `packed`.
+template <class P>
+inline void multiply_minima(const Factors& factors, const uint8_t* packed, float (*minima)[16][16]) {
+  tile_load<6>(packed, 64);
+  tile_zero<0>();
+  tile_load<4>(factors.minima[0], 64);
+  tile_multiply_bf16<0, 4, 6>();
+  if constexpr (P::kRows == 32) {
+    tile_zero<1>();
+    tile_load<5>(factors.minima[16], 64);
+    tile_multiply_bf16<1, 5, 6>();
+    tile_store<1>(minima[1], 64);
+  }
+  tile_store<0>(minima[0], 64);
+}
+
+// The products of a panel with one or two tiles of tokens whose terms are not added yet: that is done while
+// the tile unit works on the next products.
+template <class P>
+struct Late {
+  const Factors* factors = nullptr;
+  const uint8_t* packed;
+  int64_t pitch;
+  float* sums;
+  bool two;
+
+  void add(const AmxScratch& scratch) const {
+    if (factors == nullptr) return;
+    P::add_terms(*factors, scratch.c, scratch.minima, packed, sums);
+    if (two) P::add_terms(*factors, scratch.c + 2, scratch.minima + 2, packed + pitch, sums + P::kSums);
+  }
+};
+
+// One panel and 256 values times `tiles` tiles of tokens, whose packed blocks are `pitch` bytes apart. The
+// next block is folded while the last products are under way.
+template <class P>
+void multiply_panel(const uint8_t* planes, const Factors& factors, const uint8_t* packed, int64_t pitch,
+                    int64_t tiles, float* sums, AmxScratch& scratch, Folder<P> next, bool last,
+                    Late<P>& late) {
+  for (int64_t t = 0; t < tiles; t += 2) {
+    const bool fold = t + 2 >= tiles && !last, two = t + 1 < tiles;
+    const uint8_t* x = packed + t * pitch;
+    if (two && fold)
+      multiply_tiles<P, true, true>(planes, x, pitch, next);
+    else if (two)
+      multiply_tiles<P, true, false>(planes, x, pitch, next);
+    else if (fold)
+      multiply_tiles<P, false, true>(planes, x, pitch, next);
+    else
+      multiply_tiles<P, false, false>(planes, x, pitch, next);
+    late.add(scratch);
+    tile_keep<0>(scratch.c), tile_keep<1>(scratch.c);
+    if (two) tile_keep<2>(scratch.c), tile_keep<3>(scratch.c);
+    if constexpr (P::kMinimum) {
+      multiply_minima<P>(factors, x + P::kSumsAt, scratch.minima);
+      if (two) multiply_minima<P>(factors, x + pitch + P::kSumsAt, scratch.minima + 2);
+    }
+    late = {&factors, x, pitch, sums + t * P::kSums, two};
+  }
+}
+
+template <class P>
+void run_panel(const P& panel, const uint8_t* packed, int64_t pitch, int64_t tiles, float* sums,
+               AmxScratch& scratch) {
+  const auto folder = [&](int64_t k) {
+    return Folder<P>{panel, k, scratch.planes[k % 2], scratch.factors[k % 3]};
+  };
+  folder(0).fold(P::kRows);
+  Late<P> late;
+  for (int64_t k = 0; k < panel.blocks; ++k)
+    multiply_panel<P>(scratch.planes[k % 2], scratch.factors[k % 3], packed + k * P::kPackedBytes, pitch,
+                      tiles, sums, scratch, folder(k + 1), k + 1 == panel.blocks, late);
+  late.add(scratch);
+}
+
+// Tokens that fit into scratch with their packed activations, as tiles of 16; 0 where not even one does.
+template <class P>
+int64_t tiles_that_fit(int64_t cols) {
+  const int64_t tile = (cols + 255) / 256 * P::kPackedBytes + P::kSums * 4;
+  const int64_t fit = (kMatmulScratch - static_cast<int64_t>(sizeof(AmxScratch))) / tile;
+  return fit < kChunkTokens / kTileTokensAmx ? fit : kChunkTokens / kTileTokensAmx;
+}
+
+constexpr TileConfig full_tiles() {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) config.rows[t] = 16, config.row_bytes[t] = 64;
+  return config;
+}
+
+template <class P>
+void matmul_panels(const MatmulArgs& a) {
+  AmxScratch& scratch = *static_cast<AmxScratch*>(a.scratch);
+  const int64_t blocks = (a.cols + 255) / 256, pitch = blocks * P::kPackedBytes;
+  const int64_t all_tiles = (a.n + kTileTokensAmx - 1) / kTileTokensAmx, fit = tiles_that_fit<P>(a.cols);
+  const int64_t chunks = (all_tiles + fit - 1) / fit, chunk = (all_tiles + chunks - 1) / chunks;
+  float* const sums = reinterpret_cast<float*>(&scratch + 1);
+  uint8_t* const packed = reinterpret_cast<uint8_t*>(sums + chunk * P::kSums);
+  tile_configure(P::config());
+  for (int64_t first = 0; first < all_tiles; first += chunk) {
+    const int64_t tiles = all_tiles - first < chunk ? all_tiles - first : chunk;
+    for (int64_t t = 0; t < tiles; ++t) {
+      TokenX x[kTileTokensAmx];
+      for (int i = 0; i < kTileTokensAmx; ++i) {
+        const int64_t token = (first + t) * kTileTokensAmx + i;
+        x[i] = token_x(a, token < a.n ? token : a.n - 1, P::kBlock);  // what is too many is not stored
+      }
+      for (int64_t k = 0; k < blocks; ++k) {
+        if (first + t == 0) P::touch(a, k, blocks);
+        P::pack(x, k, a.cols, packed + t * pitch + k * P::kPackedBytes);
+      }
+    }
+    for (int64_t r = 0; r < a.rows; r += P::kRows) {
+      const int64_t rows = a.rows - r < P::kRows ? a.rows - r : P::kRows;
+      for (int64_t i = 0; i < tiles * P::kSums; i += 16) store_f(sums + i, zero_f());
+      P(a, r, rows).run(packed, pitch, tiles, sums, scratch);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t token = (first + t) * kTileTokensAmx, left = a.n - token;
+        P::store(a, r, rows, token, left < kTileTokensAmx ? left : kTileTokensAmx, sums + t * P::kSums);
+      }
+    }
+  }
+  tile_release();
+}
