@@ -144,10 +144,11 @@ def _gpu(settings: Settings) -> Iterator[Check]:
             name, memory, free, driver, capability = (part.strip() for part in line.split(","))
             found = f"{name}, {free} of {memory} free, driver {driver}, sm {capability}"
             if usable:
-                yield Check("GPU", "ok", found)
+                unused = "" if settings.vram else "; used when --vram gives it memory"
+                yield Check("GPU", "ok", found + unused)
             else:
                 remedy = "install a CUDA build of torch; ktd uses GPUs of sm 8.0 and newer"
-                yield Check("GPU", "note", f"{found}, but not used: the CPU computes everything", remedy)
+                yield Check("GPU", "note", f"{found}, but ktd cannot use it", remedy)
 
 
 def _model(settings: Settings) -> Iterator[Check]:

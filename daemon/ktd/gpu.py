@@ -31,15 +31,13 @@ def find_gpu() -> Gpu | None:
 
 
 def gpu_for(vram: int | None) -> Gpu | None:
-    """The GPU for a budget of `vram` bytes: None when it is 0, or when it is None and there is no GPU.
+    """The GPU for a budget of `vram` bytes; None where that is None or 0.
 
     Raises SettingsError for a budget without a GPU, or beyond what is free.
     """
-    if vram == 0:
+    if not vram:
         return None
     gpu = find_gpu()
-    if vram is None:
-        return gpu
     if gpu is None:
         raise SettingsError(
             "--vram asks for GPU memory, but no CUDA GPU of compute capability 8.0 or more was found: see"

@@ -26,8 +26,6 @@ PAGE_SIZE = 64
 _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 # Left to the system and to the Python process (torch, tokenizer, servers) when no budget is given.
 _RESERVE = GIB
-# Left to other programs on the GPU, the desktop among them.
-_VRAM_RESERVE = 512 << 20
 # Tokens of a step unless asked otherwise. On a GPU experts may be sent there for a step: the more tokens
 # share the sending, the better, as far as their buffers fit.
 _CHUNK, _CHUNK_ON_GPU = 512, 2048
@@ -252,11 +250,9 @@ def _too_small(what: str, flag: str, budget: int, need: int, asked: int, fitting
 
 
 def budget_of(ram: int | None, vram: int | None, gpu: Gpu | None) -> Budget:
-    """The budgets that settings ask for; what they leave open is what is free now, less a reserve."""
+    """The budgets that settings ask for; without `ram`, what is free now, less a reserve."""
     ram = ram if ram is not None else max(available_memory() - _RESERVE, 0)
-    if gpu is None:
-        return Budget(ram)
-    return Budget(ram, vram if vram is not None else max(gpu.free - _VRAM_RESERVE, 0), gpu.device)
+    return Budget(ram) if gpu is None else Budget(ram, vram or 0, gpu.device)
 
 
 def size_text(size: int) -> str:

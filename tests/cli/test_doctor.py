@@ -78,7 +78,7 @@ def test_slow_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     ("script", "usable", "verdict", "said"),
     [
         (NVIDIA, True, "ok", "NVIDIA H100, 81000 MiB of 81559 MiB free"),
-        (NVIDIA, False, "note", "but not used"),
+        (NVIDIA, False, "note", "cannot use it"),
         ("exit 9", False, "note", "nvidia-smi fails"),
     ],
 )
