@@ -157,7 +157,7 @@ tests-webui: $(VENV)/.dev $(VENV)/.built webui-env
 
 # The README's table: our kernels and llama.cpp's on the same blocks, in turns.
 bench: $(VENV)/.built peers
-	$(BIN)/ktd bench kernels --tokens 1,512 --threads 1 --against llama.cpp --peer-lib $(PEERS_ENV)
+	$(BIN)/ktd bench kernels --types Q8_0,Q4_K,Q6_K,IQ1_S,IQ2_XXS,IQ3_XXS --tokens 1,512 --threads 1 --against llama.cpp --peer-lib $(PEERS_ENV)
 
 # What the Pipe adds to each token, and what other requests of Open WebUI notice of it (docs/pipe.md).
 bench-pipe: $(VENV)/.dev $(VENV)/.built webui-env
