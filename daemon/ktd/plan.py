@@ -182,7 +182,7 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
         vram=sizes.on_gpu(Placement(), 0),
         routed=routed,
         dense=dense,
-        ram_per_token=_active(routed, config) + dense - _embedding(gguf),
+        ram_per_token=_active(routed + growth, config) + dense - _embedding(gguf),
         vram_per_token=0,
         context=asked,
         chunk_tokens=sizes.chunk_tokens,
@@ -221,13 +221,14 @@ def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: boo
     embedding = _embedding(gguf)
     buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens)
     in_ram = routed - vram.experts + embedding + buffers
+    growth = sizes.growth(placement, budget.ram - in_ram)
     return Plan(
         budget=budget,
         placement=placement,
         vram=vram,
         routed=routed - vram.experts,
         dense=embedding,
-        ram_per_token=_active(routed - vram.experts, config),
+        ram_per_token=_active(routed - vram.experts + growth, config),
         vram_per_token=_active(vram.experts, config) + vram.dense,
         context=asked,
         chunk_tokens=sizes.chunk_tokens,
@@ -235,7 +236,7 @@ def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: boo
         cache_per_token=per_token,
         buffers=buffers,
         from_disk=max(in_ram - budget.ram, 0),
-        growth=sizes.growth(placement, budget.ram - in_ram),
+        growth=growth,
     )
 
 

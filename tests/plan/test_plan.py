@@ -146,7 +146,9 @@ def test_weights_are_repacked_where_there_is_room(tmp_path: Path) -> None:
     cpu = Cpu(1)
     roomy = plan_of(path, ram=1024 * MIB, packer=cpu)
     assert 0 < roomy.growth < 0.25 * (roomy.routed + roomy.dense)
-    assert plan_of(path, ram=1024 * MIB).growth == 0
+    plain = plan_of(path, ram=1024 * MIB)
+    assert plain.growth == 0
+    assert plain.ram_per_token < roomy.ram_per_token < plain.ram_per_token + roomy.growth
     on_gpu = plan_of(path, ram=1024 * MIB, vram=8192 * MIB, packer=cpu)
     assert on_gpu.growth <= 0.25 * on_gpu.dense, "only the embedding is left in memory"
     least = roomy.routed + roomy.dense + roomy.buffers + 512 * roomy.cache_per_token

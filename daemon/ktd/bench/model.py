@@ -232,7 +232,9 @@ class _Session:
             request_id=f"bench-{self._count}",
             prompt=self._rng.integers(0, self._vocab_size, prompt_tokens).tolist(),
             max_tokens=max_tokens,
-            sampling=SamplingParams(temperature=0.0),
+            # Random tokens, as the peer's are: greedy text of random weights goes round in a circle, and its
+            # few experts would stay in the caches.
+            sampling=SamplingParams(temperature=1.0, top_p=1.0, seed=self._count),
             stop_ids=frozenset(),
         )
 
