@@ -2,18 +2,23 @@
 
     python llama_cpp_model.py '{"model": "…", "threads": 2, "prompts": [512], "sequences": [1],
                                 "contexts": [32], "answer": 16, "chunk": 512, "repack": false,
-                                "flash_attention": false}'
+                                "flash_attention": false, "gpu": false}'
+
+With `gpu` everything but the routed experts is on the GPU, as with llama.cpp's `-ngl 999 -ot exps=CPU`.
 
 Prints one JSON object: `prefill`, seconds of each prompt, and `decode`, seconds a step for each context and,
 in it, each number of sequences. Imports nothing of ktd, which that environment lacks.
 """
 
+import ctypes
 import json
 import random
 import sys
 import time
 
 import llama_cpp  # type: ignore[import-not-found]
+
+_LOAD_MODE_NONE = 0  # llama.h's, which llama-cpp-python does not name
 
 
 def main() -> None:
@@ -23,7 +28,12 @@ def main() -> None:
     longest = max(*asked["prompts"], max(asked["contexts"]) + asked["answer"])
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
-    model_params.n_gpu_layers = 0
+    model_params.n_gpu_layers = 999 if asked["gpu"] else 0
+    if asked["gpu"]:
+        overrides = _experts_on_the_cpu()
+        model_params.tensor_buft_overrides = ctypes.addressof(overrides)
+        # What llama.cpp itself advises with such overrides: its own copy of the weights, in pinned memory.
+        model_params.load_mode = _LOAD_MODE_NONE
     model_params.use_extra_bufts = asked["repack"]
     model = llama_cpp.llama_model_load_from_file(asked["model"].encode(), model_params)
     if not model:
@@ -47,6 +57,19 @@ def main() -> None:
         for before in asked["contexts"]
     ]
     print(json.dumps({"prefill": prefill, "decode": decode}))
+
+
+class _Override(ctypes.Structure):
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _experts_on_the_cpu() -> ctypes.Array[_Override]:
+    """llama.cpp's list of overrides, ended by an empty one."""
+    if not llama_cpp.llama_supports_gpu_offload():
+        sys.exit("this llama-cpp-python was built without a GPU backend")
+    find = llama_cpp._ggml.libggml.ggml_backend_cpu_buffer_type
+    find.restype = ctypes.c_void_p
+    return (_Override * 2)(_Override(b"exps", find()), _Override())
 
 
 class _Run:

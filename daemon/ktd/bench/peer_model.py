@@ -40,18 +40,20 @@ def measure_llama_cpp(
     answer_tokens: int,
     chunk_tokens: int,
     threads: int,
+    gpu: bool,
     say: Callable[[str], None],
 ) -> PeerResult:
     """Measures with every combination of weight repacking and flash attention and keeps the best of each
-    figure. Raises UserError where llama.cpp does not run."""
+    figure. With `gpu` its routed experts stay on the CPU. Raises UserError where llama.cpp does not run."""
     runs = []
-    for repack, flash in product((False, True), repeat=2):
+    # Nothing of what is left to the CPU beside a GPU has a repacked form in llama.cpp.
+    for repack, flash in product((False,) if gpu else (False, True), (False, True)):
         flags = f"repack {'on' if repack else 'off'}, flash attention {'on' if flash else 'off'}"
         say(f"llama.cpp, {flags}")
         asked = {
             "model": str(path), "threads": threads, "prompts": prompts, "sequences": sequences,
             "contexts": contexts, "answer": answer_tokens, "chunk": chunk_tokens, "repack": repack,
-            "flash_attention": flash,
+            "flash_attention": flash, "gpu": gpu,
         }  # fmt: skip
         done = subprocess.run(
             [python, _SCRIPT, json.dumps(asked)], capture_output=True, text=True, check=False

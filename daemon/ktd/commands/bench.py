@@ -107,7 +107,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--contexts", type=_numbers, default="32", help="tokens before an answer (default: %(default)s)"
     )
-    model.add_argument("--against", choices=("llama.cpp",), help="this peer on the same file, CPU only")
+    model.add_argument(
+        "--against",
+        choices=("llama.cpp",),
+        help="this peer on the same file; with --vram, its experts on the CPU",
+    )
     model.add_argument("--peer-python", type=Path, help="Python that has llama-cpp-python")
     model.add_argument("--trace", type=Path, help="write a profile of a few steps for chrome://tracing")
     model.add_argument(
@@ -213,6 +217,7 @@ def _measure(
         answer_tokens=args.answer,
         chunk_tokens=result.chunk_tokens,
         threads=result.threads,
+        gpu=args.vram is not None,
         say=say,
     )
     return result, peer
