@@ -16,9 +16,9 @@ from ktd.chat import ChatService, ServedModel
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
-from ktd.gpu import gpu_for
-from ktd.ktransformers_rules import first_not_honoured
+from ktd.gpu import Gpu, gpu_for
 from ktd.model import ModelConfig, load_model
+from ktd.placement_rules import pinned_layers
 from ktd.plan import GIB, PAGE_SIZE, Plan, budget_of, make_plan
 from ktd.server.host import Loaded
 from ktd.settings import Settings
@@ -48,25 +48,30 @@ def prepare(settings: Settings) -> Prepared:
 
     Raises GgufError or SettingsError with what is wrong and what to do.
     """
-    _check_rules(settings)
     try:
         cpu = Cpu(threads=settings.cpu_infer, isa=settings.isa)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     gguf = GgufFile.open(settings.gguf_path or embedded_model())
-    config = ModelConfig.from_gguf(gguf)
-    plan = make_plan(
+    plan = plan_for(settings, gguf, cpu, gpu_for(settings.vram))
+    text = TextModel.from_gguf(gguf, settings.model_path)
+    return Prepared(settings, gguf, text, cpu, plan, _served(settings, gguf, plan))
+
+
+def plan_for(settings: Settings, gguf: GgufFile, cpu: Cpu, gpu: Gpu | None) -> Plan:
+    """What `settings` make of a file on this machine. Raises GgufError or SettingsError."""
+    config, rules = ModelConfig.from_gguf(gguf), settings.optimize_config_path
+    return make_plan(
         gguf,
         config,
-        budget=budget_of(settings.ram, settings.vram, gpu_for(settings.vram)),
+        budget=budget_of(settings.ram, settings.vram, gpu),
         packer=cpu if settings.repack else None,
         context=settings.context,
         sequences=settings.max_sequences,
         chunk_tokens=settings.chunk_tokens,
         cache_type=settings.cache_type,
+        pinned=pinned_layers(rules, gguf, config, gpu.device if gpu else None) if rules else {},
     )
-    text = TextModel.from_gguf(gguf, settings.model_path)
-    return Prepared(settings, gguf, text, cpu, plan, _served(settings, gguf, plan))
 
 
 def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
@@ -138,14 +143,6 @@ def _served(settings: Settings, gguf: GgufFile, plan: Plan) -> ServedModel:
         quantisation=bytes_of.most_common(1)[0][0],
         created=int(path.stat().st_mtime),
     )
-
-
-def _check_rules(settings: Settings) -> None:
-    if settings.optimize_config_path is None:
-        return
-    rule = first_not_honoured(settings.optimize_config_path)
-    if rule:
-        log.warning("%s: ktd places tensors by its own plan (--vram), so this rule has no effect", rule)
 
 
 class Progress:

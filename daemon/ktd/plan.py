@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +96,7 @@ class _Sizes:
     sequences: int
     chunk_tokens: int
     cache_type: CacheType
+    pinned: Mapping[int, bool]
 
     @property
     def cache_per_token(self) -> int:
@@ -134,13 +136,15 @@ def make_plan(
     sequences: int,
     chunk_tokens: int | None,
     cache_type: CacheType,
+    pinned: Mapping[int, bool] | None = None,
 ) -> Plan:
     """Fits weights, latent cache and buffers into `budget`; weights repacked by `packer` where there is room.
 
     `chunk_tokens` None takes 512, or more on a GPU with room for it; `context` None as much as fits, up to
     the model's own. With a GPU everything but the routed experts and the token embedding goes there; what is
-    left of it takes routed experts, layer by layer. Raises SettingsError when the asked context, or the least
-    useful one, does not fit.
+    left of it takes routed experts, layer by layer: first the layers that `pinned` (see placement_rules) puts
+    there, and never those that it keeps in memory. Raises SettingsError when the asked context, or the least
+    useful one, does not fit, or not all experts that are pinned to the GPU.
     """
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
     if asked > config.context:
@@ -148,7 +152,9 @@ def make_plan(
             f"A context of {asked} tokens was asked for, but {gguf.name} was made for {config.context}:"
             " ask for less."
         )
-    sizes = _Sizes(gguf, packer, config, sequences, chunk_tokens or max(_CHUNK, sequences), cache_type)
+    sizes = _Sizes(
+        gguf, packer, config, sequences, chunk_tokens or max(_CHUNK, sequences), cache_type, pinned or {}
+    )
     if budget.device is None:
         return _on_cpu(sizes, budget, asked, grow=context is None)
     if chunk_tokens is None:
@@ -203,16 +209,24 @@ def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: boo
     routed = sum(layers.values())
     alone = sizes.on_gpu(Placement(device), 0).total
     room = budget.vram - alone
-    if room < _paged(asked) * per_token:
-        need = alone + _paged(asked) * per_token
-        raise _too_small("GPU memory", "--vram", budget.vram, need, asked, room // per_token)
-    spare = max(room - routed, 0)  # beyond all experts
+    least = _paged(asked) * per_token
+    if room < least:
+        raise _too_small("GPU memory", "--vram", budget.vram, alone + least, asked, room // per_token)
+    chosen = {layer for layer, on_gpu in sizes.pinned.items() if on_gpu}
+    free = [layer for layer in sorted(layers) if layer < config.layers and layer not in sizes.pinned]
+    room = budget.vram - sizes.on_gpu(Placement(device, frozenset(chosen)), 0).total
+    if room < least:
+        raise SettingsError(
+            f"The rules put the routed experts of {len(chosen)} layers on the GPU, which takes"
+            f" {size_text(budget.vram - room + least)} with a context of {asked} tokens, but the GPU memory"
+            f" budget is {size_text(budget.vram)}: name fewer layers, or raise --vram."
+        )
+    spare = max(room - sum(layers[layer] for layer in free), 0)  # beyond all experts that may be there
     if grow:
         asked = min(config.context, max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked))
     # A quarter of the room for conversations side by side; the experts take the rest.
     cache_tokens = sizes.cache_for(asked, max(spare // 2, room // 4))
-    chosen: set[int] = set()
-    for layer in sorted(layer for layer in layers if layer < config.layers):
+    for layer in free:
         if sizes.on_gpu(Placement(device, frozenset(chosen | {layer})), cache_tokens).total > budget.vram:
             break
         chosen.add(layer)

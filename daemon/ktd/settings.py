@@ -99,7 +99,9 @@ class Settings(BaseModel):
     cache_type: Literal["bf16", "f32"] = _setting("engine", "bf16", "number type of the latent cache")
     use_cuda_graph: bool = _setting("engine", True, "record the decode step of a GPU; no effect without one")
     optimize_config_path: Path | None = _setting(
-        "engine", None, "placement rules in KTransformers' match/replace YAML"
+        "engine",
+        None,
+        "placement rules: YAML of names and devices, KTransformers' or one's own",
     )
 
     max_new_tokens: int | None = _setting(

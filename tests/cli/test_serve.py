@@ -90,26 +90,12 @@ def test_settings_that_cannot_be_met(
     assert "not YAML: line" in refusal(capfd, monkeypatch, "--optimize_config_path", "rules.yaml")
     Path("rules.yaml").write_text("- match: {name: x}\n- 3\n")
     assert "Line 1 of" in refusal(capfd, monkeypatch, "--optimize_config_path", "rules.yaml")
+    Path("rules.yaml").write_text("- match: {name: _exps}\n  replace: {device: cuda}\n")
+    assert "no GPU is used" in refusal(capfd, monkeypatch, "--optimize_config_path", "rules.yaml")
     certificate = ["--ssl-certfile", "no.pem", "--ssl-keyfile", "no.pem"]
     assert "certificate" in refusal(capfd, monkeypatch, *certificate)
     Path("occupied").write_text("")
     assert "log" in refusal(capfd, monkeypatch, "--log-dir", "occupied")
-
-
-def test_a_rule_that_cannot_be_honoured_is_named(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path("rules.yaml").write_text(
-        "- match:\n    name: ^model\n  replace:\n    kwargs:\n      generate_device: cpu\n"
-        "      prefill_device: cuda\n"
-    )
-    monkeypatch.setattr(
-        sys, "argv", ["ktd", "serve", "--optimize_config_path", "rules.yaml", "--isa", "sse9"]
-    )
-    handler = signal.getsignal(signal.SIGTERM)
-    assert entry.main() == 2
-    signal.signal(signal.SIGTERM, handler)
-    assert "rules.yaml, line 6, prefill_device: cuda" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("door", ["KTD_PORT", "KTD_GRPC_PORT"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -24,24 +26,15 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises GgufError and SettingsError."""
     from ktd.gguf import GgufFile
     from ktd.gpu import gpu_for
-    from ktd.model.config import ModelConfig
-    from ktd.plan import budget_of, make_plan, size_text
+    from ktd.launch import plan_for
+    from ktd.plan import size_text
     from ktd_kernels import Cpu, memory_bandwidth
 
     settings: Settings = load(args)
     cpu = Cpu(settings.cpu_infer, settings.isa)
     gpu = gpu_for(settings.vram)
     with GgufFile.open(args.gguf) as gguf:
-        plan = make_plan(
-            gguf,
-            ModelConfig.from_gguf(gguf),
-            budget=budget_of(settings.ram, settings.vram, gpu),
-            packer=cpu if settings.repack else None,
-            context=settings.context,
-            sequences=settings.max_sequences,
-            chunk_tokens=settings.chunk_tokens,
-            cache_type=settings.cache_type,
-        )
+        plan = plan_for(settings, gguf, cpu, gpu)
         name = gguf.name
     bandwidth = memory_bandwidth(cpu.threads, 0.5)
 
@@ -68,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         rate = plan.tokens_per_second(bandwidth)
         table.add_row("decode at that bandwidth, at most", f"{rate:.1f} tokens/s")
     if gpu is not None:
-        layers = len(plan.placement.expert_layers_on_gpu)
-        table.add_row("layers whose routed experts are on the GPU", "", str(layers))
+        layers = plan.placement.expert_layers_on_gpu
+        table.add_row("layers whose routed experts are on the GPU", "", _ranges(layers))
     Console().print(table)
     if plan.from_disk:
         print(
@@ -77,3 +70,13 @@ def run(args: argparse.Namespace) -> int:
             " More RAM or a smaller quantisation helps."
         )
     return 0
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """How many, and which: "5: 3-6, 9"."""
+    ordered = sorted(numbers)
+    parts: list[str] = []
+    for _, run in groupby(enumerate(ordered), lambda pair: pair[1] - pair[0]):
+        first, *_, last = [number for _, number in run] * 2
+        parts.append(str(first) if first == last else f"{first}-{last}")
+    return f"{len(ordered)}: {', '.join(parts)}" if ordered else "none"

@@ -41,6 +41,15 @@ _LAYER = {
     "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
     "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
 }
+# Modules by the GGUF names of what they hold, of the whole model and within a layer.
+_MODULES = {ours: theirs.rpartition(".")[0] for theirs, ours in (_GLOBAL | _LAYER).items()} | {
+    "attn_k_b.weight": "self_attn.kv_b_proj",
+    "attn_v_b.weight": "self_attn.kv_b_proj",
+    "ffn_gate_exps.weight": "mlp.experts",
+    "ffn_up_exps.weight": "mlp.experts",
+    "ffn_gate_up_exps.weight": "mlp.experts",
+    "ffn_down_exps.weight": "mlp.experts",
+}
 
 
 def hf_metadata(config: Any, *, kv_b: KvB = "split") -> dict[str, str | int | float | bool]:
@@ -117,6 +126,16 @@ def gguf_name(name: str) -> str:
         return _GLOBAL[name]
     _, _, layer, rest = name.split(".", 3)
     return f"blk.{layer}.{_LAYER[rest]}"
+
+
+def hf_module(tensor: str) -> str | None:
+    """The module that holds the GGUF tensor of this name at Hugging Face; None for one that has no place
+    there."""
+    if tensor in _MODULES:
+        return _MODULES[tensor]
+    _, _, rest = tensor.partition(".")
+    layer, _, part = rest.partition(".")
+    return f"model.layers.{layer}.{_MODULES[part]}" if part in _MODULES else None
 
 
 def _layer_tensors(part: Mapping[str, torch.Tensor], config: Any, kv_b: KvB) -> Iterator[tuple[str, F32]]:
