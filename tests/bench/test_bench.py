@@ -193,6 +193,7 @@ def test_model_command_on_a_shape(ktd: Run, tmp_path: Path) -> None:
     )
     code, out, _ = ktd("bench", "model", *shape, *options)
     assert code == 0
+    assert out.startswith("2 layers of tiny-r1: loaded in ")
     assert f"tok/s of {SHAPES['tiny-r1'].layers} layers" in out
     assert json.loads(trace.read_text())["traceEvents"]
 
@@ -236,6 +237,16 @@ def test_model_bench_refuses_what_cannot_be_measured(gguf_file: Path) -> None:
         bench(prompts=[5000]).run(lambda _: None)
     with pytest.raises(SettingsError, match="steps to start"):
         bench(sequences=[30]).run(lambda _: None)
+
+
+def test_our_figures_outlive_a_peer_that_does_not_run(ktd: Run, gguf_file: Path) -> None:
+    options = ("--prompts", "5", "--sequences", "1", "--answer", "4", "--cpu-infer", "1")
+    code, out, err = ktd(
+        "bench", "model", str(gguf_file), *options, "--against", "llama.cpp", "--peer-python", "/bin/false"
+    )
+    assert code == 2
+    assert "Reading a prompt" in out
+    assert "llama.cpp does not run" in err
 
 
 @pytest.mark.peers

@@ -17,6 +17,7 @@ import sys
 import time
 
 import llama_cpp  # type: ignore[import-not-found]
+import llama_cpp._ggml  # type: ignore[import-not-found]
 
 _LOAD_MODE_NONE = 0  # llama.h's, which llama-cpp-python does not name
 

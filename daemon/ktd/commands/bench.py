@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -173,23 +173,27 @@ def _run_model(args: argparse.Namespace) -> int:
         raise UserError("--against llama.cpp and --peer-python belong together.")
     with Console(stderr=True).status("starting") as status:
         if args.gguf is not None:
-            result, peer = _measure(args, args.gguf, None, status.update)
+            result, peer, failure = _measure(args, args.gguf, None, status.update)
         else:
             whole = SHAPES[args.shape]
             shape = whole.cut(args.layers, args.dense_layers)
             status.update("making random weights")
             with file_in_memory(shape, args.mix or MIX_NAMES[0], seed=0, on_bytes=lambda _: None) as path:
-                result, peer = _measure(args, path, whole.layers, status.update)
+                result, peer, failure = _measure(args, path, whole.layers, status.update)
+            result = replace(result, name=f"{shape.layers} layers of {args.shape}")
     if args.json:
         print(json.dumps(result.as_json() | {"llama.cpp": asdict(peer) if peer else None}))
     else:
         print_model(result, peer)
+    if failure is not None:
+        raise failure
     return 0
 
 
 def _measure(
     args: argparse.Namespace, path: Path, layers_of_whole: int | None, say: Callable[[str], None]
-) -> tuple[ModelResult, PeerResult | None]:
+) -> tuple[ModelResult, PeerResult | None, UserError | None]:
+    """Our figures, the peer's, and why it has none: ours took minutes, and are not lost with the peer."""
     bench = ModelBench(
         path=path,
         prompts=args.prompts,
@@ -206,18 +210,21 @@ def _measure(
     )
     result = bench.run(say)
     if args.against is None:
-        return result, None
+        return result, None, None
     # After ours, whose memory is free again: both would not fit beside each other.
-    peer = measure_llama_cpp(
-        args.peer_python,
-        path,
-        prompts=args.prompts,
-        sequences=args.sequences,
-        contexts=args.contexts,
-        answer_tokens=args.answer,
-        chunk_tokens=result.chunk_tokens,
-        threads=result.threads,
-        gpu=args.vram is not None,
-        say=say,
-    )
-    return result, peer
+    try:
+        peer = measure_llama_cpp(
+            args.peer_python,
+            path,
+            prompts=args.prompts,
+            sequences=args.sequences,
+            contexts=args.contexts,
+            answer_tokens=args.answer,
+            chunk_tokens=result.chunk_tokens,
+            threads=result.threads,
+            gpu=args.vram is not None,
+            say=say,
+        )
+    except UserError as failure:
+        return result, None, failure
+    return result, peer, None
