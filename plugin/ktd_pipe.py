@@ -91,6 +91,10 @@ TEXTS: dict[str, dict[Language, str]] = {
         "en": "Cut off: the token limit was reached (max_tokens or the context)",
         "zh": "回答被截断：已达到 token 上限（max_tokens 或上下文长度）",
     },
+    "ended": {
+        "en": "The service ended the answer: {reason}",
+        "zh": "服务提前结束了回答：{reason}",
+    },
     "thought_enough": {
         "en": "\n\nThe thinking budget is used up: I answer now.",
         "zh": "\n\n思考预算已用完，现在作答。",
@@ -542,16 +546,24 @@ def search_prompt(results: Sequence[tuple[str, str]], question: str, date: str, 
     return SEARCH_TEMPLATES[language].format(results="\n".join(blocks), date=date, question=question)
 
 
+def _words(text: str) -> list[str]:
+    """The words of a text without control and direction characters.
+
+    A search may bring megabytes, and nobody else in the server runs meanwhile: only a text that has such
+    characters is looked at closely, and each distinct character once.
+    """
+    words = text.split()
+    if "".join(words).isprintable():
+        return words
+    unseen = (c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf") and not c.isspace())
+    return text.translate({ord(c): None for c in unseen}).split()
+
+
 def clean_text(text: object, limit: int) -> str:
     """Text from the network on one line: no control or direction characters, at most `limit` characters."""
     if not isinstance(text, str):
         return ""
-    kept = "".join(
-        " " if c.isspace() else c
-        for c in text[: 4 * limit]
-        if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf")
-    )
-    kept = " ".join(kept.split())
+    kept = " ".join(_words(text[: 4 * limit]))
     return kept if len(kept) <= limit else kept[: limit - 1] + "…"
 
 
@@ -561,7 +573,7 @@ def clean_url(url: object) -> str:
     """
     if not isinstance(url, str) or len(url) > 2048:
         return ""
-    url = "".join(c for c in url if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
+    url = "".join(_words(url))
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -1035,6 +1047,7 @@ HTTP_PASSED = [
     "stop",
     "logit_bias",
     "reasoning_effort",
+    "reasoning",
     "thinking",
     "enable_thinking",
     "thinking_budget",
@@ -1044,6 +1057,7 @@ HTTP_PASSED = [
     "search_domain_filter",
     "search_recency_filter",
     "return_related_questions",
+    "return_progress",
     "enable_search",
     "search_options",
 ]
@@ -1108,6 +1122,12 @@ def parts_text(content: object) -> str:
     return content if isinstance(content, str) else ""
 
 
+def details_text(details: object) -> str:
+    """The thought in OpenRouter's `reasoning_details`: texts, or summaries where the text is kept secret."""
+    texts = [item.get("text") or item.get("summary") for item in _dicts(details)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
 def has_image(content: object) -> bool:
     """Whether a message's content holds an image (or audio, or a file) beside text."""
     if not isinstance(content, list):
@@ -1118,9 +1138,9 @@ def has_image(content: object) -> bool:
 
 
 def read_messages(body: Mapping[str, Any], *, text_only: bool, tools: bool = False) -> list[Json]:
-    """The conversation: role, content, tool calls. Dropped are old thoughts that another function left as
-    markup, what `PageText` put into old answers and, unless there are tools that need them, the ids of
-    attached files.
+    """The conversation: role, content, tool calls and the thoughts of turns that called tools
+    (`Page.offer_tools`). Dropped are old thoughts that another function left as markup, what `PageText` put
+    into old answers and, unless there are tools that need them, the ids of attached files.
     """
     messages: list[Json] = []
     for message in body.get("messages") or []:
@@ -1142,6 +1162,8 @@ def read_messages(body: Mapping[str, Any], *, text_only: bool, tools: bool = Fal
             kept["tool_calls"] = message["tool_calls"]
         if message.get("tool_call_id"):
             kept["tool_call_id"] = str(message["tool_call_id"])
+        if role == "assistant" and (thought := details_text(message.get("reasoning_details"))):
+            kept["reasoning_content"] = thought
         messages.append(kept)
     if not messages:
         raise PipeError("no_messages", code="invalid_request")
@@ -1299,13 +1321,18 @@ class Links:
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], tuple[asyncio.AbstractEventLoop, Any]] = {}
 
+    def find(self, target: Target) -> Any | None:
+        """The target's link in the running loop, if there is one."""
+        loop, link = self._kept.get((target.url, target.certificates), (None, None))
+        return link if loop is asyncio.get_running_loop() else None
+
     def get(self, target: Target, make: Callable[[Target], Any]) -> Any:
-        loop = asyncio.get_running_loop()
-        key = (target.url, target.certificates)
-        kept = self._kept.get(key)
-        if kept is None or kept[0] is not loop:
-            kept = self._kept[key] = (loop, make(target))
-        return kept[1]
+        """The same, made if there is none."""
+        link = self.find(target)
+        if link is None:
+            link = make(target)
+            self._kept[target.url, target.certificates] = (asyncio.get_running_loop(), link)
+        return link
 
     def forget(self, target: Target) -> None:
         """Lets go of a target's link; whoever still uses it keeps it until then."""
@@ -1706,7 +1733,8 @@ def _ark_sources(chunk: Json, delta: Json) -> list[Source]:
 def _perplexity_sources(chunk: Json, delta: Json) -> list[Source]:
     """Perplexity: `search_results` and `citations`, in the same order, on every chunk; markers [N]."""
     results = _dicts(chunk.get("search_results"))
-    links = [link for link in chunk.get("citations") or [] if isinstance(link, str)]
+    citations = chunk.get("citations")
+    links = [link for link in citations if isinstance(link, str)] if isinstance(citations, list) else []
     if len(results) >= len(links):
         return [clean_source(item.get("title"), item.get("url"), item.get("snippet")) for item in results]
     details = {item.get("url"): item for item in results}
@@ -1741,6 +1769,9 @@ def _annotated_sources(chunk: Json, delta: Json) -> list[Source]:
     return found
 
 
+# Where in a chunk or a delta the readers look.
+_SOURCE_FIELDS = ("references", "reference", "citations", "search_results", "annotations")
+
 # Reader, the markers that go with it, whether each list adds to the one before.
 _SOURCE_READERS: tuple[tuple[Callable[[Json, Json], list[Source]], MarkerStyle, bool], ...] = (
     (_ark_sources, "summary", False),
@@ -1748,6 +1779,28 @@ _SOURCE_READERS: tuple[tuple[Callable[[Json, Json], list[Source]], MarkerStyle, 
     (_delta_sources, "citation", False),
     (_annotated_sources, "plain", True),
 )
+
+
+def _prompt_progress(chunk: Json) -> list[Event]:
+    """llama-server's progress, which it sends when the request says `return_progress`."""
+    progress = chunk.get("prompt_progress")
+    if not isinstance(progress, dict):
+        return []
+    total, done, cached = (int(_count(progress.get(name))) for name in ("total", "processed", "cache"))
+    return [Prefill(done, total, _rate(done - cached, _count(progress.get("time_ms")) / 1000))]
+
+
+def _bot_usage(chunk: Json) -> Json:
+    """Volcengine Ark's count for a bot, which may ask several models for one answer."""
+    usage = chunk.get("bot_usage")
+    models = _dicts(usage.get("model_usage")) if isinstance(usage, dict) else []
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    return {name: sum(_count(model.get(name)) for model in models) for name in names} if models else {}
+
+
+def _count(value: object) -> float | int:
+    """A number from the network; 0 for anything else."""
+    return value if isinstance(value, (int, float)) else 0
 
 
 class ReplyReader:
@@ -1759,6 +1812,7 @@ class ReplyReader:
         self._native_thoughts = False
         self._answered = False
         self._sources: tuple[Source, ...] = ()
+        self._named: list[object] = []
         self._calls: dict[int, Json] = {}
         self._usage: Json = {}
         self._timings: Json = {}
@@ -1782,13 +1836,14 @@ class ReplyReader:
         if chunk.get("error") or (not choices and "code" in chunk and "message" in chunk):
             raise PipeError(plain=error_sentence(chunk), code=_error_code(chunk))
         choice = choices[0] if choices else {}
-        delta = choice.get("delta") or choice.get("message") or {}
-        events = self._read_sources(chunk, delta)
+        parts = [part for part in (choice.get("delta"), choice.get("message")) if isinstance(part, dict)]
+        delta = next(filter(None, parts), {})
+        events = _prompt_progress(chunk) + self._read_sources(chunk, delta)
         events += self._read_text(delta)
         self._read_calls(delta)
-        self._usage = chunk.get("usage") or choice.get("usage") or self._usage
+        self._usage = chunk.get("usage") or choice.get("usage") or _bot_usage(chunk) or self._usage
         self._timings = chunk.get("timings") or self._timings
-        self._reason = choice.get("finish_reason") or self._reason
+        self._reason = str(choice.get("finish_reason") or self._reason)
         return events
 
     def end(self) -> list[Event]:
@@ -1810,13 +1865,17 @@ class ReplyReader:
             call = self._calls.setdefault(
                 index if isinstance(index, int) else position, {"id": "", "name": "", "arguments": ""}
             )
-            function = piece.get("function") or {}
+            function = piece["function"] if isinstance(piece.get("function"), dict) else {}
             arguments = function.get("arguments") or ""
             call["id"] = str(piece.get("id") or call["id"])
             call["name"] = str(function.get("name") or call["name"])
             call["arguments"] += arguments if isinstance(arguments, str) else json.dumps(arguments)
 
     def _read_sources(self, chunk: Json, delta: Json) -> list[Event]:
+        named = [part[name] for part in (chunk, delta) for name in _SOURCE_FIELDS if part.get(name)]
+        if not named or named == self._named:
+            return []  # some repeat their list on every chunk
+        self._named = named
         for reader, style, adds in _SOURCE_READERS:
             found = tuple(reader(chunk, delta))
             if adds:
@@ -1828,9 +1887,11 @@ class ReplyReader:
 
     def _read_text(self, delta: Json) -> list[Event]:
         thought = delta.get("reasoning_content") or delta.get("reasoning") or delta.get("thinking")
+        if not isinstance(thought, str) or not thought:
+            thought = details_text(delta.get("reasoning_details"))
         text = parts_text(delta.get("content"))
         events: list[Event] = []
-        if isinstance(thought, str) and thought:
+        if thought:
             self._native_thoughts = True
             events.append(Reasoning(thought))
         if text and self._native_thoughts:
@@ -1853,10 +1914,10 @@ class ReplyReader:
         first = self._first_text or time.monotonic()
         waited, wrote = first - self._begun, time.monotonic() - first
         timings = self._timings if isinstance(self._timings, dict) else {}
-        prompt_rate = timings.get("prompt_per_second") or _rate(figures.get("prompt_tokens") or 0, waited)
-        answer_rate = timings.get("predicted_per_second") or _rate(
-            figures.get("completion_tokens") or 0, wrote
-        )
+        prompt_rate = _count(timings.get("prompt_per_second"))
+        prompt_rate = prompt_rate or _rate(_count(figures.get("prompt_tokens")), waited)
+        answer_rate = _count(timings.get("predicted_per_second"))
+        answer_rate = answer_rate or _rate(_count(figures.get("completion_tokens")), wrote)
         rates = {
             "prompt_tokens_per_second": round(prompt_rate, 2),
             "completion_tokens_per_second": round(answer_rate, 2),
@@ -1930,18 +1991,47 @@ def http_payload(job: Job, body: Mapping[str, Any]) -> Json:
         if body.get("tool_choice") is not None:
             payload["tool_choice"] = body["tool_choice"]
     if job.thinking is not None:
-        payload |= _thinking_switch(job)
+        # An effort that the chat names is a yes too, and a more exact one.
+        switch = _thinking_switch(job)
+        payload = switch | payload if job.thinking else payload | switch
+    _return_thoughts(job, payload["messages"])
     if job.continues:
         _ask_to_continue(job, payload)
     return payload
 
 
+def wants_thoughts_back(target: Target, model: str) -> bool:
+    """Whether the thoughts of turns that call tools must come back with the conversation.
+
+    DeepSeek's newer models refuse the next round without them, on whatever service; for all others a thought
+    ends with its answer, and some refuse the field.
+    """
+    return "deepseek" in f"{urlsplit(target.url).hostname} {model}".lower() and not target.speaks_grpc
+
+
+def _return_thoughts(job: Job, messages: Sequence[Json]) -> None:
+    """Leaves the thoughts in the turns that called tools, and takes them out of all others. A blank stands
+    for one that is lost (hidden, or by another model): an empty text is refused.
+    """
+    wanted, called = wants_thoughts_back(job.target, job.model), False
+    for message in messages:
+        if message["role"] == "user":
+            called = False
+        called = called or bool(message.get("tool_calls"))
+        thought = message.pop("reasoning_content", " ")
+        if wanted and called and message["role"] == "assistant":
+            message["reasoning_content"] = thought
+
+
+_CONTINUE_UNASKED = ("volces.com", "siliconflow.cn", "siliconflow.com", "perplexity.ai", "openrouter.ai")
+
+
 def _ask_to_continue(job: Job, payload: Json) -> None:
-    """Says that the last message is to go on. Services that are not named here do so by themselves."""
+    """Says that the last message is to go on, in vLLM's words where the service has none of its own."""
     host = urlsplit(job.target.url).hostname or ""
     if host.endswith("deepseek.com"):
         payload["messages"][-1]["prefix"] = True
-    elif not host.endswith(("volces.com", "siliconflow.cn", "siliconflow.com", "perplexity.ai")):
+    elif not host.endswith(_CONTINUE_UNASKED):
         payload |= {"continue_final_message": True, "add_generation_prompt": False}
 
 
@@ -1952,6 +2042,10 @@ def _thinking_switch(job: Job) -> Json:
         return {"thinking": {"type": "enabled" if job.thinking else "disabled"}}
     if host.endswith(("siliconflow.cn", "siliconflow.com", "aliyuncs.com")):
         return {"enable_thinking": job.thinking}
+    if host.endswith("openrouter.ai"):
+        return {"reasoning": {"enabled": job.thinking}}
+    if host.endswith("ollama.com") or urlsplit(job.target.url).port == 11434:
+        return {"reasoning_effort": "medium" if job.thinking else "none"}
     return {"chat_template_kwargs": {"thinking": job.thinking, "enable_thinking": job.thinking}}
 
 
@@ -1980,10 +2074,24 @@ async def _http_failure(response: Any, target: Target) -> PipeError:
     )
 
 
-def _client(links: Links, target: Target) -> Any:
+async def _client(links: Links, target: Target) -> Any:
     if HTTPX_PROBLEM:
         raise PipeError("no_httpx", reason=HTTPX_PROBLEM)
-    return links.get(target, open_client)
+    client = links.find(target)
+    if client is None:
+        # In a thread: it reads all certificate authorities, a tenth of a second in which nobody is served.
+        made = await asyncio.to_thread(open_client, target)
+        client = links.get(target, lambda _: made)
+        if client is not made:
+            await made.aclose()
+    return client
+
+
+def _pieces(event: Event) -> list[Event]:
+    """A long text in parts, between which the server's other users have their turn."""
+    if not isinstance(event, (Reasoning, Answer)):
+        return [event]
+    return [type(event)(event.text[at : at + 4096]) for at in range(0, len(event.text), 4096)]
 
 
 async def http_events(links: Links, job: Job, payload: Json) -> AsyncGenerator[Event]:
@@ -1991,7 +2099,7 @@ async def http_events(links: Links, job: Job, payload: Json) -> AsyncGenerator[E
     service.
     """
     target = job.target
-    client = _client(links, target)
+    client = await _client(links, target)
     request = client.build_request(
         "POST",
         _chat_url(job),
@@ -2007,9 +2115,11 @@ async def http_events(links: Links, job: Job, payload: Json) -> AsyncGenerator[E
             if response.status_code != 200:
                 raise await _http_failure(response, target)
             if "json" in response.headers.get("content-type", ""):
-                chunks = [(await response.aread()).decode("utf-8", "replace")]
-                for event in [*reader.read(chunks[0]), *reader.end()]:
-                    yield event
+                whole = (await response.aread()).decode("utf-8", "replace")
+                for event in [*reader.read(whole), *reader.end()]:
+                    for piece in _pieces(event):
+                        yield piece
+                        await asyncio.sleep(0)
                 return
             decoder = SseDecoder()
             async for raw in response.aiter_bytes():
@@ -2035,7 +2145,7 @@ async def http_events(links: Links, job: Job, payload: Json) -> AsyncGenerator[E
 
 async def http_models(links: Links, target: Target, patience: float) -> list[tuple[str, str]]:
     """(id, shown name) of what the service lists."""
-    client = _client(links, target)
+    client = await _client(links, target)
     try:
         response = await client.get(
             f"{target.url.rstrip('/')}/models", headers=_http_headers(target), timeout=patience
@@ -2050,6 +2160,9 @@ async def http_models(links: Links, target: Target, patience: float) -> list[tup
 
 # --- The page: events become what Open WebUI shows ----------------------------------------------------------
 
+
+# Reasons for which a service breaks an answer off without calling it an error.
+_ENDED_BY_SERVICE = ("content_filter", "sensitive", "insufficient_system_resource", "error")
 
 # Seconds before a wait is worth a status.
 STATUS_DELAY = 0.5
@@ -2096,6 +2209,7 @@ class Page:
         self._search_status: Json | None = None
         self._annotations: list[Json] = []
         self._offers_tools = False
+        self._kept_thought: str | None = None
         self._usage: Json | None = None
         self._reason = "stop"
         self._ended = False
@@ -2107,6 +2221,12 @@ class Page:
     def offer_tools(self) -> None:
         """The model was given tools: its calls are passed on."""
         self._offers_tools = True
+
+    def keep_thought(self) -> None:
+        """The model wants its thought back in later rounds. Open WebUI forgets those of a Pipe's models, but
+        hands `reasoning_details` back as it got them.
+        """
+        self._kept_thought = "" if self._options.show_thoughts else None
 
     async def emit(self, kind: str, data: Json) -> None:
         if self._emitter is not None:
@@ -2164,6 +2284,8 @@ class Page:
             return self._thought_chunk(self._thought.flush()) + self._content(self._answer.push(event.text))
         if isinstance(event, Reasoning):
             await self._begin_text()
+            if self._kept_thought is not None:
+                self._kept_thought += event.text
             if self._options.show_thoughts:
                 return self._thought_chunk(self._thought.push(event.text))
             if self._thought_begun is None:
@@ -2174,7 +2296,8 @@ class Page:
                 return []
             await self._begin_text()
             await self._end_hidden_thought()
-            return [*self._rest(), self._chunk({"tool_calls": [_call_delta(event)]})]
+            delta = {"tool_calls": [_call_delta(event)], **self._thought_details()}
+            return [*self._rest(), self._chunk(delta)]
         elif isinstance(event, Prefill):
             await self._show_prefill(event)
         elif isinstance(event, Queued):
@@ -2196,11 +2319,13 @@ class Page:
         await self._begin_text()
         await self._end_hidden_thought()
         chunks = self._rest()
-        last = self._chunk({}, finish_reason=self._reason)
+        last = self._chunk(self._thought_details(), finish_reason=self._reason)
         if self._usage is not None:
             last["usage"] = self._usage
         if self._reason == "length":
             await self.status("length", done=True)
+        elif self._reason in _ENDED_BY_SERVICE:
+            await self.status("ended", done=True, reason=self._reason)
         self._ended = True
         return [*chunks, last]
 
@@ -2287,6 +2412,11 @@ class Page:
         """The chunks of what was held back."""
         return self._thought_chunk(self._thought.flush()) + self._content(self._answer.flush())
 
+    def _thought_details(self) -> Json:
+        """The whole thought, once, for `keep_thought`."""
+        text, self._kept_thought = self._kept_thought, None
+        return {"reasoning_details": [{"type": "reasoning.text", "text": text}]} if text else {}
+
     def _thought_chunk(self, text: str) -> list[Json]:
         return [self._chunk({"reasoning_content": text})] if text else []
 
@@ -2333,6 +2463,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s|[。！？\n]")
 
 def rule_title(question: str) -> str:
     """A title from the first question: its first sentence, shortened at a word."""
+    question = question[:20_000]  # it may hold a whole book
     text = re.sub(r"```.*?(```|\Z)", " ", question, flags=re.DOTALL)
     text = clean_text(_SENTENCE_END.split(text.strip(), maxsplit=1)[0], 400)
     text = text or clean_text(question, 400)
@@ -2683,6 +2814,8 @@ class Pipe:
             messages = read_messages(body, text_only=target.speaks_grpc, tools=bool(offered))
             if offered:
                 page.offer_tools()
+            if wants_thoughts_back(target, model) and (offered or tool_rounds(messages)):
+                page.keep_thought()
             wanted = valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search")
             if wanted and not offered and not tool_rounds(messages):
                 await self._search(last_question(messages), tools, valves, page)
@@ -2832,10 +2965,11 @@ class Pipe:
             reason = clean_text(found.get("error"), 200) or "no results"
             await page.status("search_failed", done=True, reason=reason)
             return
-        sources = [
-            clean_source(item.get("title"), item.get("link"), item.get("snippet"), valves.SEARCH_CHARS)
-            for item in _dicts(found)[: valves.SEARCH_RESULTS]
-        ]
+        sources = []
+        for item in _dicts(found)[: valves.SEARCH_RESULTS]:
+            text = item.get("snippet")
+            sources.append(clean_source(item.get("title"), item.get("link"), text, valves.SEARCH_CHARS))
+            await asyncio.sleep(0)  # whole pages may come, and others wait
         await page.show_sources(sources, query=query, to_prompt=True)
 
     async def _task(self, body: Json, task: str, task_body: Json, valves: Valves) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import ssl
 import sys
@@ -88,13 +89,17 @@ def browser_body(question: str, **more: Any) -> dict[str, Any]:
 
 
 async def ask(pipe: Any, body: dict[str, Any], **extra: Any) -> Shown:
-    """Sends a streaming body through the Pipe and collects the page."""
+    """Sends a streaming body through the Pipe and collects the page. What Open WebUI handed over is its own
+    still: nothing in it may be changed.
+    """
     shown = Shown()
     metadata = {"chat_id": "chat", "message_id": "message", **extra.pop("metadata", {})}
+    kept = copy.deepcopy((body, metadata))
     answer = await pipe.pipe(body, __metadata__=metadata, __event_emitter__=shown.emit, **extra)
     assert isinstance(answer, AsyncIterator)
     async for chunk in answer:
         shown.take(chunk)
+    assert (body, metadata) == kept, "Open WebUI's own objects were changed"
     return shown
 
 

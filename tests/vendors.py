@@ -114,13 +114,16 @@ def ark_bot() -> Recorded:
         for item in WEB
     ]
 
+    # One model looks at the question, another answers it.
+    parts = [{"name": "m", **dict.fromkeys(USAGE, 4)}, {"name": "m", **{k: n - 4 for k, n in USAGE.items()}}]
+
     def chunk(finish: str | None = None, references: Any = None, **delta: Any) -> Chunk:
         top = {
             "model": "deepseek-r1-250120",
             "metadata": {},
             "references": references,
-            "bot_usage": {"model_usage": [USAGE], "action_usage": None} if finish else None,
-            "usage": USAGE if finish else None,
+            "bot_usage": {"model_usage": [parts[0], parts[1]], "action_usage": None} if finish else None,
+            "usage": None,
         }
         return _chunk({"role": "assistant", **delta}, finish, {}, top)
 
@@ -237,7 +240,7 @@ def vllm_without_parser() -> Recorded:
 
 
 def llama_server() -> Recorded:
-    """llama.cpp's llama-server: its own speeds in `timings`, usage in a chunk without choices."""
+    """llama.cpp's llama-server: progress when asked for, its own speeds in `timings`, usage apart."""
     timings = {
         "cache_n": 0,
         "prompt_n": 9,
@@ -254,7 +257,10 @@ def llama_server() -> Recorded:
         return _chunk(delta, finish, {}, {"model": "r1", "system_fingerprint": "b6500-abc"})
 
     stream = sse(
-        chunk(role="assistant", content=None),
+        chunk(role="assistant", content=None)
+        | {"prompt_progress": {"total": 9, "cache": 1, "processed": 5, "time_ms": 80}},
+        chunk(role="assistant", content=None)
+        | {"prompt_progress": {"total": 9, "cache": 1, "processed": 9, "time_ms": 160}},
         chunk(reasoning_content="a"),
         chunk(content="one\u2028two"),
         chunk("stop"),
@@ -274,6 +280,31 @@ def ollama() -> Recorded:
     last = chunk() | {"choices": [], "usage": USAGE}
     stream = sse(chunk(reasoning="a"), chunk(reasoning="b"), chunk(content="c"), chunk("stop"), last)
     return Recorded(stream, "ab", "c")
+
+
+def openrouter() -> Recorded:
+    """OpenRouter: comments while it waits, the thought twice, or in `reasoning_details` alone."""
+
+    def chunk(finish: str | None = None, usage: Chunk | None = None, **delta: Any) -> Chunk:
+        top = {"provider": "DeepInfra", "model": "deepseek/deepseek-r1", "usage": usage}
+        choice = {"native_finish_reason": finish, "logprobs": None}
+        return _chunk({"role": "assistant", "content": "", **delta}, finish, choice, top)
+
+    def details(text: str) -> list[Chunk]:
+        return [{"type": "reasoning.text", "text": text, "format": "unknown", "index": 0}]
+
+    cited = {"type": "url_citation", "url_citation": {"title": "One", "url": LINKS[0], "content": "first"}}
+    stream = sse(
+        ": OPENROUTER PROCESSING\n\n",
+        chunk(reasoning="a", reasoning_details=details("a")),
+        ": OPENROUTER PROCESSING\n\n",
+        chunk(reasoning=None, reasoning_details=details("b")),
+        chunk(reasoning=None, reasoning_details=[{"type": "reasoning.encrypted", "data": "x", "index": 1}]),
+        chunk(content="c [1]", annotations=[cited]),
+        chunk("stop", content=""),
+        chunk(None, USAGE),
+    )
+    return Recorded(stream, "ab", "c [1]", ["One"])
 
 
 def openai_annotations() -> Recorded:
@@ -327,6 +358,7 @@ VENDORS: dict[str, Recorded] = {
     "vLLM without a parser": vllm_without_parser(),
     "llama-server": llama_server(),
     "Ollama": ollama(),
+    "OpenRouter": openrouter(),
     "OpenAI annotations": openai_annotations(),
     "sources last": sources_last(),
     "loose framing": loose_framing(),

@@ -333,6 +333,21 @@ class Browser:
     def stop(self) -> None:
         self.driver.find_element("css selector", "button[aria-label='Stop']").click()
 
+    def press(self, selector: str) -> None:
+        """Clicks the last element of its kind, also one that shows under the mouse only."""
+        found = until(lambda: self.driver.find_elements("css selector", selector), 10, f"{selector} is there")
+        self.driver.execute_script("arguments[0].click()", found[-1])
+
+    def edit_question(self, question: str) -> None:
+        """Asks the last question in other words: another branch of the chat."""
+        self.press(".edit-user-message-button")
+        box = until(
+            lambda: self.driver.find_elements("css selector", "textarea[id^='message-edit-']"), 10, "the box"
+        )[0]
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(question)
+        self.press("#confirm-edit-message-button")
+
     def open_thought(self) -> str:
         """Unfolds the last answer's thought and returns its text."""
         script = """

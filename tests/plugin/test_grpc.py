@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from typing import Any
 
 import grpc
@@ -19,9 +18,7 @@ async def test_thought_answer_usage_and_reason() -> None:
     async with fake_daemon() as daemon, pipe_to(daemon.address) as pipe:
         assert await pipe.pipes() == [{"id": "ktd-fake", "name": "ktd-fake"}]
         body = browser_body("hello", temperature="0.5", top_k=7, num_ctx=99, max_tokens=500, stop="\n\nUser")
-        kept = copy.deepcopy(body)
         shown = await ask(pipe, body)
-        assert body == kept, "Open WebUI's own objects were changed"
     assert shown.thought == "The user said: hello"
     assert shown.text == "You said [citation:1]: hello"
     assert shown.order == ["thought", "text"]
@@ -31,6 +28,27 @@ async def test_thought_answer_usage_and_reason() -> None:
     assert shown.usage["total_tokens"] == shown.usage["prompt_tokens"] + shown.usage["completion_tokens"]
     (request,) = daemon.engine.requests
     assert (request.sampling.temperature, request.sampling.top_k, request.max_tokens) == (0.5, 7, 500)
+
+
+async def test_every_sampling_parameter_reaches_the_daemon() -> None:
+    numbers = {"temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.25, "presence_penalty": 1.5,
+               "frequency_penalty": -0.5, "seed": 2**63, "max_tokens": 9}  # fmt: skip
+    others = {
+        "repeat_penalty": 1.25,
+        "stop": ["\n", ""],
+        "logit_bias": {"5": -100},
+        "mirostat": 2,
+        "num_ctx": 8,
+    }
+    async with scripted_pipe([text("x"), STOP], [text("x"), STOP]) as (pipe, daemon):
+        await ask(pipe, browser_body("q", **numbers, **others))
+        await ask(pipe, browser_body("q", **{name: str(value) for name, value in numbers.items()}))
+    first, as_text = (request.sampling for request in daemon.requests)
+    for sampling in (first, as_text):
+        assert {name: getattr(sampling, name) for name in numbers} == numbers
+    assert (first.repetition_penalty, list(first.stop), dict(first.logit_bias)) == (1.25, ["\n"], {5: -100})
+    known = {*numbers, "repetition_penalty", "stop", "logit_bias"}
+    assert {field.name for field in first.DESCRIPTOR.fields} == known, "a new field has no way in"
 
 
 async def test_not_streaming_gives_one_completion() -> None:

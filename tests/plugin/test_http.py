@@ -1,89 +1,18 @@
-"""The Pipe against OpenAI-compatible services: vendors' shapes over real sockets, cut anywhere."""
+"""The Pipe against OpenAI-compatible services over real sockets: what it sends, shows and survives."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_daemon import fake_daemon
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pipe_grpc_kit import SOURCES
-from pipe_kit import (
-    Reply,
-    Shown,
-    VendorServer,
-    ask,
-    browser_body,
-    delta,
-    load_pipe_module,
-    sse,
-    vendor_server,
-)
-from vendors import LINKS, USAGE, VENDORS, WEB
-
-module: Any = load_pipe_module()
-
-
-@asynccontextmanager
-async def pipe_to(url: str, **valves: Any) -> AsyncIterator[Any]:
-    pipe = module.Pipe()
-    pipe.valves = pipe.Valves(**{"BASE_URL": url, "API_KEY": "k", "MODELS": "r1", **valves})
-    try:
-        yield pipe
-    finally:
-        await pipe._links.close()
-
-
-async def converse(reply: Reply, **valves: Any) -> tuple[Shown, VendorServer]:
-    async with vendor_server(lambda request: reply) as server, pipe_to(server.url, **valves) as pipe:
-        return await ask(pipe, browser_body("hello", model="ktd.r1")), server
-
-
-@pytest.mark.parametrize("vendor", VENDORS)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data())
-def test_every_vendor_gives_the_same_page_however_its_bytes_are_cut(vendor: str, data: Any) -> None:
-    recorded = VENDORS[vendor]
-    stream = recorded.stream
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(stream) - 1), max_size=12)))
-    pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    shown, _ = asyncio.run(converse(Reply(pieces)))
-    assert shown.error is None
-    assert (shown.thought, shown.text) == (recorded.thought, recorded.text)
-    assert [source["source"]["name"] for source in shown.sources] == list(recorded.titles)
-    assert shown.finish_reason == "stop"
-    assert shown.usage is not None
-    assert shown.usage.items() >= recorded.usage.items()
-    assert shown.usage["completion_tokens_per_second"] > 0
-
-
-def read_all(pieces: Iterable[bytes]) -> tuple[str, str]:
-    decoder, reader = module.SseDecoder(), module.ReplyReader("host", opens_thought=False)
-    data = [text for piece in pieces for text in decoder.push(piece)] + decoder.flush()
-    events = [event for text in data for event in reader.read(text)] + reader.end()
-    kinds = (module.Reasoning, module.Answer)
-    thought, answer = ("".join(e.text for e in events if isinstance(e, kind)) for kind in kinds)
-    return thought, answer
-
-
-def test_byte_by_byte() -> None:
-    for recorded in VENDORS.values():
-        stream = recorded.stream
-        assert read_all(stream[at : at + 1] for at in range(len(stream))) == read_all([stream])
-
-
-async def test_search_results_become_a_status_and_source_events() -> None:
-    shown, _ = await converse(Reply([VENDORS["SiliconFlow"].stream]))
-    assert shown.order == ["source", "status", "thought", "text"]
-    assert shown.statuses[-1]["items"] == [{"title": item["title"], "link": item["url"]} for item in WEB]
-    assert shown.sources[0]["document"] == ["first"]
-    assert shown.sources[0]["metadata"] == [{"source": LINKS[0], "name": "One", "external": True}]
+from pipe_http_kit import converse, pipe_to
+from pipe_kit import Reply, ask, browser_body, delta, sse, vendor_server
+from vendors import USAGE, VENDORS, WEB
 
 
 async def test_a_services_sources_follow_open_webuis() -> None:
@@ -296,47 +225,3 @@ async def test_a_hanging_service_holds_nobody_up() -> None:
         (entry,) = await pipe.pipes()
         assert asyncio.get_running_loop().time() - begun < 0.5
         assert "does not answer" in entry["name"]
-
-
-def job(url: str, model: str, thinking: bool | None = None) -> Any:
-    target = module.Target(url, "", (), ("", "", ""))
-    messages: tuple[Mapping[str, Any], ...] = ({"role": "user", "content": "q"},)
-    return module.Job(target, model, messages, {}, thinking, False, False, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("url", "model", "path", "switch"),
-    [
-        ("https://api.deepseek.com/v1", "m", "/v1/chat/completions", {"thinking": {"type": "enabled"}}),
-        (
-            "https://ark.cn.volces.com/api/v3",
-            "bot-1",
-            "/api/v3/bots/chat/completions",
-            {"thinking": {"type": "enabled"}},
-        ),
-        ("https://api.siliconflow.cn/v1/", "m", "/v1/chat/completions", {"enable_thinking": True}),
-    ],
-)
-def test_each_service_is_told_in_its_own_words(
-    url: str, model: str, path: str, switch: dict[str, Any]
-) -> None:
-    asked = job(url, model, thinking=True)
-    assert module._chat_url(asked).endswith(path)
-    assert module.http_payload(asked, {}).items() >= switch.items()
-
-
-@pytest.mark.parametrize(
-    ("url", "more", "last"),
-    [
-        ("https://api.deepseek.com/beta", {}, {"prefix": True}),
-        ("https://ark.cn.volces.com/api/v3", {}, {}),
-        ("http://vllm.example/v1", {"continue_final_message": True, "add_generation_prompt": False}, {}),
-    ],
-)
-def test_an_answer_to_be_continued(url: str, more: dict[str, Any], last: dict[str, Any]) -> None:
-    begun = {"role": "assistant", "content": "To be"}
-    payload = module.http_payload(
-        replace(job(url, "m"), messages=({"role": "user", "content": "q"}, begun)), {}
-    )
-    assert payload["messages"][-1] == begun | last
-    assert {name: payload[name] for name in payload if "co" in name or "add" in name} == more

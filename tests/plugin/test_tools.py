@@ -115,3 +115,73 @@ async def test_a_services_calls_come_in_pieces_and_leave_whole() -> None:
     ]
     assert functions == [{"name": "add", "arguments": '{"a":1}'}, {"name": "now", "arguments": "{}"}]
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def thinking_service(request: dict[str, Any]) -> Reply:
+    """DeepSeek's newer models: each round thinks, and a round without the thoughts before it is refused."""
+    called = False
+    for message in request["messages"]:
+        called = (called and message["role"] != "user") or bool(message.get("tool_calls"))
+        if called and message["role"] == "assistant" and not message.get("reasoning_content"):
+            problem = {"error": {"message": "Missing `reasoning_content` field", "code": "invalid_request"}}
+            return Reply([json.dumps(problem).encode()], "400 Bad Request", "application/json")
+    rounds = sum(message["role"] == "tool" for message in request["messages"])
+    thought = {"choices": [{"index": 0, "delta": {"reasoning_content": f"thought {rounds}"}}]}
+    if rounds == 2:
+        return Reply([sse(thought, delta("It is 3.", "stop"))])
+    made = {"index": 0, "id": f"c{rounds}", "function": {"name": "add", "arguments": f'{{"a":{rounds}}}'}}
+    return Reply(
+        [
+            sse(
+                thought,
+                {"choices": [{"index": 0, "delta": {"tool_calls": [made]}}]},
+                delta(None, "tool_calls"),
+            )
+        ]
+    )
+
+
+async def converse_with_tools(pipe: Any, history: list[dict[str, Any]]) -> str:
+    """Answers the last question as Open WebUI does: it runs the tools and hands `reasoning_details` back."""
+    text = ""
+    for _ in range(5):
+        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        for chunk in await chunks_of(
+            pipe, browser_body("", model="ktd.deepseek-v4", tools=[SPEC]) | {"messages": history}
+        ):
+            assert "error" not in chunk, chunk
+            made = chunk["choices"][0]["delta"]
+            message["content"] += made.get("content", "")
+            for name in ("tool_calls", "reasoning_details"):
+                if name in made:
+                    message[name] = message.get(name, []) + made[name]
+        history.append(message)
+        text += message["content"]
+        if not message.get("tool_calls"):
+            break
+        history += [
+            {"role": "tool", "content": "3", "tool_call_id": made["id"]} for made in message["tool_calls"]
+        ]
+    return text
+
+
+async def test_deepseek_is_given_its_thoughts_back() -> None:
+    async with vendor_server(thinking_service) as server:
+        pipe = load_pipe_module().Pipe()
+        pipe.valves = pipe.Valves(BASE_URL=server.url, MODELS="deepseek-v4", TOOLS="on")
+        history: list[dict[str, Any]] = [{"role": "user", "content": "What is 1 + 2?"}]
+        assert await converse_with_tools(pipe, history) == "It is 3."
+        sent = [message.get("reasoning_content") for message in server.requests[-1]["messages"]]
+        assert sent == [None, "thought 0", None, "thought 1", None]
+        # The next question, also where the thoughts are lost because they were hidden.
+        history.append({"role": "user", "content": "Sure?"})
+        assert await converse_with_tools(pipe, [*history]) == "It is 3."
+        thoughts = [
+            m.get("reasoning_content") for m in server.requests[-1]["messages"] if m["role"] == "assistant"
+        ]
+        assert thoughts == ["thought 0", "thought 1", "thought 2"]
+        pipe.valves.SHOW_THOUGHTS = False
+        for message in history:
+            message.pop("reasoning_details", None)
+        assert await converse_with_tools(pipe, history) == "It is 3."
+        await pipe._links.close()

@@ -2,7 +2,7 @@
 
 A daemon in a process of its own streams tokens that hold the time they were sent at. The same tokens are read
 by a bare gRPC client and through the Pipe, in turns, by one chat and by 50 at once. Then a real Open WebUI
-serves 50 chats while another client asks it for something else.
+serves 50 chats while another client asks it for something else (other_requests.py).
 """
 
 from __future__ import annotations
@@ -12,33 +12,31 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grpc
-import httpx
+from other_requests import CHATS, PAUSE, bench_source, measure_webui, row
 from pipe_kit import load_pipe_module
 from webui_kit import ENVIRONMENT, free_port, load_webui_script, open_webui
 
 from ktd_proto.v1 import engine_pb2, engine_pb2_grpc
 
-CHATS = 50
 ROUNDS = 3
-# More tokens a second in all than the engine gives 50 users on any machine we know.
-PAUSE = 0.25
 SECONDS = 8
 
 SOURCES = [{"source": {"id": "a", "name": "a"}, "document": ["a"], "metadata": [{"source": "a"}]}]
 
 
 class Clock(engine_pb2_grpc.EngineServicer):
-    """Answers with the time, every PAUSE seconds."""
+    """Answers with the time, every PAUSE seconds, for as many seconds as the question ends with."""
 
     async def Chat(self, request: Any, context: Any) -> Any:
-        for number in range(1, int(SECONDS / PAUSE) + 1):
+        seconds = float(request.messages[-1].content.split()[-1])
+        for number in range(1, int(seconds / PAUSE) + 1):
             await asyncio.sleep(PAUSE)
             answer = engine_pb2.Answer(text=f"{time.monotonic_ns()} ")
             yield engine_pb2.ChatEvent(sequence=number, answer=answer)
@@ -60,17 +58,9 @@ def serve(port: int) -> None:
     asyncio.run(run())
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def row(label: str, seconds: Sequence[float]) -> str:
-    return f"{label:44} {1e3 * percentile(seconds, 0.5):8.2f} {1e3 * percentile(seconds, 0.99):8.2f}"
-
-
 async def bare_chat(stub: Any) -> list[float]:
     """Seconds from the sending of each token to its arrival, without the Pipe."""
-    messages = [engine_pb2.Message(role="user", content="?")]
+    messages = [engine_pb2.Message(role="user", content=str(SECONDS))]
     late = []
     async for event in stub.Chat(engine_pb2.ChatRequest(messages=messages)):
         if event.HasField("answer"):
@@ -80,7 +70,7 @@ async def bare_chat(stub: Any) -> list[float]:
 
 async def pipe_chat(pipe: Any) -> list[float]:
     """The same through the Pipe, with sources, so that it looks for markers."""
-    body = {"model": "ktd.clock", "stream": True, "messages": [{"role": "user", "content": "?"}]}
+    body = {"model": "ktd.clock", "stream": True, "messages": [{"role": "user", "content": str(SECONDS)}]}
     late = []
     async for chunk in await pipe.pipe(body, __metadata__={"chat_id": "c", "sources": SOURCES}):
         text = chunk["choices"][0]["delta"].get("content", "")
@@ -120,7 +110,8 @@ async def measure_pipe(address: str) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         await asyncio.wait_for(channel.channel_ready(), 30)
-        print(f"{'milliseconds from the daemon to the reader':44} {'median':>8} {'p99':>8} {'CPU':>8}")
+        title = "milliseconds from the daemon to the reader"
+        print(f"{title:52} {'median':>8} {'p99':>8} {'max':>8} {'CPU':>8}")
         for count in (1, CHATS):
             readers = [
                 Reader("bare gRPC client", lambda: bare_chat(stub), count),
@@ -143,40 +134,6 @@ async def measure_pipe(address: str) -> None:
     await pipe._links.close()
 
 
-async def measure_webui(url: str, token: str) -> None:
-    headers = {"Authorization": f"Bearer {token}"}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=url, headers=headers, trust_env=False, timeout=60, limits=limits
-    ) as client:
-
-        async def probe(until: Callable[[], bool]) -> list[float]:
-            waits = []
-            while not until():
-                begun = time.monotonic()
-                (await client.get("/api/version")).raise_for_status()
-                waits.append(time.monotonic() - begun)
-                await asyncio.sleep(0.05)
-            return waits
-
-        async def chat() -> None:
-            question = [{"role": "user", "content": "?"}]
-            body = {"model": "ktd.clock", "messages": question, "stream": True}
-            async with client.stream("POST", "/api/chat/completions", json=body) as stream:
-                async for _ in stream.aiter_lines():
-                    pass
-
-        print(f"\n{'milliseconds of another request to Open WebUI':44} {'median':>8} {'p99':>8}")
-        for _ in range(2):
-            idle = asyncio.ensure_future(asyncio.sleep(SECONDS))
-            print(row("idle", await probe(idle.done)))
-            # Their beginning is Open WebUI's own work: 50 sign-ins, model look-ups and body checks.
-            chats = asyncio.gather(*(chat() for _ in range(CHATS)))
-            await asyncio.sleep(SECONDS / 2)
-            print(row(f"{CHATS} chats streaming", await probe(chats.done)), flush=True)
-            await chats
-
-
 def main() -> None:
     port = free_port()
     daemon = multiprocessing.get_context("spawn").Process(target=serve, args=(port,), daemon=True)
@@ -189,10 +146,10 @@ def main() -> None:
         script = load_webui_script()
         with tempfile.TemporaryDirectory() as work, open_webui(Path(work), {}) as server:
             with script.Admin(server.url, server.login) as admin:
-                admin.install_pipe({"BASE_URL": f"grpc://127.0.0.1:{port}"})
+                admin.install_pipe({"BASE_URL": f"grpc://127.0.0.1:{port}"}, bench_source())
                 admin.models()
                 token = admin._http.headers["Authorization"].removeprefix("Bearer ")
-            asyncio.run(measure_webui(server.url, token))
+            measure_webui(server.url, token)
     finally:
         daemon.terminate()
         daemon.join()

@@ -42,6 +42,18 @@ RESULTS = [
 ]
 SCRIPTED = "a scripted model"
 
+# The browser here reaches no favicon service: a globe stands for the icons of the sites.
+SITE_ICON = (
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='none' "
+    "stroke='gray'><circle cx='8' cy='8' r='7'/>"
+    "<ellipse cx='8' cy='8' rx='3' ry='7'/><path d='M1 8h14'/></svg>"
+)
+SITE_ICONS = """
+for (const image of document.images) {
+  if (image.complete && !image.naturalWidth) image.src = arguments[0];
+}
+"""
+
 
 def main(folder: Path) -> None:
     script = load_webui_script()
@@ -50,7 +62,8 @@ def main(folder: Path) -> None:
         stack.callback(search.close)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         daemon = stack.enter_context(real_daemon())
-        server = stack.enter_context(open_webui(work / "webui", search.settings))
+        settings = {**search.settings, "BYPASS_EMBEDDING_AND_RETRIEVAL": "true"}
+        server = stack.enter_context(open_webui(work / "webui", settings))
         admin = stack.enter_context(script.Admin(server.url, server.login))
         token = sign_in(server.url, server.login.email, server.login.password)
         browser = Browser(server.url, token, work / "profile", (1180, 760))
@@ -69,7 +82,7 @@ def main(folder: Path) -> None:
         valves = {"BASE_URL": f"grpc://{scripted.address}", "MODELS": f"ktd-fake={SCRIPTED}"}
         admin.set_valves(valves)
         offer(admin)
-        take_passing(browser, scripted, folder)
+        take_passing(browser, scripted, work, folder)
 
 
 def offer(admin: Any) -> None:
@@ -93,6 +106,7 @@ def take_answers(browser: Browser, folder: Path) -> None:
     browser.driver.find_element("css selector", ".status-description button, .status-description").click()
     until(lambda: "https" in (browser.answer() or {})["html"], 10, "the list of sites is open")
     time.sleep(1)
+    browser.driver.execute_script(SITE_ICONS, SITE_ICON)
     browser.screenshot(folder / "search.png")
     chip = "//*[@id='response-content-container']//button[contains(., 'Alder Tower')]"
     browser.driver.find_element("xpath", chip).click()
@@ -100,11 +114,15 @@ def take_answers(browser: Browser, folder: Path) -> None:
     browser.screenshot(folder / "citations.png")
 
 
-def take_passing(browser: Browser, daemon: Daemon, folder: Path) -> None:
+def take_passing(browser: Browser, daemon: Daemon, work: Path, folder: Path) -> None:
     """Prompt progress, and an answer that broke off."""
     browser.new_chat()
-    browser.ask("Read this, please. " + "It goes on for a while, and then it goes on again. " * 80)
-    browser.wait_answer(lambda shown: shown["statuses"], "the progress is shown")
+    report = work / "report.txt"
+    report.write_text("Another ship went by in the night. " * 180)
+    browser.attach(report)
+    browser.ask("How many ships does the keeper report?")
+    reading = "Reading the prompt"
+    browser.wait_answer(lambda shown: reading in "".join(shown["statuses"]), "the progress is shown")
     browser.screenshot(folder / "progress.png")
     browser.stop()
     browser.new_chat()

@@ -158,6 +158,19 @@ def test_tags_and_html_in_the_answer_are_text(browser: Browser, daemon: Daemon) 
     assert browser.driver.title != "owned"
 
 
+def test_an_answer_is_continued_and_a_question_edited(browser: Browser, daemon: Daemon) -> None:
+    browser.ask("What is left?")
+    begun = browser.wait_finished()["text"]
+    browser.press("#continue-response-button")
+    shown = browser.wait_answer(lambda shown: shown["done"] and shown["text"] != begun, "it goes on")
+    kept, _, more = shown["text"].partition("\n")  # its own thought stands between them
+    assert (kept, more) == (begun, f"You asked: {begun}."), "the model was given the beginning to continue"
+
+    browser.edit_question("What is right?")
+    shown = browser.wait_answer(lambda shown: shown["done"] and "right" in shown["text"], "the other answer")
+    assert shown["text"] == "You asked: What is right?."
+
+
 def test_two_users_at_once(browser: Browser, server: Any, daemon: Daemon, tmp_path: Path) -> None:
     other = Browser(server.url, sign_in(server.url, "user@localhost", "user-password"), tmp_path / "profile")
     try:
