@@ -154,7 +154,7 @@ class ModelBench:
             load_seconds = time.perf_counter() - start
             engine.start()
             try:
-                session = _Session(engine, config.vocab_size)
+                session = Session(engine, config.vocab_size)
                 session.decode(1, *_SHORT)  # touches every page of the dense part once
                 prefill = []
                 for tokens in self.prompts:
@@ -209,7 +209,7 @@ def expert_bytes(gguf: GgufFile, config: ModelConfig, placement: Placement, sequ
     return float(total * (1.0 - missed))
 
 
-def _profile(session: _Session, path: Path) -> None:
+def _profile(session: Session, path: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -218,7 +218,7 @@ def _profile(session: _Session, path: Path) -> None:
     profile.export_chrome_trace(str(path))
 
 
-class _Session:
+class Session:
     """Submits requests and waits for their tokens."""
 
     def __init__(self, engine: Engine, vocab_size: int) -> None:

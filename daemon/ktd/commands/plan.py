@@ -6,11 +6,17 @@ import argparse
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ktd.settings import Settings, add_arguments, load
+
+if TYPE_CHECKING:
+    from ktd.gguf import GgufFile
+    from ktd.plan import Plan
+    from ktd_kernels import Cpu
 
 NAME = "plan"
 HELP = "show what a model takes of RAM and of the GPU, the context that fits and the speed to expect"
@@ -36,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     with GgufFile.open(args.gguf) as gguf:
         plan = plan_for(settings, gguf, cpu, gpu)
         name = gguf.name
-    bandwidth = memory_bandwidth(cpu.threads, 0.5)
+        with Console(stderr=True).status("measuring"):
+            bandwidth = memory_bandwidth(cpu.threads, 0.5)
+            expected = _expected(gguf, plan, cpu)
 
     table = Table(title=f"{name} on this machine", title_justify="left")
     columns = ["", "memory"] if gpu is None else ["", "memory", gpu.name]
@@ -60,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if plan.ram_per_token:
         rate = plan.tokens_per_second(bandwidth)
         table.add_row("decode at that bandwidth, at most", f"{rate:.1f} tokens/s")
+    table.add_row("decode to expect, one short conversation", expected)
     if gpu is not None:
         layers = plan.placement.expert_layers_on_gpu
         table.add_row("layers whose routed experts are on the GPU", "", _ranges(layers))
@@ -70,6 +79,19 @@ def run(args: argparse.Namespace) -> int:
             " More RAM or a smaller quantisation helps."
         )
     return 0
+
+
+def _expected(gguf: GgufFile, plan: Plan, cpu: Cpu) -> str:
+    """The rate that this machine reaches with random weights, or why it was not measured."""
+    from ktd.plan import available_memory, size_text
+    from ktd.prediction import Sample
+
+    if plan.from_disk:
+        return "that of the disk"
+    sample = Sample(gguf, plan, cpu)
+    if sample.nbytes > available_memory():
+        return f"measured where {size_text(sample.nbytes)} are free"
+    return f"{1 / sample.seconds_a_token():.1f} tokens/s"
 
 
 def _ranges(numbers: Iterable[int]) -> str:

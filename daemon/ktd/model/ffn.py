@@ -38,8 +38,8 @@ class Elsewhere(Protocol):
 class Experts:
     """The routed experts of one layer: stacks gate and up [experts, width, hidden], down [experts, hidden,
     width]. `local`: on the device of the graph; if not, `blocks` are the three as they are in the file, to be
-    sent there for a step (none where the file has gate and up in one). `mapped`: the file's blocks are what
-    the CPU computes with, not copies of them."""
+    sent there for a step (none where the file has gate and up in one, or the source sends none). `mapped`:
+    the file's blocks are what the CPU computes with, not copies of them."""
 
     def __init__(
         self, source: WeightSource, config: ModelConfig, moe: MoeConfig, layer: int, local: bool
@@ -57,7 +57,7 @@ class Experts:
             self.gate = source.stack(name("gate_exps"), moe.experts, moe.width, hidden)
             self.up = source.stack(name("up_exps"), moe.experts, moe.width, hidden)
             shapes = {"gate": (moe.width, hidden), "up": (moe.width, hidden), "down": (hidden, moe.width)}
-            if not local:
+            if not local and source.sendable:
                 self.blocks = [
                     source.blocks(name(f"{part}_exps"), moe.experts, *shape) for part, shape in shapes.items()
                 ]

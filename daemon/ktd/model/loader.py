@@ -49,13 +49,18 @@ def load_model(
             f"A context of {context} tokens was asked for; {gguf.name} can have 1 to {config.context}."
         )
     source = WeightSource(gguf, progress, cpu if repack else None)
-    model: Model
-    if placement is None or placement.device is None:
-        model = DeepseekModel(source, config, cpu, context)
-    else:
-        # Imported here: it needs CUDA.
-        from ktd_kernels.gpu import Gpu
-
-        model = HybridModel(source, config, cpu, Gpu(placement.device), placement, context)
+    model = build_model(source, config, cpu, context, placement or Placement())
     progress(1.0)
     return model
+
+
+def build_model(
+    source: WeightSource, config: ModelConfig, cpu: Cpu, context: int, placement: Placement
+) -> Model:
+    """The graph that `placement` asks for, with weights of `source`."""
+    if placement.device is None:
+        return DeepseekModel(source, config, cpu, context)
+    # Imported here: it needs CUDA.
+    from ktd_kernels.gpu import Gpu
+
+    return HybridModel(source, config, cpu, Gpu(placement.device), placement, context)

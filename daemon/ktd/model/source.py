@@ -3,14 +3,15 @@ GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from ktd.errors import GgufError
-from ktd.gguf import WEIGHT_TYPES, GgmlType, GgufFile, TensorInfo
+from ktd.gguf import WEIGHT_TYPES, GgmlType, TensorInfo
 from ktd.model.device import Blocks, Device
 from ktd.model.ops import Array, Matrix
 from ktd_kernels import Cpu, Weight
@@ -18,6 +19,23 @@ from ktd_kernels import Cpu, Weight
 _TOUCH_BYTES = 64 << 20  # progress is told this often while pages are read in
 _PAGE = 4096
 F32 = npt.NDArray[np.float32]
+
+
+class Tensors(Protocol):
+    """Blocks of tensors by name: a GgufFile, whose docstrings say more, or what stands in for one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]: ...
+
+    def release(self, name: str) -> None: ...
 
 
 class WeightSource:
@@ -30,7 +48,7 @@ class WeightSource:
     to a device the file's pages are given back to the system: never both stay in memory.
     """
 
-    def __init__(self, gguf: GgufFile, progress: Callable[[float], None], packer: Cpu | None = None) -> None:
+    def __init__(self, gguf: Tensors, progress: Callable[[float], None], packer: Cpu | None = None) -> None:
         self._gguf = gguf
         self._packer = packer
         self._target: Device | None = None
@@ -48,6 +66,11 @@ class WeightSource:
     def packing(self) -> bool:
         """Whether some of what is handed out are copies in another layout."""
         return self._packer is not None
+
+    @property
+    def sendable(self) -> bool:
+        """Whether `blocks` are there, to be sent to a GPU for a step."""
+        return True
 
     def has(self, name: str) -> bool:
         return name in self._gguf.tensors
