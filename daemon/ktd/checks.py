@@ -15,7 +15,7 @@ from typing import Literal
 import psutil
 
 from ktd.errors import UserError
-from ktd.gpu import find_gpu
+from ktd.gpu import find_gpu, launcher_lacks
 from ktd.launch import embedded_model
 from ktd.plan import GIB, available_memory
 from ktd.server.run_record import RunRecordFile
@@ -139,11 +139,16 @@ def _gpu(settings: Settings) -> Iterator[Check]:
     except (subprocess.SubprocessError, OSError) as error:
         yield Check("GPU", "note", f"nvidia-smi fails: {error}", "reinstall the NVIDIA driver, or reboot")
     else:
-        usable = find_gpu() is not None
+        usable, missing = find_gpu() is not None, launcher_lacks()
         for line in query.stdout.splitlines():
             name, memory, free, driver, capability = (part.strip() for part in line.split(","))
             found = f"{name}, {free} of {memory} free, driver {driver}, sm {capability}"
-            if usable:
+            if usable and missing:
+                remedy = "apt install gcc python3-dev, or what your system calls them"
+                yield Check(
+                    "GPU", "bad" if settings.vram else "note", f"{found}, but lacking {missing}", remedy
+                )
+            elif usable:
                 unused = "" if settings.vram else "; used when --vram gives it memory"
                 yield Check("GPU", "ok", found + unused)
             else:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 from ktd.errors import SettingsError
 
@@ -30,10 +34,21 @@ def find_gpu() -> Gpu | None:
     return Gpu("cuda:0", torch.cuda.get_device_name(0), free, total)
 
 
+def launcher_lacks() -> str | None:
+    """What Triton misses to build its launchers of kernels, in C at run time; None where nothing."""
+    named = os.environ.get("CC")
+    if named is not None and shutil.which(named) is None:
+        return f"the C compiler {named} that the variable CC names"
+    if named is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc or clang)"
+    headers = Path(sysconfig.get_paths()["include"])
+    return None if (headers / "Python.h").is_file() else f"Python's headers ({headers}/Python.h)"
+
+
 def gpu_for(vram: int | None) -> Gpu | None:
     """The GPU for a budget of `vram` bytes; None where that is None or 0.
 
-    Raises SettingsError for a budget without a GPU, or beyond what is free.
+    Raises SettingsError for a budget without a GPU, or beyond what is free, and where no kernel could start.
     """
     if not vram:
         return None
@@ -42,6 +57,11 @@ def gpu_for(vram: int | None) -> Gpu | None:
         raise SettingsError(
             "--vram asks for GPU memory, but no CUDA GPU of compute capability 8.0 or more was found: see"
             " `ktd doctor`, or leave --vram out."
+        )
+    if missing := launcher_lacks():
+        raise SettingsError(
+            f"--vram asks for GPU memory, but Triton starts no kernel without {missing}: install that (apt"
+            " install gcc python3-dev), or leave --vram out."
         )
     if vram > gpu.free:
         raise SettingsError(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ktd import checks
-from ktd.gpu import Gpu
+from ktd.errors import SettingsError
+from ktd.gpu import Gpu, gpu_for
 from ktd.main import run
 from ktd.settings import Settings
 
@@ -87,6 +88,7 @@ def test_the_gpu(
 ) -> None:
     gpu = Gpu("cuda:0", "NVIDIA H100", 81 << 30, 81 << 30)
     monkeypatch.setattr(checks, "find_gpu", lambda: gpu if usable else None)
+    monkeypatch.setattr(checks, "launcher_lacks", lambda: None)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -94,6 +96,39 @@ def test_the_gpu(
     check = found(port=0, grpc_port=0)["GPU"]
     assert check.verdict == verdict
     assert said in check.found
+
+
+def test_a_gpu_that_no_kernel_could_start_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds launchers in C: a note, or a fault where the GPU is asked for, which is then refused."""
+    gpu = Gpu("cuda:0", "NVIDIA H100", 81 << 30, 81 << 30)
+    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: gpu)
+    monkeypatch.setattr(checks, "find_gpu", lambda: gpu)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    def put(name: str, text: str) -> None:
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+    put("nvidia-smi", NVIDIA)
+    for settings, verdict in ({}, "note"), ({"vram": 1 << 30}, "bad"):
+        check = found(port=0, grpc_port=0, **settings)["GPU"]
+        assert (check.verdict, "lacking a C compiler" in check.found) == (verdict, True)
+    with pytest.raises(SettingsError, match="without a C compiler"):
+        gpu_for(1 << 30)
+    put("clang", "true")
+    assert gpu_for(1 << 30) is gpu
+    assert found(port=0, grpc_port=0)["GPU"].verdict == "ok"
+    monkeypatch.setenv("CC", "nocc")
+    with pytest.raises(SettingsError, match="compiler nocc that the variable CC names"):
+        gpu_for(1 << 30)
+    monkeypatch.setenv("CC", "clang")
+    (tmp_path / "Python.h").unlink()
+    with pytest.raises(SettingsError, match="without Python's headers"):
+        gpu_for(1 << 30)
 
 
 def test_a_container_with_less_than_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:

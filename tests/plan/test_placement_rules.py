@@ -235,6 +235,7 @@ def test_the_commands_take_the_rules(
 ) -> None:
     gpu = Gpu(GPU, "a GPU", free=16 << 30, total=16 << 30)
     monkeypatch.setattr("ktd.gpu.find_gpu", lambda: gpu)
+    monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
     monkeypatch.setattr("ktd.prediction.Sample.seconds_a_token", lambda self: 0.1)
     first, *_ = moe_layers(model)
     rules.write_text(f"- match: {{name: 'blk.{first}..*_exps'}}\n  replace: {{device: cpu}}\n")

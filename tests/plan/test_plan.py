@@ -182,6 +182,7 @@ def test_gpu_memory_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         gpu_for(14 << 30)
     small = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
     monkeypatch.setattr("ktd.gpu.find_gpu", lambda: small)
+    monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
     assert gpu_for(10 << 30) is small
     assert gpu_for(None) is None
     with pytest.raises(SettingsError, match=r"14.00 GiB, but a GPU has 10.00 GiB free"):
