@@ -59,8 +59,14 @@ class Sample:
     @property
     def nbytes(self) -> int:
         """What it takes of the memory or of the GPU's, and of the memory in passing."""
-        kept = sum({self._file.key(t): t.nbytes for t in self._file.tensors.values()}.values())
-        return kept + max(t.nbytes for t in self._file.tensors.values())
+        tensors = self._file.tensors.values()
+        kept = sum({self._file.key(tensor): self._kept(tensor) for tensor in tensors}.values())
+        return kept + max(tensor.nbytes for tensor in tensors)
+
+    def _kept(self, tensor: TensorInfo) -> int:
+        matrix = len(tensor.shape) > 1 and self._plan.growth
+        packed: int = self._cpu.packed_bytes(int(tensor.ggml_type), tensor.shape) if matrix else 0
+        return packed or tensor.nbytes
 
     def seconds_a_token(self) -> float:
         """Of an answer behind a short prompt, alone."""

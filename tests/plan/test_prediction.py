@@ -86,7 +86,9 @@ def test_what_a_sample_takes(gguf: GgufFile, caches: dict[str, int]) -> None:
     routers = sum(t.nbytes for t in tensors if "gate_inp" in t.name)
     assert Sample(gguf, planned(gguf), Cpu(1)).nbytes == sum(once.values()) + routers + largest
     caches["bytes"] = 1 << 40
-    assert Sample(gguf, planned(gguf), Cpu(1)).nbytes == gguf.nbytes + largest
+    plain, packed = (Sample(gguf, planned(gguf, cpu=cpu), Cpu(1)).nbytes for cpu in (None, Cpu(1)))
+    assert plain == gguf.nbytes + largest
+    assert packed == plain + planned(gguf, cpu=Cpu(1)).growth
 
 
 def step(model: Model, cpu: Cpu) -> None:
