@@ -2210,6 +2210,7 @@ class Page:
         self._annotations: list[Json] = []
         self._offers_tools = False
         self._kept_thought: str | None = None
+        self._after_call = False
         self._usage: Json | None = None
         self._reason = "stop"
         self._ended = False
@@ -2222,11 +2223,13 @@ class Page:
         """The model was given tools: its calls are passed on."""
         self._offers_tools = True
 
-    def keep_thought(self) -> None:
-        """The model wants its thought back in later rounds. Open WebUI forgets those of a Pipe's models, but
-        hands `reasoning_details` back as it got them.
+    def keep_thought(self, *, after_call: bool) -> None:
+        """The model wants its thought back in later rounds if it calls a tool, or has called one already
+        (`after_call`). Open WebUI forgets those of a Pipe's models, but hands `reasoning_details` back as it
+        got them.
         """
         self._kept_thought = "" if self._options.show_thoughts else None
+        self._after_call = after_call
 
     async def emit(self, kind: str, data: Json) -> None:
         if self._emitter is not None:
@@ -2319,7 +2322,8 @@ class Page:
         await self._begin_text()
         await self._end_hidden_thought()
         chunks = self._rest()
-        last = self._chunk(self._thought_details(), finish_reason=self._reason)
+        details = self._thought_details() if self._after_call else {}
+        last = self._chunk(details, finish_reason=self._reason)
         if self._usage is not None:
             last["usage"] = self._usage
         if self._reason == "length":
@@ -2812,12 +2816,13 @@ class Pipe:
             target, model = self._resolve(body, valves)
             offered = read_tools(body, valves.TOOL_ROUNDS) if valves.TOOLS == "on" else ()
             messages = read_messages(body, text_only=target.speaks_grpc, tools=bool(offered))
+            called = bool(tool_rounds(messages))
             if offered:
                 page.offer_tools()
-            if wants_thoughts_back(target, model) and (offered or tool_rounds(messages)):
-                page.keep_thought()
+            if wants_thoughts_back(target, model) and (offered or called):
+                page.keep_thought(after_call=called)
             wanted = valves.SEARCH == "switch" and (metadata.get("features") or {}).get("web_search")
-            if wanted and not offered and not tool_rounds(messages):
+            if wanted and not offered and not called:
                 await self._search(last_question(messages), tools, valves, page)
             if len(sources):
                 put_sources_into(messages, sources, metadata, language)

@@ -73,6 +73,21 @@ async def test_stop_in_the_queue_closes_the_status() -> None:
     assert [status["done"] for status in shown.statuses] == [False, True]
 
 
+async def test_nothing_is_shown_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STATUS_DELAY", 0.3)  # when a wait in the first place would be shown
+    first = {"queued": engine_pb2.Queued(position=0)}
+    calls = [[first, text("x"), STOP], [first, (grpc.StatusCode.INTERNAL, "It broke.")], [first, 30.0]]
+    async with scripted_pipe(*calls) as (pipe, _):
+        well, failed, stopped = (
+            await ask(pipe, browser_body("a")),
+            await ask(pipe, browser_body("b")),
+            Shown(),
+        )
+        await leave_by_task_cancel(await pipe.pipe(browser_body("c"), __event_emitter__=stopped.emit))
+        await asyncio.sleep(0.4)
+    assert (well.events, failed.events, stopped.events) == ([], [], [])
+
+
 async def test_no_daemon_is_said_within_the_deadline_and_it_is_found_when_back(unused_tcp_port: int) -> None:
     async with pipe_to(f"127.0.0.1:{unused_tcp_port}", CONNECT_TIMEOUT=0.5) as pipe:
         begun = time.monotonic()

@@ -165,6 +165,17 @@ async def converse_with_tools(pipe: Any, history: list[dict[str, Any]]) -> str:
     return text
 
 
+async def test_a_thought_without_a_call_is_told_once() -> None:
+    thought = {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}
+    async with vendor_server(lambda request: Reply([sse(thought, delta("x", "stop"))])) as server:
+        pipe = load_pipe_module().Pipe()
+        pipe.valves = pipe.Valves(BASE_URL=server.url, MODELS="deepseek-v4", TOOLS="on")
+        chunks = await chunks_of(pipe, body() | {"model": "ktd.deepseek-v4"})
+        await pipe._links.close()
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas == [{"reasoning_content": "hm"}, {"content": "x"}, {}]
+
+
 async def test_deepseek_is_given_its_thoughts_back() -> None:
     async with vendor_server(thinking_service) as server:
         pipe = load_pipe_module().Pipe()
