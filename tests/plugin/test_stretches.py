@@ -54,8 +54,10 @@ async def test_an_answer_with_sources(stretches: list[Stretch]) -> None:
 async def test_a_search_with_all_that_the_valves_allow(stretches: list[Stretch]) -> None:
     page = {"title": "T", "link": "https://a.example/", "snippet": SENTENCE * 300}
 
+    found = json.dumps([{**page, "link": f"{page['link']}{n}"} for n in range(20)])
+
     async def search_web(**_: Any) -> str:
-        return json.dumps([{**page, "link": f"{page['link']}{n}"} for n in range(20)])
+        return found
 
     async with fake_daemon() as daemon:
         pipe = answerer(f"grpc://{daemon.address}", stretches, SEARCH_RESULTS=20, SEARCH_CHARS=20000)
