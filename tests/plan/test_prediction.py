@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from reference_device import ReferenceDevice
@@ -16,6 +17,7 @@ from ktd.gguf import GgufFile
 from ktd.main import run
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement, load_model
 from ktd.model.loader import build_model
+from ktd.model.source import WeightSource
 from ktd.plan import Budget, Plan, make_plan
 from ktd.prediction import Sample, _SharedWeights
 from ktd_kernels import Cpu
@@ -125,25 +127,33 @@ def test_a_sample_does_the_steps_of_the_model(gguf: GgufFile, monkeypatch: pytes
 def test_the_seconds_are_those_of_an_answer(
     gguf: GgufFile, caches: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Repacked as the plan says; long enough to be measured, and no longer."""
-    asked: list[tuple[int, int, int]] = []
-    decode = Session.decode
+    """Of a real one, over weights repacked as the plan says."""
+    packed: list[bool] = []
 
-    def watched(self: Session, sequences: int, context: int, tokens: int) -> float:
-        asked.append((sequences, context, tokens))
-        return decode(self, sequences, context, tokens)
+    def built(source: WeightSource, *rest: Any) -> Model:
+        packed.append(source.packing)
+        return build_model(source, *rest)
 
-    monkeypatch.setattr(Session, "decode", watched)
-    packed: list[str] = []
+    monkeypatch.setattr("ktd.prediction.build_model", built)
     for cpu in (Cpu(1), None):
         plan = planned(gguf, cpu=cpu)
-        monkeypatch.setattr(
-            "ktd.prediction.build_model",
-            lambda source, *rest: packed.append(source.packing) or build_model(source, *rest),
-        )
-        assert 0 < Sample(gguf, plan, Cpu(1)).seconds_a_token() < 1
+        assert 0 < Sample(gguf, plan, Cpu(1)).seconds_a_token() < 10
         assert packed.pop() == (plan.growth > 0)
-    assert asked[1::2] == [(1, 32, 64)] * 2
+
+
+@pytest.mark.parametrize(("first", "tokens"), [(1e-4, 64), (0.1, 30), (20.0, 8)])
+def test_a_measurement_takes_some_seconds(
+    gguf: GgufFile, monkeypatch: pytest.MonkeyPatch, first: float, tokens: int
+) -> None:
+    seconds, asked = iter([first, 0.25]), list[tuple[int, ...]]()
+
+    def decode(self: Session, *numbers: int) -> float:
+        asked.append(numbers)
+        return next(seconds)
+
+    monkeypatch.setattr(Session, "decode", decode)
+    assert Sample(gguf, planned(gguf), Cpu(1)).seconds_a_token() == 0.25
+    assert asked[1] == (1, asked[0][1], tokens)
 
 
 def test_the_command_says_what_to_expect(
