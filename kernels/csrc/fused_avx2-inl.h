@@ -84,6 +84,17 @@ struct FourScales<Format::Q5_K> : FourScalesK4 {
 
 template <Format F>
 constexpr bool kUnitScale = F == Format::TQ1_0 || F == Format::TQ2_0;
+struct FourUnitScales {
+  FourUnitScales(const uint8_t* const*, int64_t) {}
+};
+template <>
+struct FourScales<Format::TQ1_0> : FourUnitScales {
+  using FourUnitScales::FourUnitScales;
+};
+template <>
+struct FourScales<Format::TQ2_0> : FourUnitScales {
+  using FourUnitScales::FourUnitScales;
+};
 
 template <Format F, int kTokens>
 struct FusedX {
@@ -94,6 +105,7 @@ struct FusedX {
   void dot(const uint8_t* w, int64_t k, int row, const FourScales<F>& scales, VecI (&sum)[kTokens],
            VecI (&minimum)[kTokens]) const {
     using T = Traits<F>;
+    constexpr bool kAbove = requires(Source<F> s) { s.codes_above(0); };
     const Source<F> source{block_at<F>(w)};
     VecI acc[kTokens];
     const int8_t* q[kTokens];
@@ -104,7 +116,7 @@ struct FusedX {
       asm("" : "+r"(q[t]));
       if constexpr (T::minimum) minimum[t] = _mm256_madd_epi16(scales.mn(row), group_sums);
       if constexpr (kUnitScale<F>) {
-        acc[t] = _mm256_sub_epi16(zero_i(), group_sums);
+        acc[t] = _mm256_sub_epi16(zero_i(), kAbove ? add_i16(group_sums, group_sums) : group_sums);
       } else if constexpr (!T::minimum && T::max != 255) {
         acc[t] = _mm256_madd_epi16(_mm256_mullo_epi16(scales.sc(row), set_i16(-T::offset)), group_sums);
       } else {
@@ -113,13 +125,20 @@ struct FusedX {
     }
 #pragma GCC unroll 8
     for (int c = 0; c < 8; ++c) {
-      const VecI u = source.codes(c);
+      VecI u;
+      if constexpr (kAbove)
+        u = source.codes_above(c);
+      else
+        u = source.codes(c);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
         const VecI v = load_i(q[t] + 32 * c);
         const VecI pairs = T::max == 255 ? maddubs(abs_i8(u), sign_i8(v, u)) : maddubs(u, v);
         // With scales of 1, sums of 8 * 2 * 3 * 127 and one group's fit into 16 bits.
-        acc[t] = kUnitScale<F> ? add_i16(acc[t], pairs) : dp_i16(acc[t], pairs, scales.spread(row, c));
+        if constexpr (kUnitScale<F>)
+          acc[t] = add_i16(acc[t], pairs);
+        else
+          acc[t] = dp_i16(acc[t], pairs, scales.spread(row, c));
       }
     }
 #pragma GCC unroll 4

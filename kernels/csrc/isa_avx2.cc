@@ -3,6 +3,7 @@
 #include "blocks.h"
 #include "kernel_table.h"
 #include "packed.h"
+#include "packed_codes.h"
 
 #define KTD_ISA_NAME "avx2"
 #define KTD_MATMUL_MANY matmul_tiled
@@ -22,6 +23,7 @@ namespace {
 #include "quantized-inl.h"
 #include "packed-inl.h"
 #include "packed_iq1-inl.h"
+#include "packed_codes-inl.h"
 #include "float-inl.h"
 namespace ops {
 #include "ops-inl.h"

@@ -6,6 +6,8 @@
 // products a step and token; for more tokens, and where products are limited to 16 bits, two averages make
 // trit + 1 of b: avg(b, avg(b, 253)) / 64.
 
+#include "trits-inl.h"
+
 constexpr int kHalves = static_cast<int>(kPackedRows) / kRowLanes;
 
 // Bytes ahead of the block at hand that are asked of memory: some 100 ns at 13 GB/s a core, twice.
@@ -20,12 +22,6 @@ inline const uint8_t* packed_ahead(const MatmulArgs& a, const uint8_t* w) {
   return a.next != nullptr ? a.next + (at - end) : w;
 }
 
-template <int64_t kBytes>
-inline void prefetch_ahead(const MatmulArgs& a, const uint8_t* w) {
-  const uint8_t* const at = packed_ahead(a, w);
-  for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
-}
-
 template <int kTokens>
 constexpr bool kTwoSums = kVnni && kTokens == 1;
 // Two sums are 256 times, digits 64 times the product; digits are trit + 1.
@@ -34,10 +30,6 @@ constexpr int kDotShift = kTwoSums<kTokens> ? 8 : 6;
 // Factor of the activation sums where delta is +1/8: 8 * (trit - 1) + 1 = 8 * trit - 7; two more for -1/8.
 template <bool kTwo>
 constexpr int kPlus = kTwo ? 7 : 15;
-
-// In the two high bits: trit + 1.
-inline VecI trit_bits(VecI code) { return average_u8(code, average_u8(code, set_i8(-3))); }
-inline VecI next_trit(VecI code) { return add_i8(add_i8(code, code), code); }
 
 // Steps kStep to kEnd of a block. VNNI: `sum` gets the sums of kDotShift (and `second` helps); else int16
 // pairs.
@@ -264,7 +256,7 @@ void multiply_group(const MatmulArgs& a, int64_t row, int64_t first,
     for (int h = 0; h < kHalves; ++h) acc[t][h] = zero_f();
   }
   for (int64_t k = 0; k < blocks; ++k, ++w) {
-    prefetch_ahead<sizeof(Block)>(a, reinterpret_cast<const uint8_t*>(w));
+    const uint8_t* const ahead = packed_ahead(a, reinterpret_cast<const uint8_t*>(w));
     const int8_t* q[kTokens];
     const PackedX<F, kTwoSums<kTokens>>* x[kTokens];
 #pragma GCC unroll 4
@@ -272,6 +264,10 @@ void multiply_group(const MatmulArgs& a, int64_t row, int64_t first,
       q[t] = tokens[t].q + 256 * k, x[t] = prepared + (first + t) * blocks + k;
 #pragma GCC unroll 2
     for (int h = 0; h < kHalves; ++h) {
+      // Each half asks for half a block: too many lines at once wait for the buffers they are read through.
+      constexpr int kBytes = sizeof(Block) / kHalves;
+      for (int i = 0; i < kBytes; i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(ahead) + h * kBytes + i, _MM_HINT_T0);
       VecI value[kTokens];
       block_sums<kTokens>(*w, h, q, x, value);
       const VecF d = mul_f(load_f16(w->d + h * kRowLanes), set_f(block_factor<F>()));

@@ -22,8 +22,11 @@ inline __m128 block_scales(const uint8_t* const* w, int64_t at) {
   using Block = typename Traits<F>::Block;
   const auto block = [&](int r) -> const Block& { return *reinterpret_cast<const Block*>(w[r] + at); };
   if constexpr (F == Format::MXFP4) {
-    return _mm_setr_ps(e8m0_to_float(block(0).e), e8m0_to_float(block(1).e), e8m0_to_float(block(2).e),
-                       e8m0_to_float(block(3).e));
+    // As e8m0_to_float.
+    const __m128i e = _mm_setr_epi32(block(0).e, block(1).e, block(2).e, block(3).e), two = _mm_set1_epi32(2);
+    const __m128i usual = _mm_slli_epi32(_mm_sub_epi32(e, _mm_set1_epi32(1)), 23),
+                  small = _mm_sllv_epi32(_mm_set1_epi32(0x00200000), e);
+    return _mm_castsi128_ps(_mm_blendv_epi8(usual, small, _mm_cmpgt_epi32(two, e)));
   } else if constexpr (F == Format::IQ1_M) {
     const __m128 d = halves_to_float(iq1m_scale(block(0)), iq1m_scale(block(1)), iq1m_scale(block(2)),
                                      iq1m_scale(block(3)));

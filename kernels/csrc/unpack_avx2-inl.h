@@ -3,6 +3,8 @@
 // scales() are those of every 16 values. Codes come a register at a time, since sixteen registers do not hold
 // a block.
 
+#include "trits-inl.h"
+
 struct Scales {
   VecI sc;             // int16 per 16 values
   VecI mn = zero_i();  // the same for minima
@@ -127,26 +129,22 @@ struct Source<Format::TQ2_0> {
 template <>
 struct Source<Format::TQ1_0> {
   const BlockTQ1_0& b;
-  // A byte times 3^k mod 256 has digit k on top; that times 3, shifted right by 8, is the digit.
-  VecI codes(int c) const {
-    constexpr int16_t kPower[9] = {1, 3, 9, 27, 81, 1, 3, 9, 27};
-    VecI bytes, power;
-    if (c < 5) {
-      bytes = load_i(b.qs);
-      power = set_i16(kPower[c]);
-    } else {
-      const __m128i second = load128(b.qs + 32);
-      const __m128i last = c == 7 ? _mm_set1_epi32(static_cast<int>(load_u32(b.qh))) : second;
-      bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(second), last, 1);
-      const __m128i last_power =
-          c == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27) : _mm_set1_epi16(kPower[2 * c - 4]);
-      power = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi16(c == 7 ? 81 : kPower[2 * c - 5])),
-                                      last_power, 1);
-    }
-    const VecI even = _mm256_mullo_epi16(bytes, _mm256_slli_epi16(power, 8));
-    const VecI odd = _mm256_mullo_epi16(_mm256_and_si256(bytes, set_i16(-256)), power);
-    return _mm256_or_si256(_mm256_mulhi_epu16(even, set_i16(3)),
-                           _mm256_and_si256(_mm256_mulhi_epu16(odd, set_i16(768)), set_i16(768)));
+  VecI codes(int c) const { return _mm256_sub_epi8(codes_above(c), set_i8(1)); }
+  VecI codes_above(int c) const { return bits(trit_bits(fractions(c)), 6, 3); }  // by 1
+  // Bytes whose trit at hand is the chunk's. Chunks go on from one another: unrolled, nothing is done twice.
+  VecI fractions(int c) const {
+    if (c == 0) return load_i(b.qs);
+    if (c < 5) return next_trit(fractions(c - 1));
+    const VecI second = repeat_128(b.qs + 32);  // trits 0 and 1, 2 and 3, then 4 and those of qh
+    const VecI five = _mm256_blend_epi32(second, next_trit(second), 0xf0);
+    if (c == 5) return five;
+    const VecI six = next_trit(next_trit(five));
+    if (c == 6) return six;
+    // Dword k: trit k of the four bytes of qh.
+    const VecI first = set_i32(static_cast<int>(load_u32(b.qh)));
+    const VecI next = next_trit(first), third = next_trit(next), fourth = next_trit(third);
+    const VecI pair = _mm256_blend_epi32(first, next, 0x20), other = _mm256_blend_epi32(third, fourth, 0x80);
+    return _mm256_blend_epi32(next_trit(next_trit(six)), _mm256_blend_epi32(pair, other, 0xc0), 0xf0);
   }
   Scales scales() const { return {set_i16(1)}; }
 };
