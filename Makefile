@@ -21,6 +21,13 @@ PEERS_ENV := $(KTD_CACHE)/peers-$(PEERS_VERSION)-$(shell grep -m1 '^flags' /proc
 PEERS_AVX2 := $(KTD_CACHE)/peers-avx2-$(PEERS_VERSION)
 export KTD_PEERS_PYTHON := $(PEERS_ENV)/bin/python
 export KTD_WEBUI_ENV := $(WEBUI_ENV)
+# Compiled kernels outlive a checkout too.
+ifneq ($(shell command -v ccache 2>/dev/null),)
+export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+export CCACHE_DIR ?= $(KTD_CACHE)/ccache
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+endif
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 AVX2_TYPES := Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ1_S,IQ1_M,IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ4_NL,IQ4_XS,TQ1_0,TQ2_0,MXFP4
 SOURCES := $(shell find kernels/csrc -type f) CMakeLists.txt pyproject.toml
@@ -127,7 +134,7 @@ test:
 
 .PHONY: test-setup
 test-setup:
-	deploy/require.sh chromium chromium-driver fonts-noto-cjk qemu-user-static binutils
+	deploy/require.sh ccache chromium chromium-driver fonts-noto-cjk qemu-user-static binutils
 	$(MAKE) --no-print-directory $(VENV)/.dev $(VENV)/.built peers webui-env
 
 lint: $(VENV)/.dev $(VENV)/.built
@@ -142,12 +149,15 @@ format: $(VENV)/.dev
 	find kernels/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 tests: $(VENV)/.dev $(VENV)/.built
-	$(BIN)/python -m pytest -q -m 'not peers and not webui' --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not peers and not webui' --cov --cov-report=term:skip-covered
 
 # The scalar and AVX2 kernels on processors that have nothing newer: a wrong instruction traps.
 tests-qemu: $(VENV)/.dev $(VENV)/.built
-	qemu-x86_64-static -cpu Nehalem $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
-	qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
+	$(MAKE) --no-print-directory -j2 -Otarget tests-qemu-Nehalem tests-qemu-Haswell
+
+tests-qemu-%:
+	echo "A $*:"
+	qemu-x86_64-static -cpu $* $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -m 'not slow'
 
 tests-peers: $(VENV)/.dev $(VENV)/.built peers
 	$(BIN)/python -m pytest -q -m peers

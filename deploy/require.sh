@@ -7,7 +7,7 @@ missing=()
 for package in "$@"; do
   case $package in
     g++) command -v g++ >/dev/null || missing+=("$package") ;;
-    make | git | objdump) command -v "$package" >/dev/null || missing+=("$package") ;;
+    ccache | make | git | objdump) command -v "$package" >/dev/null || missing+=("$package") ;;
     binutils) command -v objdump >/dev/null || missing+=("$package") ;;
     chromium) command -v chromium >/dev/null || missing+=("$package") ;;
     chromium-driver) command -v chromedriver >/dev/null || missing+=("$package") ;;
