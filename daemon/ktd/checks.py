@@ -14,10 +14,11 @@ from typing import Literal
 
 import psutil
 
+from ktd.budget import available_memory
 from ktd.errors import UserError
 from ktd.gpu import find_gpu, launcher_lacks
 from ktd.launch import embedded_model
-from ktd.plan import GIB, available_memory
+from ktd.plan import GIB
 from ktd.server.run_record import RunRecordFile
 from ktd.settings import Settings
 from ktd_kernels import Cpu, amx_refusal, cpu_features, isa_list, memory_bandwidth
@@ -149,7 +150,7 @@ def _gpu(settings: Settings) -> Iterator[Check]:
                     "GPU", "bad" if settings.vram else "note", f"{found}, but lacking {missing}", remedy
                 )
             elif usable:
-                unused = "" if settings.vram else "; used when --vram gives it memory"
+                unused = "; not used: --vram is 0" if settings.vram == 0 else ""
                 yield Check("GPU", "ok", found + unused)
             else:
                 remedy = "install a CUDA build of torch; ktd uses GPUs of sm 8.0 and newer"

@@ -12,6 +12,9 @@ from ktd.errors import SettingsError
 
 # Triton serves sm_80 and up.
 _LEAST_CAPABILITY = (8, 0)
+# Bytes of weights from which a GPU that nobody asked for is used: compiling its kernels takes longer than a
+# smaller model ever saves.
+_WORTH_IT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,16 @@ def launcher_lacks() -> str | None:
     return None if (headers / "Python.h").is_file() else f"Python's headers ({headers}/Python.h)"
 
 
-def gpu_for(vram: int | None) -> Gpu | None:
-    """The GPU for a budget of `vram` bytes; None where that is None or 0.
+def gpu_for(vram: int | None, weights: int) -> Gpu | None:
+    """The GPU for a budget of `vram` bytes and a model of `weights` bytes; none where `vram` is 0.
+
+    Where `vram` is None, nothing was asked for: a GPU that works, if there is one and the model is worth it.
 
     Raises SettingsError for a budget without a GPU, or beyond what is free, and where no kernel could start.
     """
-    if not vram:
+    if vram is None:
+        return None if weights < _WORTH_IT or launcher_lacks() else find_gpu()
+    if vram == 0:
         return None
     gpu = find_gpu()
     if gpu is None:

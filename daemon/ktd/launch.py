@@ -12,6 +12,7 @@ from importlib import resources
 from math import prod
 from pathlib import Path
 
+from ktd.budget import budget_of
 from ktd.chat import ChatService, ServedModel
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import SettingsError
@@ -19,7 +20,7 @@ from ktd.gguf import GgufFile
 from ktd.gpu import Gpu, gpu_for
 from ktd.model import ModelConfig, load_model
 from ktd.placement_rules import pinned_layers
-from ktd.plan import GIB, PAGE_SIZE, Plan, budget_of, make_plan
+from ktd.plan import GIB, PAGE_SIZE, Plan, make_plan
 from ktd.server.host import Loaded
 from ktd.settings import Settings
 from ktd.text import TextModel
@@ -53,7 +54,10 @@ def prepare(settings: Settings) -> Prepared:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     gguf = GgufFile.open(settings.gguf_path or embedded_model())
-    plan = plan_for(settings, gguf, cpu, gpu_for(settings.vram))
+    gpu = gpu_for(settings.vram, gguf.nbytes)
+    plan = plan_for(settings, gguf, cpu, gpu)
+    if gpu is not None and plan.placement.device is None:
+        log.warning("%s is not used: it is too small for this model beside --context", gpu.name)
     text = TextModel.from_gguf(gguf, settings.model_path)
     return Prepared(settings, gguf, text, cpu, plan, _served(settings, gguf, plan))
 

@@ -8,14 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import psutil
-
+from ktd.budget import Budget
 from ktd.cache import CacheType
 from ktd.errors import SettingsError
 from ktd.gguf import GgmlType, GgufFile
-from ktd.gpu import Gpu
 from ktd.model.config import ModelConfig
 from ktd.model.loader import packed_growth
 from ktd.model.placement import Placement, VramBytes, vram_bytes
@@ -25,23 +22,12 @@ GIB = 1 << 30
 # Tokens in a page of the latent cache: what the last page of a sequence wastes is then under 5 MB for R1.
 PAGE_SIZE = 64
 _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
-# Left to the system and to the Python process (torch, tokenizer, servers) when no budget is given.
-_RESERVE = GIB
 # Tokens of a step unless asked otherwise. On a GPU experts may be sent there for a step: the more tokens
 # share the sending, the better, as far as their buffers fit.
 _CHUNK, _CHUNK_ON_GPU = 512, 2048
 # A default context is never planned below this where the model itself allows it (design: "at least 16,384").
 _LEAST_CONTEXT = 16_384
 _ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Bytes that may be used: of memory, and of the GPU `device` ("cuda:0"; None: no GPU is used)."""
-
-    ram: int
-    vram: int = 0
-    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +147,12 @@ def make_plan(
         with suppress(SettingsError):
             large = replace(sizes, chunk_tokens=max(_CHUNK_ON_GPU, sequences))
             return _on_gpu(large, budget, budget.device, asked, grow=context is None)
-    return _on_gpu(sizes, budget, budget.device, asked, grow=context is None)
+    try:
+        return _on_gpu(sizes, budget, budget.device, asked, grow=context is None)
+    except SettingsError:
+        if not budget.optional or any(sizes.pinned.values()):
+            raise
+        return _on_cpu(sizes, Budget(budget.ram), asked, grow=context is None)
 
 
 def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
@@ -264,32 +255,9 @@ def _too_small(what: str, flag: str, budget: int, need: int, asked: int, fitting
     )
 
 
-def budget_of(ram: int | None, vram: int | None, gpu: Gpu | None) -> Budget:
-    """The budgets that settings ask for; without `ram`, what is free now, less a reserve."""
-    ram = ram if ram is not None else max(available_memory() - _RESERVE, 0)
-    return Budget(ram) if gpu is None else Budget(ram, vram or 0, gpu.device)
-
-
 def size_text(size: int) -> str:
     """Bytes for a person: "3.72 GiB", "12.50 MiB"."""
     return f"{size / GIB:.2f} GiB" if size >= GIB or size == 0 else f"{size / (1 << 20):.2f} MiB"
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: the smaller of what the system and its cgroup have left."""
-    available = psutil.virtual_memory().available
-    limit = _number(Path("/sys/fs/cgroup/memory.max"))
-    used = _number(Path("/sys/fs/cgroup/memory.current"))
-    if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
-    return available
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such cgroup file, or "max"
-        return None
 
 
 def _paged(tokens: int) -> int:

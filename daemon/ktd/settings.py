@@ -83,7 +83,7 @@ class Settings(BaseModel):
         "engine", None, "memory to use, such as 60GiB (default: what is available)", ge=2**20
     )
     vram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(
-        "engine", None, "GPU memory to use, such as 14GiB (default: no GPU is used)", ge=0
+        "engine", None, "GPU memory to use, such as 14GiB; 0 uses no GPU (default: what is free)", ge=0
     )
     repack: bool = _setting(
         "engine", True, "copy low-bit experts into a faster layout of up to 20 % more memory, where it fits"

@@ -118,17 +118,17 @@ def test_a_gpu_that_no_kernel_could_start_on(tmp_path: Path, monkeypatch: pytest
         check = found(port=0, grpc_port=0, **settings)["GPU"]
         assert (check.verdict, "lacking a C compiler" in check.found) == (verdict, True)
     with pytest.raises(SettingsError, match="without a C compiler"):
-        gpu_for(1 << 30)
+        gpu_for(1 << 30, 1)
     put("clang", "true")
-    assert gpu_for(1 << 30) is gpu
+    assert gpu_for(1 << 30, 1) is gpu
     assert found(port=0, grpc_port=0)["GPU"].verdict == "ok"
     monkeypatch.setenv("CC", "nocc")
     with pytest.raises(SettingsError, match="compiler nocc that the variable CC names"):
-        gpu_for(1 << 30)
+        gpu_for(1 << 30, 1)
     monkeypatch.setenv("CC", "clang")
     (tmp_path / "Python.h").unlink()
     with pytest.raises(SettingsError, match="without Python's headers"):
-        gpu_for(1 << 30)
+        gpu_for(1 << 30, 1)
 
 
 def test_a_container_with_less_than_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from ktd.budget import Budget
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import Gpu
 from ktd.main import run
 from ktd.model import ModelConfig
 from ktd.placement_rules import pinned_layers
-from ktd.plan import Budget, Plan, make_plan
+from ktd.plan import Plan, make_plan
 
 GPU = "cuda:0"
 MIB = 2**20

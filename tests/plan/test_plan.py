@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from ktd.budget import Budget, available_memory, budget_of
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import Gpu, gpu_for
 from ktd.main import run
 from ktd.model import ModelConfig, Placement, vram_bytes
-from ktd.plan import PAGE_SIZE, Budget, Plan, available_memory, budget_of, make_plan
+from ktd.plan import PAGE_SIZE, Plan, make_plan
 from ktd_kernels import Cpu, isa_list
 
 MIB = 2**20
@@ -29,12 +30,13 @@ def plan_of(
     *,
     ram: int,
     vram: int | None = None,
+    optional: bool = False,
     packer: Cpu | None = None,
     context: int | None = None,
     sequences: int = 8,
     chunk_tokens: int | None = 64,
 ) -> Plan:
-    budget = Budget(ram) if vram is None else Budget(ram, vram, "cuda:0")
+    budget = Budget(ram) if vram is None else Budget(ram, vram, "cuda:0", optional)
     with GgufFile.open(model) as gguf:
         return make_plan(
             gguf,
@@ -173,20 +175,39 @@ def test_budgets_are_what_was_asked_for_or_what_is_free_less_a_reserve() -> None
     assert 0 < budget_of(None, None, None).ram < available_memory()
     assert budget_of(5, None, None) == Budget(5)
     assert budget_of(5, 7, gpu) == Budget(5, 7, "cuda:0")
+    free = budget_of(5, None, gpu)
+    assert (free.device, free.optional, 9 << 30 < free.vram < gpu.free) == ("cuda:0", True, True)
 
 
 def test_gpu_memory_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktd.gpu.find_gpu", lambda: None)
-    assert gpu_for(0) is gpu_for(None) is None
+    assert gpu_for(0, 1 << 40) is gpu_for(None, 1 << 40) is None
     with pytest.raises(SettingsError, match="no CUDA GPU"):
-        gpu_for(14 << 30)
+        gpu_for(14 << 30, 1 << 40)
     small = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
     monkeypatch.setattr("ktd.gpu.find_gpu", lambda: small)
     monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
-    assert gpu_for(10 << 30) is small
-    assert gpu_for(None) is None
+    assert gpu_for(10 << 30, 1) is small
     with pytest.raises(SettingsError, match=r"14.00 GiB, but a GPU has 10.00 GiB free"):
-        gpu_for(14 << 30)
+        gpu_for(14 << 30, 1)
+
+
+def test_a_gpu_that_nobody_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Used where it works, the model is worth it, and fits."""
+    gpu = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
+    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: gpu)
+    monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
+    assert gpu_for(None, 2 << 30) is gpu
+    assert gpu_for(None, 16 << 20) is gpu_for(0, 2 << 30) is None
+    monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: "a C compiler")
+    assert gpu_for(None, 2 << 30) is None
+
+    plenty = plan_of(model, ram=1024 * MIB, vram=8192 * MIB, optional=True)
+    assert plenty.placement.device == "cuda:0"
+    small = plan_of(model, ram=1024 * MIB, vram=1 * MIB, optional=True)
+    assert (small.placement, small.vram.total) == (Placement(), 0)
+    with pytest.raises(SettingsError, match="GPU memory"):
+        plan_of(model, ram=1024 * MIB, vram=1 * MIB)
 
 
 def test_available_memory_is_positive_and_within_the_machine() -> None:

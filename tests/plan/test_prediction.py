@@ -13,12 +13,13 @@ import pytest
 from reference_device import ReferenceDevice
 
 from ktd.bench.model import Session
+from ktd.budget import Budget
 from ktd.gguf import GgufFile
 from ktd.main import run
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement, load_model
 from ktd.model.loader import build_model
 from ktd.model.source import WeightSource
-from ktd.plan import Budget, Plan, make_plan
+from ktd.plan import Plan, make_plan
 from ktd.prediction import Sample, _SharedWeights
 from ktd_kernels import Cpu
 
@@ -162,7 +163,7 @@ def test_the_command_says_what_to_expect(
     monkeypatch.setattr(Sample, "seconds_a_token", lambda self: 0.08)
     assert run(["plan", str(model)]) == 0
     assert "12.5 tokens/s" in capsys.readouterr().out
-    monkeypatch.setattr("ktd.plan.available_memory", lambda: MIB)
+    monkeypatch.setattr("ktd.budget.available_memory", lambda: MIB)
     assert run(["plan", str(model), "--ram", "1GiB", "--context", "64"]) == 0
     shown = capsys.readouterr().out
     assert "12.5" not in shown

@@ -19,6 +19,12 @@ ELSEWHERE = {"make test", "make lint", "make webui"}
 SMALLER = (
     ("MODEL.gguf", "{model}"),
     ("synthetic.gguf", "{other}"),
+    # The comparison itself is a test of the peers stage.
+    (
+        "--layers 20 --dense-layers 1 --vram 8GiB --sequences 1,4,8 --answer 24"
+        " --against llama.cpp --peer-python PYTHON",
+        "--layers 5 --dense-layers 1",
+    ),
     ("--shape deepseek-r1 --mix ud-iq1_s --layers 5 --dense-layers 1", "--shape tiny-r1 --mix ud-iq1_s"),
     ("bench model", "bench model --prompts 16 --sequences 1 --answer 4"),
     ("--each 200", "--each 1 --tasks addition"),

@@ -13,13 +13,14 @@ import psutil
 import torch
 
 from ktd.bench.timing import read_bandwidth
+from ktd.budget import budget_of
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import KtdError, SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import find_gpu, gpu_for
 from ktd.model import ModelConfig, load_model
 from ktd.model.placement import Placement
-from ktd.plan import PAGE_SIZE, budget_of, make_plan
+from ktd.plan import PAGE_SIZE, make_plan
 from ktd.types import Ended, EngineEvent, Failed, GenerationRequest, SamplingParams, Tokens
 from ktd_kernels import Cpu
 
@@ -113,7 +114,7 @@ class ModelBench:
         context = max(*self.prompts, max(self.contexts) + self.answer_tokens, sum(_SHORT)) + 1
         with GgufFile.open(self.path) as gguf:
             config = ModelConfig.from_gguf(gguf)
-            gpu = gpu_for(self.vram)
+            gpu = gpu_for(self.vram, gguf.nbytes)
             cpu = Cpu(threads=self.threads)
             plan = make_plan(
                 gguf,
@@ -183,7 +184,7 @@ class ModelBench:
                 layers_of_whole=self.layers_of_whole or config.layers,
                 load_seconds=load_seconds,
                 ram=psutil.Process().memory_info().rss,
-                vram=gpu.free - now.free if gpu and now else 0,
+                vram=gpu.free - now.free if gpu and now and plan.placement.device else 0,
                 repacked=plan.growth > 0,
                 expert_layers_on_gpu=len(plan.placement.expert_layers_on_gpu),
                 prefill=prefill,

@@ -100,7 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--layers", type=int, help="measure this many of its layers (default: all)")
     model.add_argument("--dense-layers", type=int, help="dense ones among them (default: in proportion)")
     model.add_argument("--ram", type=_size, help="memory to use (default: what is free)")
-    model.add_argument("--vram", type=_size, help="GPU memory to use (default: no GPU is used)")
+    model.add_argument("--vram", type=_size, help="GPU memory to use; 0 uses no GPU (default: what is free)")
     model.add_argument("--no-repack", action="store_true", help="leave the weights in the file's layout")
     model.add_argument("--prompts", type=_numbers, default="128,512", help="lengths (default: %(default)s)")
     model.add_argument("--sequences", type=_numbers, default="1,4", help="at once (default: %(default)s)")
@@ -110,7 +110,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--against",
         choices=("llama.cpp",),
-        help="this peer on the same file; with --vram, its experts on the CPU",
+        help="this peer on the same file; beside a GPU, its experts on the CPU",
     )
     model.add_argument("--peer-python", type=Path, help="Python that has llama-cpp-python")
     model.add_argument("--trace", type=Path, help="write a profile of a few steps for chrome://tracing")
@@ -222,7 +222,7 @@ def _measure(
             answer_tokens=args.answer,
             chunk_tokens=result.chunk_tokens,
             threads=result.threads,
-            gpu=args.vram is not None,
+            gpu=result.vram > 0,
             say=say,
         )
     except UserError as failure:

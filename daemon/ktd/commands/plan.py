@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
 
     settings: Settings = load(args)
     cpu = Cpu(settings.cpu_infer, settings.isa)
-    gpu = gpu_for(settings.vram)
     with GgufFile.open(args.gguf) as gguf:
+        gpu = gpu_for(settings.vram, gguf.nbytes)
         plan = plan_for(settings, gguf, cpu, gpu)
+        gpu = gpu if plan.placement.device else None
         name = gguf.name
         with Console(stderr=True).status("measuring"):
             bandwidth = memory_bandwidth(cpu.threads, 0.5)
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _expected(gguf: GgufFile, plan: Plan, cpu: Cpu) -> str:
     """The rate that this machine reaches with random weights, or why it was not measured."""
-    from ktd.plan import available_memory, size_text
+    from ktd.budget import available_memory
+    from ktd.plan import size_text
     from ktd.prediction import Sample
 
     if plan.from_disk:
