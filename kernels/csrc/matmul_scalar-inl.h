@@ -28,7 +28,7 @@ void matmul_quantized(const MatmulArgs& a) {
             for (int i = 16 * s; i < 16 * s + 16; ++i) dot += block.u[i] * q[i];
             dot -= T::offset * sums[s];
             product += T::block == 32 ? dot : block.sc[s] * dot;
-            minimum += T::block == 32 ? sums[s] : block.mn[s] * sums[s];
+            if (T::minimum) minimum += T::block == 32 ? sums[s] : block.mn[s] * sums[s];
           }
           acc[t] += (block.d * dx) * static_cast<float>(product);
           if (T::minimum) acc[t] -= (block.dmin * dx) * static_cast<float>(minimum);
