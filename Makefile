@@ -41,7 +41,7 @@ BUDGET_TESTS := 850
 BUDGET_SANITIZE := 150
 BUDGET_QEMU := 220
 BUDGET_PEERS := 100
-BUDGET_WEBUI := 280
+BUDGET_WEBUI := 300
 
 .PHONY: help proto stub up down webui test lint bench wheel clean tests tests-sanitize tests-qemu tests-peers tests-webui peers peers-avx2 bench-avx2 webui-env format bench-pipe pictures
 
