@@ -44,8 +44,13 @@ def block_size(name: str) -> int:
     return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0])
 
 
-def blocks(name: str, rows: int, cols: int, seed: int = 0, scale: float | None = 1.0) -> NDArray[np.uint8]:
-    """uint8 [rows, bytes of a row]: random codes, block scales in [-scale, scale]; None = any finite half."""
+def blocks(
+    name: str, rows: int, cols: int, seed: int = 0, scale: float | None = 1.0, fill: int | None = None
+) -> NDArray[np.uint8]:
+    """uint8 [rows, bytes of a row]: random codes, block scales in [-scale, scale]; None = any finite half.
+
+    With `fill` every byte but the block scales is that.
+    """
     rng = np.random.default_rng([seed, type_id(name)])
     if name in FLOAT_TYPES:
         values = rng.standard_normal((rows, cols), np.float32)
@@ -56,6 +61,8 @@ def blocks(name: str, rows: int, cols: int, seed: int = 0, scale: float | None =
         return values.view(np.uint8)
     size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     out = rng.integers(0, 256, (rows, cols // size * width), dtype=np.uint8)
+    if fill is not None:
+        out[:] = fill
     block = out.reshape(-1, width)
     for at in _HALVES.get(name, ()):
         block[:, at : at + 2] = _halves(rng, len(block), scale).view(np.uint8).reshape(-1, 2)

@@ -5,7 +5,7 @@
 #include "packed_grids.h"
 
 #define KTD_ISA_NAME "avx512"
-#define KTD_MATMUL_MANY matmul_tiled
+#define KTD_MATMUL_MANY matmul_vnni
 
 namespace ktd::avx512 {
 namespace {
@@ -20,10 +20,14 @@ namespace {
 #include "fused_avx512-inl.h"
 #include "fused-inl.h"
 #include "tile-inl.h"
+#include "tile_vnni-inl.h"
+#include "tile_columns-inl.h"
+#include "tile_panels-inl.h"
 #include "quantized-inl.h"
 #include "packed-inl.h"
 #include "packed_iq1-inl.h"
 #include "packed_grid_codes-inl.h"
+#include "tile_packed-inl.h"
 #include "packed_grids-inl.h"
 #include "float-inl.h"
 namespace ops {

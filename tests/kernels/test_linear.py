@@ -80,6 +80,39 @@ def test_instruction_sets_give_the_same_bits(name: str, rows: int) -> None:
         np.testing.assert_array_equal(got, results["scalar"], err_msg=isa)
 
 
+@pytest.mark.parametrize("name", QUANTIZED_TYPES)
+def test_largest_sums(isa: str, name: str) -> None:
+    """All bytes of codes and scales alike, activations as large as they get: sums that must not overflow."""
+    size, cols = block_size(name), 512
+    signs = np.repeat(normal(4, 8, cols // 8), 8, axis=1)  # of every 8 columns
+    x = np.concatenate([np.ones((1, cols)), -np.ones((1, cols)), np.sign(signs)]).astype(np.float32)
+    for fill in (0x00, 0xFF, 0x88, 0x77, 0x0F, 0xF0):
+        data = blocks(name, 3, cols, fill=fill).ravel()
+        w = Weight(data, type_id(name), [3, cols])
+        exact = w.dequantize().astype(np.float64)
+        # Codes of these activations are 127 or -127: only float rounding is left.
+        bound = (2 * (cols / size) + 10) * U * 3 * cols * np.abs(exact).max()
+        cpu = Cpu(1, isa)
+        got = product(cpu, w, x)
+        assert (np.abs(got - x @ exact.T) <= bound).all(), f"{fill:#x}"
+        for i in range(len(x)):
+            np.testing.assert_array_equal(product(cpu, w, x[i : i + 1])[0], got[i])
+        if cpu.packed_bytes(type_id(name), [3, cols]):
+            np.testing.assert_array_equal(product(cpu, cpu.pack(w), x), got)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ1_S", "IQ2_XS", "IQ4_XS", "Q5_1"])
+def test_more_tokens_and_columns_than_a_cache_holds(isa: str, name: str) -> None:
+    rows, cols, n = 70, 8448 + 32 * (name in TYPES_32), 140
+    w, x = weight(name, rows, cols), normal(11, n, cols)
+    cpu = Cpu(1, isa)
+    got = product(cpu, w, x)
+    for i in (0, 69, 70, 139):
+        np.testing.assert_array_equal(got[i], product(cpu, w, x[i : i + 1])[0])
+    if cpu.packed_bytes(type_id(name), [rows, cols]):
+        np.testing.assert_array_equal(product(cpu, cpu.pack(w), x), got)
+
+
 @pytest.mark.parametrize("name", ALL_TYPES)
 def test_a_row_does_not_depend_on_its_company(cpu: Cpu, name: str) -> None:
     cols = 288 if name in TYPES_32 else 300 if name in FLOAT_TYPES else 512
