@@ -55,7 +55,7 @@ def test_float_logits_are_those_of_hugging_face(family: str, kv_b: KvB, tmp_path
     path = write_model(tmp_path / "m.gguf", config, model_tensors(model, config, kv_b), kv_b)
     expected = hf_logits(model, TOKENS)
     found = Bench(load_gguf_model(path, cpu)).logits(TOKENS)
-    # Once in a whole run the oracle's first answer was off by 1e-4: without this, the tolerance takes the blame.
+    # The oracle's first answer was once off by 1e-4: without this, the tolerance takes the blame.
     unsteady = np.flatnonzero((hf_logits(model, TOKENS) != expected).any(axis=1))
     assert unsteady.size == 0, f"two runs of Hugging Face differ in the logits of tokens {unsteady}"
     # Sums of 256 to 512 terms are rounded at each addition, not once: 16 = sqrt(256) half units, on either
