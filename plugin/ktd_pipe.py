@@ -1042,6 +1042,8 @@ HTTP_PASSED = [
     "presence_penalty",
     "frequency_penalty",
     "seed",
+    "logprobs",
+    "top_logprobs",
     "max_tokens",
     "max_completion_tokens",
     "stop",

@@ -105,7 +105,9 @@ async def test_what_the_service_is_sent() -> None:
             {"role": "assistant", "content": "c", "reasoning_content": "old thought"},
             {"role": "user", "content": [{"type": "text", "text": "d"}, picture]},
         ]  # fmt: skip
-        body = browser_body("", model="ktd.r1", temperature=0.3, num_ctx=4096, repeat_penalty="1.1", top_k=5)
+        body = browser_body(
+            "", model="ktd.r1", temperature=0.3, num_ctx=4096, repeat_penalty="1.1", top_k=5, top_logprobs=2
+        )
         user = {"valves": pipe.UserValves(THINKING="off", THINKING_BUDGET=512)}
         await ask(pipe, body | {"messages": messages}, __user__=user)
     (request,) = server.requests
@@ -123,6 +125,7 @@ async def test_what_the_service_is_sent() -> None:
         "temperature": 0.3,
         "repetition_penalty": 1.1,
         "top_k": 5,
+        "top_logprobs": 2,
         "thinking_budget": 512,
         "chat_template_kwargs": {"thinking": False, "enable_thinking": False},
     }
