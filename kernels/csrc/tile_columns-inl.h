@@ -279,9 +279,6 @@ struct Columns<Format::TQ2_0> {
   }
 };
 
-// A byte is a fraction in base 3: the digit at its head is 0 below 86, 1 below 171, else 2, and one more in
-// the two high bits of an average with the average with 253. Adding it to itself twice moves on to the next
-// digit.
 template <>
 struct Columns<Format::TQ1_0> {
   static void run(const SixteenRows& rows, int lane, VnniTile& tile) {
@@ -292,19 +289,15 @@ struct Columns<Format::TQ1_0> {
       rows.columns(16 * c, q);
       for (int k = 0; k < 5; ++k)
         for (int i = 0; i < 4; ++i) {
-          store_i(tile.u[c < 2 ? 8 * k + 4 * c + i : 40 + 4 * k + i][lane], digit(q[i]));
-          q[i] = add_i8(add_i8(q[i], q[i]), q[i]);
+          store_i(tile.u[c < 2 ? 8 * k + 4 * c + i : 40 + 4 * k + i][lane], ternary_digits(q[i]));
+          q[i] = next_trit(q[i]);
         }
     }
     VecI tail[4];
     rows.columns(sizeof(BlockTQ1_0) - 18, tail);  // ends with qh
     for (int k = 0; k < 4; ++k) {
-      store_i(tile.u[60 + k][lane], digit(tail[3]));
-      tail[3] = add_i8(add_i8(tail[3], tail[3]), tail[3]);
+      store_i(tile.u[60 + k][lane], ternary_digits(tail[3]));
+      tail[3] = next_trit(tail[3]);
     }
-  }
-  static VecI digit(VecI v) {
-    const VecI top = average_u8(v, average_u8(v, set_i8(-3)));
-    return _mm512_sub_epi8(and_i(right_u32(top, 6), set_i8(3)), set_i8(1));
   }
 };

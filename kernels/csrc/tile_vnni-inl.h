@@ -70,7 +70,6 @@ struct VnniTile {
   alignas(64) uint8_t rows[kPanel][320];  // copies of blocks, or decoded rows
 };
 
-// Tokens at a time, and the most rows of a call: linear and the mixture cut their pieces smaller.
 constexpr int64_t kVnniTokens = 128, kVnniRows = 512;
 constexpr int64_t kVnniXBytes = 640 << 10;  // of the L2 cache, for the activations of a segment of columns
 static_assert(sizeof(VnniTile) + kVnniTokens * kVnniRows * 4 + kVnniXBytes <= kMatmulScratch);
@@ -238,7 +237,12 @@ void multiply_vnni_32(const VnniTile& tile, const TileX<F, kPlan>* x, int count,
   }
 }
 
-template <Format F, TilePlan kPlan, int kTokens = kTileTokens>
+// Tokens per pass: more where one set of accumulators is enough.
+template <TilePlan kPlan>
+constexpr int kVnniPass =
+    kPlan.scaling == Scaling::folded || kPlan.scaling == Scaling::none ? 8 : kTileTokens;
+
+template <Format F, TilePlan kPlan, int kTokens = kVnniPass<kPlan>>
 inline void multiply_vnni(int tokens, const VnniTile& tile, const TileX<F, kPlan>* x, int count, float* out) {
   if (tokens == kTokens) {
     if constexpr (Traits<F>::block == 256)
@@ -254,8 +258,9 @@ inline void multiply_vnni(int tokens, const VnniTile& tile, const TileX<F, kPlan
 template <Format F, class Rows>
 struct VnniPanel;
 
-template <Format F, class Rows = FileRows<F>>
-void matmul_vnni(const MatmulArgs& a) {
+// Rows [first, last) times tokens [t0, t0 + n), at most kVnniRows and kVnniTokens.
+template <Format F, class Rows>
+void matmul_vnni_part(const MatmulArgs& a, int64_t first, int64_t last, int64_t t0, int64_t n) {
   using Panel = VnniPanel<F, Rows>;
   using X = TileX<F, Panel::kPlan>;
   constexpr int64_t kStep = Traits<F>::block == 256 ? 1 : 8;  // blocks per tile
@@ -264,43 +269,52 @@ void matmul_vnni(const MatmulArgs& a) {
   float* const sums = reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(x) + kVnniXBytes);
   const int64_t blocks = a.cols / Traits<F>::block;
   const VecI order = Panel::order();
-  const int64_t chunks = (a.n + kVnniTokens - 1) / kVnniTokens;
-  for (int64_t c = 0, t0 = 0; c < chunks; ++c) {
-    const int64_t n = (a.n - t0) / (chunks - c), groups = (n + kTileTokens - 1) / kTileTokens;
-    const int64_t segment = kVnniXBytes / static_cast<int64_t>(sizeof(X)) / n * kStep;
-    for (int64_t begin = 0; begin < blocks; begin += segment) {
-      const int64_t end = blocks - begin < segment ? blocks : begin + segment;
-      const auto blocks_at = [&](int64_t k) { return static_cast<int>(end - k < kStep ? end - k : kStep); };
-      for (int64_t t = 0; t < n; ++t) {
-        const TokenX token = token_x(a, t0 + t, Traits<F>::block);
-        for (int64_t k = begin; k < end; k += kStep)
-          prepare_tile_x<F, Panel::kPlan>(token, k, blocks_at(k), Panel::kOrdered ? &order : nullptr,
-                                          x[(k - begin) / kStep * n + t]);
+  const int64_t groups = (n + kVnniPass<Panel::kPlan> - 1) / kVnniPass<Panel::kPlan>;
+  const int64_t segment = kVnniXBytes / static_cast<int64_t>(sizeof(X)) / n * kStep;
+  for (int64_t begin = 0; begin < blocks; begin += segment) {
+    const int64_t end = blocks - begin < segment ? blocks : begin + segment;
+    const auto blocks_at = [&](int64_t k) { return static_cast<int>(end - k < kStep ? end - k : kStep); };
+    for (int64_t t = 0; t < n; ++t) {
+      const TokenX token = token_x(a, t0 + t, Traits<F>::block);
+      for (int64_t k = begin; k < end; k += kStep)
+        prepare_tile_x<F, Panel::kPlan>(token, k, blocks_at(k), Panel::kOrdered ? &order : nullptr,
+                                        x[(k - begin) / kStep * n + t]);
+    }
+    for (int64_t r0 = first; r0 < last; r0 += kPanel) {
+      const int64_t rows = a.rows - r0 < kPanel ? a.rows - r0 : kPanel;
+      const Panel panel(a, r0, rows, begin, end);
+      float* const panel_sums = sums + (r0 - first) * n;
+      if (begin == 0)
+        for (int64_t i = 0; i < n * kPanel; i += kRowLanes) store_f(panel_sums + i, zero_f());
+      for (int64_t k = begin; k < end; k += kStep) {
+        panel.build(k, blocks_at(k), tile);
+        const X* at = x + (k - begin) / kStep * n;
+        // Groups of nearly equal size: 16 tokens are 5 + 5 + 6.
+        for (int64_t g = 0, t = 0; g < groups; ++g) {
+          const int tokens = static_cast<int>((n - t) / (groups - g));
+          multiply_vnni<F, Panel::kPlan>(tokens, tile, at + t, blocks_at(k), panel_sums + t * kPanel);
+          t += tokens;
+        }
       }
-      for (int64_t r0 = 0; r0 < a.rows; r0 += kPanel) {
-        const int64_t rows = a.rows - r0 < kPanel ? a.rows - r0 : kPanel;
-        Panel panel(a, r0, rows, begin, end);
-        float* const panel_sums = sums + r0 * n;
-        if (begin == 0)
-          for (int64_t i = 0; i < n * kPanel; i += kRowLanes) store_f(panel_sums + i, zero_f());
-        for (int64_t k = begin; k < end; k += kStep) {
-          panel.build(k, blocks_at(k), tile);
-          const X* at = x + (k - begin) / kStep * n;
-          // Groups of nearly equal size: 16 tokens are 5 + 5 + 6.
-          for (int64_t g = 0, t = 0; g < groups; ++g) {
-            const int tokens = static_cast<int>((n - t) / (groups - g));
-            multiply_vnni<F, Panel::kPlan>(tokens, tile, at + t, blocks_at(k), panel_sums + t * kPanel);
-            t += tokens;
-          }
-        }
-        if (end < blocks) continue;
-        for (int64_t t = 0; t < n; ++t) {
-          float* out = a.out + (t0 + t) * a.out_stride + r0;
-          const float* from = panel_sums + t * kPanel;
-          for (int64_t r = 0; r < rows; ++r) out[r] = a.accumulate ? out[r] + from[r] : from[r];
-        }
+      if (end < blocks) continue;
+      for (int64_t t = 0; t < n; ++t) {
+        float* out = a.out + (t0 + t) * a.out_stride + r0;
+        const float* from = panel_sums + t * kPanel;
+        for (int64_t r = 0; r < rows; ++r) out[r] = a.accumulate ? out[r] + from[r] : from[r];
       }
     }
-    t0 += n;
+  }
+}
+
+template <Format F, class Rows = FileRows<F>>
+void matmul_vnni(const MatmulArgs& a) {
+  const int64_t chunks = (a.n + kVnniTokens - 1) / kVnniTokens;
+  for (int64_t first = 0; first < a.rows; first += kVnniRows) {
+    const int64_t last = a.rows - first < kVnniRows ? a.rows : first + kVnniRows;
+    for (int64_t c = 0, t0 = 0; c < chunks; ++c) {
+      const int64_t n = (a.n - t0) / (chunks - c);
+      matmul_vnni_part<F, Rows>(a, first, last, t0, n);
+      t0 += n;
+    }
   }
 }

@@ -2,6 +2,8 @@
 // values. They agree with decode-inl.h except in one thing: formats with 8-bit codes (Traits::max 255) come
 // as signed values.
 
+#include "trits-inl.h"
+
 struct Unpacked {
   VecI u[4];
   __m256i sc;  // int16 per 16 values
@@ -186,50 +188,34 @@ struct Unpack<Format::TQ2_0> {
   }
 };
 
+// The first digit of every byte of TQ1_0: 0, 1 or 2.
+inline VecI ternary_digits(VecI v) {
+  return _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(trit_bits(v), 6), set_i8(3)), set_i8(1));
+}
+
+// 32 and 16 bytes of five digits, and four bytes of four digits, each times its power of 3 already.
+inline VecI ternary_bytes(const BlockTQ1_0& b) {
+  const __m256i last = _mm256_cvtepu8_epi16(_mm_set1_epi32(static_cast<int>(load_u32(b.qh))));
+  const __m256i powers = _mm256_setr_epi16(1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27);
+  const __m128i tail = _mm256_cvtepi16_epi8(_mm256_mullo_epi16(last, powers));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(load256(b.qs)),
+                            _mm256_inserti128_si256(_mm256_castsi128_si256(load128(b.qs + 32)), tail, 1), 1);
+}
+
 template <>
 struct Unpack<Format::TQ1_0> {
-  // Multiplying a byte by 3^k mod 256 brings digit k to the top; times 3, shifted right by 8, reads it.
   static Unpacked run(const uint8_t* bytes) {
-    const auto& b = *reinterpret_cast<const BlockTQ1_0*>(bytes);
-    // Source bytes and powers of the 256 digits, 64 to a register.
-    const __m256i first = load256(b.qs);
-    const __m128i second = load128(b.qs + 32);
-    const __m128i last = _mm_set1_epi32(static_cast<int>(load_u32(b.qh)));
-    const auto both = [](__m256i low, __m256i high) {
-      return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    };
-    const __m256i second2 = _mm256_broadcastsi128_si256(second);
-    const __m256i tail = _mm256_inserti128_si256(_mm256_castsi128_si256(second), last, 1);
-    const VecI source[4] = {both(first, first), both(first, first), both(first, second2),
-                            both(second2, tail)};
-    const auto powers = [](int a, int b, int c, int d) {
-      return _mm512_inserti64x4(
-          _mm512_castsi256_si512(
-              _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi16(static_cast<int16_t>(a))),
-                                      _mm_set1_epi16(static_cast<int16_t>(b)), 1)),
-          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi16(static_cast<int16_t>(c))),
-                                  _mm_set1_epi16(static_cast<int16_t>(d)), 1),
-          1);
-    };
-    const VecI even_power[4] = {powers(1, 1, 3, 3), powers(9, 9, 27, 27), powers(81, 81, 1, 3),
-                                powers(9, 27, 81, 1)};
-    const VecI low_byte = _mm512_set1_epi16(255), three = _mm512_set1_epi16(3);
+    VecI v = ternary_bytes(*reinterpret_cast<const BlockTQ1_0*>(bytes));
+    VecI digit[5];
+    for (int k = 0; k < 5; ++k, v = next_trit(v)) digit[k] = ternary_digits(v);
     Unpacked out;
-    for (int c = 0; c < 4; ++c) {
-      VecI even = _mm512_mullo_epi16(_mm512_and_si512(source[c], low_byte), even_power[c]);
-      VecI odd = _mm512_mullo_epi16(_mm512_srli_epi16(source[c], 8), even_power[c]);
-      even = _mm512_srli_epi16(_mm512_mullo_epi16(_mm512_and_si512(even, low_byte), three), 8);
-      odd = _mm512_andnot_si512(low_byte, _mm512_mullo_epi16(_mm512_and_si512(odd, low_byte), three));
-      out.u[c] = _mm512_or_si512(even, odd);
-    }
-    // The last 16 digits come from four bytes, four digits each.
-    const __m256i q = _mm256_cvtepu8_epi16(last);
-    const __m256i p = _mm256_setr_epi16(1, 1, 1, 1, 3, 3, 3, 3, 9, 9, 9, 9, 27, 27, 27, 27);
-    const __m256i digit = _mm256_srli_epi16(
-        _mm256_mullo_epi16(_mm256_and_si256(_mm256_mullo_epi16(q, p), _mm256_set1_epi16(255)),
-                           _mm256_set1_epi16(3)),
-        8);
-    out.u[3] = _mm512_inserti32x4(out.u[3], _mm256_cvtepi16_epi8(digit), 3);
+    out.u[0] = _mm512_shuffle_i64x2(digit[0], digit[1], 0x44);
+    out.u[1] = _mm512_shuffle_i64x2(digit[2], digit[3], 0x44);
+    const VecI third = _mm512_setr_epi64(4, 5, 12, 13, 4, 5, 12, 13),
+               ends = _mm512_setr_epi64(4, 5, 14, 15, 4, 5, 14, 15);
+    out.u[2] = _mm512_mask_blend_epi64(0xf0, digit[4], _mm512_permutex2var_epi64(digit[0], third, digit[1]));
+    out.u[3] = _mm512_mask_blend_epi64(0xf0, _mm512_permutex2var_epi64(digit[2], third, digit[3]),
+                                       _mm512_permutex2var_epi64(digit[4], ends, digit[0]));
     out.sc = _mm256_set1_epi16(1);
     return out;
   }
@@ -243,6 +229,11 @@ inline VecI dot_natural(const Unpacked& w, const int8_t* q, const int16_t* sums,
   const VecI sc = _mm512_castsi256_si512(w.sc);
   const __m256i group_sums = load256(sums);
   VecI acc = zero_i();
+  if constexpr (F == Format::TQ1_0 || F == Format::TQ2_0) {  // every scale is 1
+    acc = _mm512_zextsi256_si512(_mm256_madd_epi16(_mm256_set1_epi16(-T::offset), group_sums));
+    for (int c = 0; c < 4; ++c) acc = dp_u8s8(acc, w.u[c], load_i(q + 64 * c));
+    return acc;
+  }
   if constexpr (T::minimum) {
     *minimum = _mm512_zextsi256_si512(_mm256_madd_epi16(w.mn, group_sums));
   } else if constexpr (T::max != 255) {
