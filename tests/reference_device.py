@@ -50,9 +50,11 @@ class ReferenceOps:
 
 class ReferenceDevice:
     """As ktd_kernels.gpu.Gpu. A captured body is run again at each replay; `replays` counts them, `held` the
-    bytes of weights and `allocated` those of buffers."""
+    bytes of weights and `allocated` those of buffers; `passed` and `locked` those of weights. `foreign`: the
+    layouts that it does not read."""
 
-    def __init__(self, cpu: Cpu) -> None:
+    def __init__(self, cpu: Cpu, foreign: Sequence[str] = ()) -> None:
+        self._foreign = foreign
         self.device = torch.device("cpu")
         self.rows: Any = ReferenceOps(cpu)
         self.prompt: Any = ReferenceOps(cpu)
@@ -86,19 +88,23 @@ class ReferenceDevice:
     def settle(self) -> None:
         pass
 
-    def lock(self, data: npt.NDArray[np.uint8]) -> bool:
-        self.locked += data.nbytes
+    def reads(self, layout: str, ggml_type: int) -> bool:
+        return layout not in self._foreign
+
+    def lock(self, weight: Weight) -> bool:
+        self.locked += weight.nbytes
         return True
 
     def reserve_stream(self, nbytes: int) -> None:
         self._room = nbytes
         self.allocated += 4 * nbytes
 
-    def pass_through(self, groups: Iterable[Sequence[Any]]) -> Iterator[list[Weight]]:
+    def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[Weight]]:
         for group in groups:
-            assert sum(data.nbytes for data, _, _ in group) <= self._room
-            self.passed += sum(data.nbytes for data, _, _ in group)
-            yield [Weight(data.copy(), kind, shape) for data, kind, shape in group]
+            assert all(self.reads(w.layout, w.ggml_type) for w in group)
+            assert sum(w.nbytes for w in group) <= self._room
+            self.passed += sum(w.nbytes for w in group)
+            yield list(group)
 
     def launch(self, job: MoeJob) -> None:
         assert self._aside, "the graph waits for the experts instead of going on"

@@ -84,6 +84,22 @@ nb::object dequantize(const PyWeight& w) {
   return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.data(), owner));
 }
 
+nb::object weight_bytes(const PyWeight& w) {
+  const size_t size = static_cast<size_t>(w.nbytes());
+  return nb::cast(nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(w.data, {size}, w.owner));
+}
+
+PyWeight weight_part(const PyWeight& w, int64_t first, int64_t count) {
+  if (w.dims != 3) reject("Only a stack of matrices has parts.");
+  if (first < 0 || count < 0 || count > w.count - first)
+    reject(std::to_string(count) + " matrices from " + std::to_string(first) +
+           " on do not lie within a stack of " + std::to_string(w.count) + ".");
+  PyWeight part = w;
+  part.data = w.row(first, 0);
+  part.count = count;
+  return part;
+}
+
 void check_matrix(const Cpu& cpu, const PyWeight& w, const char* name, int dims) {
   if (w.dims != dims)
     reject(std::string(name) + " must be " +
@@ -219,6 +235,11 @@ NB_MODULE(_C, m) {
       .def_prop_ro(
           "layout", [](const PyWeight& w) { return w.layout ? w.layout->name : "file"; },
           "'file' for GGUF blocks, else the name of the layout that Cpu.pack chose.")
+      .def_prop_ro(
+          "bytes", &weight_bytes, nb::sig("def bytes(self) -> NDArray[numpy.uint8]"),
+          "The bytes of the weight as they lie in memory, uint8 [nbytes], read-only; keeps them alive.")
+      .def("part", &weight_part, "first"_a, "count"_a,
+           "`count` matrices of a stack from `first` on; copies nothing.")
       .def("dequantize", &dequantize, nb::sig("def dequantize(self) -> NDArray[numpy.float32]"),
            "float32 array of `shape`, bit-equal to gguf.quants.dequantize.");
 

@@ -44,6 +44,15 @@ class Weight:
         'file' for GGUF blocks, else the name of the layout that Cpu.pack chose.
         """
 
+    @property
+    def bytes(self) -> NDArray[numpy.uint8]:
+        """
+        The bytes of the weight as they lie in memory, uint8 [nbytes], read-only; keeps them alive.
+        """
+
+    def part(self, first: int, count: int) -> Weight:
+        """`count` matrices of a stack from `first` on; copies nothing."""
+
     def dequantize(self) -> NDArray[numpy.float32]:
         """float32 array of `shape`, bit-equal to gguf.quants.dequantize."""
 

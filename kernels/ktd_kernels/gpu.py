@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ktd_kernels import MoeJob, cuda, triton
-from ktd_kernels.cuda import GpuWeight
-from ktd_kernels.upload import Blocks, Uploader, WeightStream, stream
+from ktd_kernels import MoeJob, Weight, cuda, triton
+from ktd_kernels.cuda import GpuWeight, readable
+from ktd_kernels.upload import Uploader, WeightStream, stream
 
 
 class GpuOps:
@@ -107,16 +107,20 @@ class Gpu:
         self.synchronize()
         torch.cuda.empty_cache()
 
-    def lock(self, data: npt.NDArray[np.uint8]) -> bool:
-        """Keeps host memory in its place, so that it is sent at the speed of the bus; False where the system
-        does not allow it."""
-        return self._uploader.lock(data)
+    def reads(self, layout: str, ggml_type: int) -> bool:
+        """Whether `pass_through` takes weights of this type in this layout."""
+        return readable(layout, ggml_type)
+
+    def lock(self, weight: Weight) -> bool:
+        """Keeps a weight's memory in its place, so that it is sent at the speed of the bus; False where the
+        system does not allow it."""
+        return self._uploader.lock(weight.bytes, read_only=weight.layout == "file")
 
     def reserve_stream(self, nbytes: int) -> None:
         """Makes room for `pass_through` of groups of up to `nbytes`."""
         self._weights = WeightStream(self._uploader, self.device, nbytes)
 
-    def pass_through(self, groups: Iterable[Sequence[Blocks]]) -> Iterator[list[GpuWeight]]:
+    def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[GpuWeight]]:
         """Groups of weights that are sent for once: each is there until the next is asked for, which is on
         its way meanwhile."""
         return self._weights.pass_through(groups)

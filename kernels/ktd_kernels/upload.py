@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ktd_kernels.cuda import GpuWeight
+from ktd_kernels import Weight
+from ktd_kernels.cuda import GpuWeight, weight_of
 
 # Large enough for the bus, small enough that the first copy starts soon.
 _PIECE = 16 << 20
@@ -24,9 +25,6 @@ _THREADS = 8
 _PART = 1 << 20
 _ALIGNMENT = 256
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: what the pages of a mapped file need
-
-#: Blocks of a GGUF tensor: bytes, tensor type, shape, as ktd_kernels.Weight takes them.
-Blocks = tuple[npt.NDArray[np.uint8], int, Sequence[int]]
 
 
 class Uploader:
@@ -42,14 +40,14 @@ class Uploader:
         weakref.finalize(self, _unlock, self._driver, self._locked)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktd-upload")
 
-    def lock(self, data: npt.NDArray[np.uint8]) -> bool:
+    def lock(self, data: npt.NDArray[np.uint8], read_only: bool) -> bool:
         """Keeps whole pages of `data` in memory from now on, for `send` to copy from; False where the system
-        does not allow it."""
+        does not allow it. `read_only`: the pages may be those of a mapped file."""
         address = data.ctypes.data
         first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (address + data.size) // mmap.PAGESIZE * mmap.PAGESIZE
-        size = ctypes.c_size_t(end - first)
-        if end <= first or self._driver.cuMemHostRegister_v2(ctypes.c_void_p(first), size, _READ_ONLY):
+        size, flags = ctypes.c_size_t(end - first), _READ_ONLY if read_only else 0
+        if end <= first or self._driver.cuMemHostRegister_v2(ctypes.c_void_p(first), size, flags):
             return False
         bisect.insort(self._locked, (first, end))
         self._kept.append(data)
@@ -114,7 +112,7 @@ class WeightStream:
         self._arrived = event()
         self._stream = stream()
 
-    def pass_through(self, groups: Iterable[Sequence[Blocks]]) -> Iterator[list[GpuWeight]]:
+    def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[GpuWeight]]:
         """Each group on the device, for work on the current stream until the next is asked for. The next is
         sent while that work is done."""
         work = torch.cuda.current_stream()
@@ -124,15 +122,15 @@ class WeightStream:
             start = 0
             free.synchronize()  # no further ahead, so that a step that is given up ends soon
             with torch.cuda.stream(self._stream):
-                for data, _, _ in group:
-                    places.append(room[start : start + data.size])
-                    self._uploader.send(data, places[-1])
-                    start += -(-data.size // _ALIGNMENT) * _ALIGNMENT
+                for weight in group:
+                    places.append(room[start : start + weight.nbytes])
+                    self._uploader.send(weight.bytes, places[-1])
+                    start += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
                 self._arrived.record()
             work.wait_event(self._arrived)
             yield [
-                GpuWeight(place, kind, tuple(shape))
-                for place, (_, kind, shape) in zip(places, group, strict=True)
+                weight_of(place, weight.layout, weight.ggml_type, weight.shape)
+                for place, weight in zip(places, group, strict=True)
             ]
             free.record(work)
 

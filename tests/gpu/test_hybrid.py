@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kit_model import F32, Bench
+from gguf import GGMLQuantizationType as Q
+from kit_model import (
+    F32,
+    Bench,
+    family_config,
+    model_tensors,
+    quantise,
+    random_hf_model,
+    random_tokens,
+    write_model,
+)
 
 import ktd
 from ktd.gguf import GgufFile
@@ -174,3 +184,36 @@ def test_a_step_given_up_leaves_nothing_behind(hybrid: Model) -> None:
     with pytest.raises(InterruptedError):
         hybrid.forward(batch, b.cache, tick)
     assert np.array_equal(hybrid.forward(batch, b.cache), whole)
+
+
+def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(tmp_path: Path, cpu: Cpu) -> None:
+    """Whole prompts by experts that pass through, with and without repacking."""
+    config = family_config("v3")
+    kinds = {"1.ffn_down": Q.IQ2_XXS, "1.ffn_": Q.IQ1_S, "2.ffn_down": Q.IQ3_XXS, "2.ffn_": Q.IQ2_S}
+
+    def kind_of(name: str) -> Q:
+        return next((k for part, k in kinds.items() if part in name and "exps" in name), Q.Q8_0)
+
+    tensors = quantise(model_tensors(random_hf_model(config), config), kind_of)[0]
+    path = write_model(tmp_path / "m.gguf", config, tensors)
+    logits = []
+    for repack in (False, True):
+        with GgufFile.open(path) as gguf:
+            model = load_model(
+                gguf,
+                cpu,
+                context=CONTEXT,
+                progress=lambda fraction: None,
+                repack=repack,
+                placement=Placement("cuda:0"),
+            )
+        assert isinstance(model, HybridModel)
+        layouts = {w.layout for e in model._stack.elsewhere for w in (e.gate, e.up, e.down)}
+        if repack and layouts == {"file"}:
+            pytest.skip("this machine packs nothing")
+        b = bench(model, rows=256, sequences=256)
+        assert model._streamed_experts is not None
+        model._block = 64
+        logits.append(b.logits(random_tokens(256)))
+    assert np.isfinite(logits[0]).all()
+    assert np.array_equal(logits[0], logits[1])

@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kit_kernels import blocks, type_id
+from gguf import GGMLQuantizationType
+from kit_kernels import blocks, type_id, weight
 from numpy.typing import NDArray
+
+from ktd_kernels import Cpu, Weight
+from ktd_kernels.cuda.packed import LAYOUTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +39,7 @@ def test_every_byte_arrives(mapped: NDArray[np.uint8], locked: tuple[int, int] |
 
     uploader = Uploader()
     if locked:
-        assert uploader.lock(mapped[slice(*locked)])
+        assert uploader.lock(mapped[slice(*locked)], read_only=True)
     for start, end in (
         (0, SIZE),
         (5, SIZE - 7),
@@ -54,10 +58,10 @@ def test_what_was_locked_once_can_be_locked_again(mapped: NDArray[np.uint8]) -> 
     from ktd_kernels.upload import Uploader
 
     first = Uploader()
-    assert first.lock(mapped)
-    assert not first.lock(mapped)
+    assert first.lock(mapped, read_only=True)
+    assert not first.lock(mapped, read_only=True)
     del first
-    assert Uploader().lock(mapped)
+    assert Uploader().lock(mapped, read_only=True)
 
 
 def test_weights_that_pass_through_are_each_there_for_their_work() -> None:
@@ -65,20 +69,46 @@ def test_weights_that_pass_through_are_each_there_for_their_work() -> None:
 
     gpu = Gpu("cuda:0")
     shape = (4, 256, 512)
-    data = [blocks(kind, 4 * 256, 512, seed).ravel() for seed in range(9) for kind in ("Q4_K", "IQ1_S")]
     groups = [
-        [(d, type_id(k), shape) for d, k in zip(data[i : i + 2], ("Q4_K", "IQ1_S"), strict=True)]
-        for i in range(0, 18, 2)
+        [Weight(blocks(k, 4 * 256, 512, seed).ravel(), type_id(k), shape) for k in ("Q4_K", "IQ1_S")]
+        for seed in range(9)
     ]
     with gpu.work():
-        gpu.reserve_stream(sum(d.size + 256 for d in data[:2]))
+        gpu.reserve_stream(sum(w.nbytes + 256 for w in groups[0]))
         busy = torch.randn(4096, 4096, device="cuda:0")
         found = []
         for weights in gpu.pass_through(groups):
             busy = busy @ busy * 1e-2  # the device lags behind
             found.append([w.dequantize() for w in weights])
-        expected = [[gpu.weight(*b).dequantize() for b in group] for group in groups]
+        expected = [
+            [gpu.weight(w.bytes, w.ggml_type, w.shape).dequantize() for w in group] for group in groups
+        ]
         gpu.synchronize()
     for ours, theirs in zip(found, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("kind", [kind for _, kind in LAYOUTS], ids=lambda kind: kind.name)
+def test_packed_weights_arrive_as_those_of_the_file(kind: GGMLQuantizationType, locked: bool) -> None:
+    """Parts of a stack whose last group of rows is not full; every plane, byte by byte."""
+    from ktd_kernels.gpu import Gpu
+
+    cpu, plain = Cpu(1), weight(kind.name, 12, 1001, 2048)
+    if not cpu.packed_bytes(plain.ggml_type, plain.shape):
+        pytest.skip("this machine does not pack it")
+    packed = cpu.pack(plain)
+    gpu = Gpu("cuda:0")
+    if not gpu.reads(packed.layout, packed.ggml_type):
+        pytest.skip("this machine packs it in another layout")
+    parts = [(0, 5), (5, 5), (10, 2)]
+    with gpu.work():
+        assert not locked or gpu.lock(packed)
+        gpu.reserve_stream(packed.part(0, 5).nbytes + 256)
+        stream = gpu.pass_through([packed.part(*part)] for part in parts)
+        found = [w.data.clone().view(w.matrices, -1) for (w,) in stream]
+        expected = gpu.weight(plain.bytes, plain.ggml_type, plain.shape)
+        gpu.synchronize()
+    size = plain.nbytes // 12  # what follows in a matrix is padding
+    assert torch.equal(torch.cat(found)[:, :size], expected.data.view(12, -1)[:, :size])

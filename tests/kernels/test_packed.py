@@ -192,3 +192,42 @@ def test_another_instruction_set_refuses_a_layout_it_does_not_know() -> None:
 def test_an_empty_weight_is_packed(cpu: Cpu) -> None:
     packed = cpu.pack(Weight(np.empty(0, np.uint8), type_id("IQ1_S"), (0, 256)))
     assert product(cpu, packed, normal(0, 2, 256)).shape == (2, 0)
+
+
+def test_bytes_and_parts_are_views(cpu: Cpu) -> None:
+    data = blocks("Q4_K", 5 * 3, 512).ravel()
+    w = Weight(data, type_id("Q4_K"), (5, 3, 512))
+    part = w.part(2, 2)
+    assert part.shape == (2, 3, 512)
+    assert part.nbytes == data.size // 5 * 2
+    assert np.shares_memory(part.bytes, data)
+    assert np.array_equal(part.bytes, data.reshape(5, -1)[2:4].ravel())
+    assert np.array_equal(part.dequantize(), w.dequantize()[2:4])
+    assert w.part(5, 0).bytes.size == 0
+    with pytest.raises(ValueError, match="read-only"):
+        w.bytes[0] = 1
+    for first, count in ((0, 6), (5, 1), (-1, 2), (2, -1), (2**62, 2**62)):
+        with pytest.raises(
+            ValueError, match=f"{count} matrices from {first} on do not lie within a stack of 5"
+        ):
+            w.part(first, count)
+    with pytest.raises(ValueError, match="Only a stack"):
+        weight("Q4_K", 3, 512).part(0, 1)
+
+
+@each_packed
+def test_a_packed_stack_is_its_matrices_one_after_another(cpu: Cpu, name: str) -> None:
+    w = weight(name, 5, 41, 512)
+    packed = cpu.pack(w)
+    data = packed.bytes
+    each = [cpu.pack(w.part(i, 1)).bytes for i in range(5)]
+    assert data.size == packed.nbytes
+    assert np.array_equal(data, np.concatenate(each))
+    part = packed.part(1, 3)
+    assert part.layout == packed.layout
+    assert np.array_equal(part.bytes, data.reshape(5, -1)[1:4].ravel())
+    want = packed.dequantize()
+    del packed
+    assert np.array_equal(part.dequantize(), want[1:4])  # each keeps the memory
+    del part
+    assert np.array_equal(data, np.concatenate(each))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Q
 from kit_model import (
     CONTEXT,
     F32,
@@ -27,6 +28,7 @@ from ktd.gguf import GgufFile
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement
 from ktd.model.hybrid import HybridModel
 from ktd.model.source import WeightSource
+from ktd.model.streaming import StreamedExperts
 from ktd_kernels import Cpu
 
 # The routed sum is added as a whole after the shared experts, not term by term before them: a few roundings
@@ -193,7 +195,7 @@ def test_blocks_of_long_prompts_send_for_their_experts(path: Path, expected: Mod
     bench = Bench(model)
     model.reserve(64, 50, bench.cache)
     model._block = 16
-    experts = sum(data.nbytes for data, _, _ in model._stack.elsewhere[0].blocks)
+    experts = sum(w.nbytes for w in model._stack.elsewhere[0].blocks)
     theirs = Bench(expected).logits(tokens)
     for chunks in ([50], [48, 2], [20, 30], [7, 40, 3]):
         pages, start, ours = bench.pages(60), 0, []
@@ -232,6 +234,61 @@ def test_experts_pass_through_in_groups(path: Path, cpu: Cpu, monkeypatch: pytes
     if path.stem == "f32":
         atol = TOLERANCE * float(np.abs(logits[0]).max())
         np.testing.assert_allclose(logits[1], logits[0], atol=atol, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts of two types that are repacked, and of one that is not."""
+    config = family_config("v3")
+    kinds = {"blk.1.ffn_down_exps": Q.Q2_K, "down_exps": Q.IQ2_XXS, "_exps": Q.IQ1_S}
+
+    def kind_of(name: str) -> Q:
+        return next((kind for part, kind in kinds.items() if part in name), Q.F32)
+
+    tensors = quantise(model_tensors(random_hf_model(config), config), kind_of)[0]
+    return write_model(tmp_path_factory.mktemp("grids") / "m.gguf", config, tensors)
+
+
+def streamed(
+    path: Path, cpu: Cpu, packer: Cpu | None, *foreign: str
+) -> tuple[HybridModel, ReferenceDevice, F32]:
+    """A model, its device, and the logits of three blocks of 16 tokens that sent for their experts."""
+    device = ReferenceDevice(cpu, foreign)
+    with GgufFile.open(path) as gguf:
+        source = WeightSource(gguf, lambda fraction: None, packer)
+        config = ModelConfig.from_gguf(gguf)
+        model = HybridModel(source, config, cpu, device, Placement("cuda:0"), CONTEXT)
+    bench = Bench(model)
+    model.reserve(48, 48, bench.cache)
+    device.passed, model._block = 0, 16
+    return model, device, bench.logits(random_tokens(48))
+
+
+def test_experts_are_sent_as_the_cpu_has_them(grids: Path, cpu: Cpu) -> None:
+    """Packed bytes, locked in their place, and the same logits as from the file's."""
+    plain, file, expected = streamed(grids, cpu, None)
+    repacked, device, logits = streamed(grids, cpu, cpu)
+    own = [w for e in repacked._stack.elsewhere for w in (e.gate, e.up, e.down)]
+    in_file = [w.nbytes for w in own if w.layout == "file"]
+    assert len(in_file) == sum(cpu.packed_bytes(w.ggml_type, w.shape) == 0 for w in own) > 0
+    assert device.passed == device.locked == sum(w.nbytes for w in own)
+    assert file.passed == file.locked == sum(w.nbytes for e in plain._stack.elsewhere for w in e.blocks)
+    assert np.array_equal(logits, expected)
+    assert isinstance(repacked._streamed_experts, StreamedExperts)
+    assert repacked._streamed_experts.file_bytes == sum(in_file)
+
+
+def test_what_the_device_cannot_read_is_sent_from_the_file(grids: Path, cpu: Cpu) -> None:
+    """It is not locked there: that would keep two copies in memory."""
+    _, _, expected = streamed(grids, cpu, None)
+    repacked, device, logits = streamed(grids, cpu, cpu, "trits")
+    layers = repacked._stack.elsewhere
+    own = [(w, b) for e in layers for w, b in zip((e.gate, e.up, e.down), e.blocks, strict=True)]
+    if all(w.layout != "trits" for w, _ in own):
+        pytest.skip("this machine does not pack IQ1_S")
+    assert device.passed == sum(b.nbytes if w.layout == "trits" else w.nbytes for w, b in own)
+    assert device.locked == sum(w.nbytes for w, _ in own if w.layout != "trits")
+    assert np.array_equal(logits, expected)
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -132,7 +132,7 @@ def test_the_seconds_are_those_of_an_answer(
     packed: list[bool] = []
 
     def built(source: WeightSource, *rest: Any) -> Model:
-        packed.append(source.packing)
+        packed.append(source._packer is not None)
         return build_model(source, *rest)
 
     monkeypatch.setattr("ktd.prediction.build_model", built)

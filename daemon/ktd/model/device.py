@@ -12,10 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ktd.model.ops import Matrix, Ops
-from ktd_kernels import MoeJob
-
-#: Blocks of a GGUF tensor: bytes, tensor type, shape, as ktd_kernels.Weight takes them.
-Blocks = tuple[npt.NDArray[np.uint8], int, Sequence[int]]
+from ktd_kernels import MoeJob, Weight
 
 
 class Device(Protocol):
@@ -42,11 +39,13 @@ class Device(Protocol):
 
     def settle(self) -> None: ...
 
-    def lock(self, data: npt.NDArray[np.uint8]) -> bool: ...
+    def reads(self, layout: str, ggml_type: int) -> bool: ...
+
+    def lock(self, weight: Weight) -> bool: ...
 
     def reserve_stream(self, nbytes: int) -> None: ...
 
-    def pass_through(self, groups: Iterable[Sequence[Blocks]]) -> Iterator[Sequence[Matrix]]: ...
+    def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[Sequence[Matrix]]: ...
 
     def launch(self, job: MoeJob) -> None: ...
 

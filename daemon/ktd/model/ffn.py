@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from ktd.model.config import ModelConfig, MoeConfig
-from ktd.model.device import Blocks
 from ktd.model.ops import Matrix, Ops
 from ktd.model.source import WeightSource
 from ktd.model.workspace import Views
+from ktd_kernels import Weight
 
 
 class DenseFfn:
@@ -37,9 +37,8 @@ class Elsewhere(Protocol):
 
 class Experts:
     """The routed experts of one layer: stacks gate and up [experts, width, hidden], down [experts, hidden,
-    width]. `local`: on the device of the graph; if not, `blocks` are the three as they are in the file, to be
-    sent there for a step (none where the file has gate and up in one, or the source sends none). `mapped`:
-    the file's blocks are what the CPU computes with, not copies of them."""
+    width]. `local`: on the device of the graph; if not, `blocks` are the three as they are in the file (none
+    where the file has gate and up in one, or the source sends none)."""
 
     def __init__(
         self, source: WeightSource, config: ModelConfig, moe: MoeConfig, layer: int, local: bool
@@ -47,10 +46,9 @@ class Experts:
         hidden, name = config.hidden, f"blk.{layer}.ffn_{{}}.weight".format
         self.layer = layer
         self.local = local
-        self.mapped = not source.packing
         self.gate: Matrix
         self.up: Matrix
-        self.blocks: list[Blocks] = []
+        self.blocks: list[Weight] = []
         if source.has(name("gate_up_exps")):
             self.gate, self.up = source.halves(name("gate_up_exps"), moe.experts, moe.width, hidden)
         else:

@@ -193,14 +193,14 @@ class HybridModel:
         self._block = 0
         self._streamed_experts: StreamedExperts | None = None
         layers = self._stack.elsewhere
-        sent = [data for layer in layers for data, _, _ in layer.blocks]
-        fits = sum(data.size for data in sent) <= psutil.virtual_memory().available
-        if not layers or not all(layer.blocks for layer in layers) or not fits:
+        if not layers or not all(layer.blocks for layer in layers):
+            return
+        streamed = StreamedExperts(self._device, layers)
+        if streamed.file_bytes > psutil.virtual_memory().available:
             return  # what would be read from the disk for every chunk is no faster
-        if all(layer.mapped for layer in layers):
-            all(self._device.lock(data) for data in sent)
-        self._streamed_experts = StreamedExperts(self._device, layers)
-        self._block = crossover(self._cpu, self._exchange, self._streamed_experts, layers[0], self._rows)
+        streamed.prepare()
+        self._streamed_experts = streamed
+        self._block = crossover(self._cpu, self._exchange, streamed, layers[0], self._rows)
 
     def _warm_up(self, cache: LatentCache) -> None:
         """Compiles and allocates all that steps will need, and captures those of few rows."""

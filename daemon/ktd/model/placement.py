@@ -16,7 +16,8 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 
 # The driver's context, the kernels' code and the libraries' own workspaces, before anything of the model.
 _RUNTIME_BYTES = 640 << 20
-# Bytes of weights that are sent at once to experts of long prompts; twice as file blocks, twice rearranged.
+# Bytes of weights that are sent at once to experts of long prompts; twice as they lie in memory, twice
+# rearranged.
 GROUP_BYTES = 192 << 20
 # What a captured decode step keeps on the device for each layer: the nodes of its kernels.
 _GRAPH_BYTES_A_LAYER = 192 << 10

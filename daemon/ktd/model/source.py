@@ -12,7 +12,7 @@ import psutil
 
 from ktd.errors import GgufError
 from ktd.gguf import WEIGHT_TYPES, GgmlType, TensorInfo
-from ktd.model.device import Blocks, Device
+from ktd.model.device import Device
 from ktd.model.ops import Array, Matrix
 from ktd_kernels import Cpu, Weight
 
@@ -63,11 +63,6 @@ class WeightSource:
         return source
 
     @property
-    def packing(self) -> bool:
-        """Whether some of what is handed out are copies in another layout."""
-        return self._packer is not None
-
-    @property
     def sendable(self) -> bool:
         """Whether `blocks` are there, to be sent to a GPU for a step."""
         return True
@@ -89,10 +84,10 @@ class WeightSource:
         """One matrix for each expert or head, [count, rows, cols], mapped or packed."""
         return self._whole(name, (count, rows, cols))
 
-    def blocks(self, name: str, count: int, rows: int, cols: int) -> Blocks:
-        """The bytes of a stack, mapped, with type and shape."""
-        info = self._info(name, (count, rows, cols))
-        return self._gguf.data(name), int(info.ggml_type), (count, rows, cols)
+    def blocks(self, name: str, count: int, rows: int, cols: int) -> Weight:
+        """A stack as it lies in the file, mapped; not read."""
+        shape = (count, rows, cols)
+        return Weight(self._gguf.data(name), int(self._info(name, shape).ggml_type), shape)
 
     def halves(self, name: str, count: int, rows: int, cols: int) -> tuple[Matrix, Matrix]:
         """The upper and the lower `rows` rows of each matrix of [count, 2 · rows, cols], as two stacks,

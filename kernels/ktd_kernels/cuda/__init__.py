@@ -4,6 +4,7 @@ The first use of a tensor type compiles its kernels (seconds); cubins are kept i
 """
 
 from ktd_kernels.cuda.ops import MAX_ROWS, embed, linear, linear_heads, mlp, moe
+from ktd_kernels.cuda.packed import readable, weight_of
 from ktd_kernels.cuda.weight import GpuWeight
 
-__all__ = ["MAX_ROWS", "GpuWeight", "embed", "linear", "linear_heads", "mlp", "moe"]
+__all__ = ["MAX_ROWS", "GpuWeight", "embed", "linear", "linear_heads", "mlp", "moe", "readable", "weight_of"]

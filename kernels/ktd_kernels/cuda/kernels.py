@@ -13,6 +13,7 @@ from ktd_kernels.cuda import nvrtc, tables
 _Q = GGMLQuantizationType
 _FLOATS = {_Q.F32: ("KTD_BYTES=4",), _Q.F16: ("KTD_BYTES=2",), _Q.BF16: ("KTD_BYTES=2", "KTD_BFLOAT")}
 _WITH_TABLE = (_Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XXS, _Q.IQ2_XS, _Q.IQ2_S, _Q.IQ3_XXS, _Q.IQ3_S)
+_IN_TRITS = (_Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_S)
 _PLAIN = (_Q.Q4_0, _Q.Q4_1, _Q.Q5_0, _Q.Q5_1, _Q.Q8_0, _Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K)
 _OTHERS = (_Q.IQ4_NL, _Q.IQ4_XS, _Q.TQ1_0, _Q.TQ2_0, _Q.MXFP4)
 
@@ -68,6 +69,13 @@ def grouped_cubin(ggml_type: int, arch: int) -> bytes:
     """Products of many tokens with stacks of a block type on tensor cores, for sm_`arch` from sm_80 on."""
     kind = GGMLQuantizationType(ggml_type)
     return _cubin(f"grouped-{kind.name}", "grouped.cu", arch, _defines(kind))
+
+
+def unpack_cubin(ggml_type: int, arch: int) -> bytes:
+    """From a layout of the CPU kernels to planes, for sm_`arch`: for the types of `packed.LAYOUTS`."""
+    kind = GGMLQuantizationType(ggml_type)
+    entries = (f"KTD_ENTRIES=kEntries{kind.name}",) if kind in _IN_TRITS else ()
+    return _cubin(f"unpack-{kind.name}", "unpack.cu", arch, (f"KTD_TYPE={kind.name}", *entries))
 
 
 def activation_cubin(arch: int) -> bytes:

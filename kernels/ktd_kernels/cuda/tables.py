@@ -1,7 +1,8 @@
 """The lookup tables of the IQ formats as a CUDA header, generated from the `gguf` package.
 
 Tables of groups of eight weights hold one nibble per weight, in order, which selects a byte of a permute
-(formats.cuh); IQ3's groups of four are the magnitudes themselves.
+(formats.cuh); IQ3's groups of four are the magnitudes themselves. Where the CPU's layouts hold a group as
+eight trits, a second table has its entry (unpack.cuh).
 """
 
 from __future__ import annotations
@@ -46,12 +47,26 @@ def _tables() -> dict[str, list[Words]]:
     return tables
 
 
+def _entries() -> dict[str, NDArray[np.uint16]]:
+    """The grid's entry for each group of eight trits, the first of which counts least; 0 for groups that the
+    grid lacks."""
+    iq1, iq2_s = _grid(quants.IQ1_S) + 1, np.searchsorted([8, 25, 43], _grid(quants.IQ2_S))
+    entries = {}
+    for name, trits in (("IQ1_S", iq1), ("IQ1_M", iq1), ("IQ2_S", iq2_s)):
+        entries[name] = np.zeros(3**8, np.uint16)
+        entries[name][trits @ 3 ** np.arange(8)] = np.arange(len(trits))
+    return entries
+
+
 @functools.cache
 def header() -> str:
-    """tables.cuh: kTable<type> as 32-bit words."""
+    """tables.cuh: kTable<type> as 32-bit words, kEntries<type> as 16-bit ones."""
     parts = ["#pragma once\n"]
     for name, pieces in _tables().items():
         words = np.concatenate(pieces)
         values = ",".join(f"{int(word):#x}u" for word in words)
         parts.append(f"KTD_TABLE u32 kTable{name}[{len(words)}] = {{{values}}};\n")
+    for name, entries in _entries().items():
+        values = ",".join(map(str, entries))
+        parts.append(f"KTD_TABLE u16 kEntries{name}[{len(entries)}] = {{{values}}};\n")
     return "".join(parts)
