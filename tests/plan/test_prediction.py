@@ -14,6 +14,7 @@ from reference_device import ReferenceDevice
 
 from ktd.bench.model import Session
 from ktd.budget import Budget
+from ktd.errors import DeviceLost
 from ktd.gguf import GgufFile
 from ktd.main import run
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement, load_model
@@ -163,6 +164,14 @@ def test_the_command_says_what_to_expect(
     monkeypatch.setattr(Sample, "seconds_a_token", lambda self: 0.08)
     assert run(["plan", str(model)]) == 0
     assert "12.5 tokens/s" in capsys.readouterr().out
+
+    def lost(self: Sample) -> float:
+        raise DeviceLost("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sample, "seconds_a_token", lost)
+        assert run(["plan", str(model)]) == 0
+    assert "the device is gone" in capsys.readouterr().out
     monkeypatch.setattr("ktd.budget.available_memory", lambda: MIB)
     assert run(["plan", str(model), "--ram", "1GiB", "--context", "64"]) == 0
     shown = capsys.readouterr().out

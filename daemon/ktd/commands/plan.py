@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from ktd.errors import KtdError
 from ktd.settings import Settings, add_arguments, load
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ def _expected(gguf: GgufFile, plan: Plan, cpu: Cpu) -> str:
     sample = Sample(gguf, plan, cpu)
     if sample.nbytes > available_memory():
         return f"measured where {size_text(sample.nbytes)} are free"
-    return f"{1 / sample.seconds_a_token():.1f} tokens/s"
+    try:
+        return f"{1 / sample.seconds_a_token():.1f} tokens/s"
+    except KtdError as error:  # the plan itself stands
+        return f"not measured: {error}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:
