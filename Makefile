@@ -151,8 +151,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	find kernels/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
+# The files of few long tests first, or one process would wait for the other at the end.
 tests: $(VENV)/.dev $(VENV)/.built
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not peers and not webui' --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not peers and not webui' \
+	  --cov --cov-report=term:skip-covered tests/repo tests/deploy tests/embedded tests
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer: a read or write past a buffer ends the run, told on
 # the terminal (-s). The environment of their own finds this module first; an editable install would hand out its own.
