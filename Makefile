@@ -37,10 +37,10 @@ SOURCES := $(shell find kernels/csrc -type f) CMakeLists.txt pyproject.toml
 # What takes longer is told; what takes three times as long is stopped as hung.
 BUDGET_SETUP := 2400
 BUDGET_LINT := 100
-BUDGET_TESTS := 850
+BUDGET_TESTS := 600
 BUDGET_SANITIZE := 150
-BUDGET_QEMU := 220
-BUDGET_PEERS := 100
+BUDGET_QEMU := 240
+BUDGET_PEERS := 60
 BUDGET_WEBUI := 300
 
 .PHONY: help proto stub up down webui test lint bench wheel clean tests tests-sanitize tests-qemu tests-peers tests-webui peers peers-avx2 bench-avx2 webui-env format bench-pipe pictures
