@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,24 +38,6 @@ def longest(stretches: list[Stretch]) -> float:
     return max(stretch.cpu for stretch in stretches)
 
 
-def undisturbed(test: Callable[[list[Stretch]], Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-    """One run of three is enough: what others do to the caches, or the system's own work on this thread, may
-    cost a run milliseconds; a stretch that is too long is so every time."""
-
-    @functools.wraps(test)
-    async def best_of_three(stretches: list[Stretch]) -> None:
-        for left in (2, 1, 0):
-            stretches.clear()
-            try:
-                return await test(stretches)
-            except AssertionError:
-                if not left:
-                    raise
-
-    return best_of_three
-
-
-@undisturbed
 async def test_an_answer_with_sources(stretches: list[Stretch]) -> None:
     sources = [
         {"source": {"id": f"{n}"}, "document": [SENTENCE * 250], "metadata": [{"source": f"{n}"}]}
@@ -70,7 +51,6 @@ async def test_an_answer_with_sources(stretches: list[Stretch]) -> None:
     assert longest(stretches) < MOST
 
 
-@undisturbed
 async def test_a_search_with_all_that_the_valves_allow(stretches: list[Stretch]) -> None:
     page = {"title": "T", "link": "https://a.example/", "snippet": SENTENCE * 300}
 
@@ -90,7 +70,6 @@ async def test_a_search_with_all_that_the_valves_allow(stretches: list[Stretch])
     assert longest(stretches) < MOST
 
 
-@undisturbed
 async def test_a_list_of_sources_on_every_chunk(stretches: list[Stretch]) -> None:
     results = [
         {"title": f"T{n}", "url": f"https://a.example/{n}", "snippet": SENTENCE * 20} for n in range(20)
@@ -107,7 +86,6 @@ async def test_a_list_of_sources_on_every_chunk(stretches: list[Stretch]) -> Non
     assert tokens[len(tokens) // 2] < 0.002, "the list was read again for every token"
 
 
-@undisturbed
 async def test_a_long_answer_in_one_piece(stretches: list[Stretch]) -> None:
     message = {"role": "assistant", "reasoning_content": SENTENCE * 1000, "content": SENTENCE * 2500}
     reply = {"choices": [{"message": message, "finish_reason": "stop"}], "citations": ["https://a.example/"]}
