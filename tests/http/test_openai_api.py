@@ -341,7 +341,7 @@ async def test_leaving_frees_the_sequence(daemon: FakeDaemon, stream: bool) -> N
 async def test_a_comment_keeps_the_connection_in_a_long_prefill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ktd.server.openai_api.COMMENT_SECONDS", 0.02)
+    monkeypatch.setattr("ktd.server.responses.QUIET_SECONDS", 0.02)
     async with (
         fake_daemon(step_seconds=0.03, prefill_per_step=1) as daemon,
         httpx.AsyncClient(base_url=daemon.url) as http,

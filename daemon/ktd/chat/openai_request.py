@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ktd.chat.fields import flag_of, json_object, list_of, number_of, object_of, stop_of, text_of, tools_of
 from ktd.chat.request import RANGES, RequestDefaults, checked, new_request_id
 from ktd.errors import RequestError
-from ktd.types import ChatRequest, Message, Priority, Tool, ToolCall
+from ktd.types import ChatRequest, Message, Priority, ToolCall
 
 # Fields that change nothing here, and that clients send all the same.
 _WITHOUT_EFFECT = {
@@ -43,39 +43,33 @@ class Completion:
 
 def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
     """Reads and checks the body of a request. Raises RequestError with the first thing that is wrong."""
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"The body is not JSON in UTF-8: {error}.") from None
-    if not isinstance(body, dict):
-        raise RequestError("The body is not a JSON object.")
-    body = {key: value for key, value in body.items() if value is not None}
+    body = json_object(data)
     _refuse_misspelt(body)
     _refuse_unsupported(body)
-    messages = [_message(number, item) for number, item in enumerate(_list(body, "messages"))]
+    messages = [_message(number, item) for number, item in enumerate(list_of(body, "messages"))]
     # OpenAI has no flag for it; a client that ends with the assistant's words wants them continued.
     continued = messages[-1].role == "assistant" if messages else False
-    options = _object(body, "stream_options")
+    options = object_of(body, "stream_options")
     return Completion(
-        model=_text(body.get("model", ""), "model"),
+        model=text_of(body.get("model", ""), "model"),
         chat=checked(
             request_id=new_request_id("chatcmpl"),
             messages=messages,
             sampling={
-                to: _number(body, name, whole=to in _WHOLE) for name, to in _NUMBERS.items() if name in body
+                to: number_of(body, name, whole=to in _WHOLE) for name, to in _NUMBERS.items() if name in body
             },
             logit_bias=_logit_bias(body),
             max_tokens=_max_tokens(body),
-            stop=_stop(body),
+            stop=stop_of(body),
             thinking=_thinking(body),
-            continue_final_message=_flag(body, "continue_final_message", continued),
+            continue_final_message=flag_of(body, "continue_final_message", continued),
             priority=Priority.NORMAL,
-            tools=[] if body.get("tool_choice") == "none" else _tools(body),
+            tools=[] if body.get("tool_choice") == "none" else tools_of(body),
             defaults=defaults,
         ),
-        stream=_flag(body, "stream", False),
-        include_usage=_flag(options, "include_usage", False),
-        return_speed=_flag(body, "return_speed", False),
+        stream=flag_of(body, "stream", False),
+        include_usage=flag_of(options, "include_usage", False),
+        return_speed=flag_of(body, "return_speed", False),
     )
 
 
@@ -98,7 +92,7 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise RequestError("functions is OpenAI's old form, which is not supported: send them as tools.")
     if body.get("logprobs"):
         raise RequestError("logprobs are not supported: leave the field out.")
-    kind = _object(body, "response_format").get("type", "text")
+    kind = object_of(body, "response_format").get("type", "text")
     if kind != "text":
         raise RequestError(f'The response_format "{kind}" is not supported: only "text" is.')
     if body.get("tool_choice", "auto") not in ("auto", "none"):
@@ -109,16 +103,16 @@ def _message(number: int, item: object) -> Message:
     where = f"messages[{number}]"
     if not isinstance(item, dict):
         raise RequestError(f"{where} is not a JSON object.")
-    role = _text(item.get("role", ""), f"{where}.role")
+    role = text_of(item.get("role", ""), f"{where}.role")
     calls = item.get("tool_calls") or []
     if not isinstance(calls, list):
         raise RequestError(f"{where}.tool_calls is not a list.")
     return Message(
         role="system" if role == "developer" else role,
         content=_content(item.get("content"), where),
-        reasoning_content=_text(item.get("reasoning_content") or "", f"{where}.reasoning_content"),
+        reasoning_content=text_of(item.get("reasoning_content") or "", f"{where}.reasoning_content"),
         tool_calls=[_tool_call(index, call, where) for index, call in enumerate(calls)],
-        tool_call_id=_text(item.get("tool_call_id") or "", f"{where}.tool_call_id"),
+        tool_call_id=text_of(item.get("tool_call_id") or "", f"{where}.tool_call_id"),
     )
 
 
@@ -126,13 +120,13 @@ def _content(content: object, where: str) -> str:
     if content is None:
         return ""
     if not isinstance(content, list):
-        return _text(content, f"{where}.content")
+        return text_of(content, f"{where}.content")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise RequestError(f"{where} holds a part of type {kind}: this model reads text only.")
-        texts.append(_text(part.get("text"), f"{where}.content"))
+        texts.append(text_of(part.get("text"), f"{where}.content"))
     return "\n".join(texts)
 
 
@@ -141,40 +135,18 @@ def _tool_call(index: int, call: object, where: str) -> ToolCall:
     if not isinstance(call, dict) or not isinstance(function, dict):
         raise RequestError(f"{where}.tool_calls[{index}] is no function call.")
     return ToolCall(
-        id=_text(call.get("id") or "", f"{where}.tool_calls[{index}].id"),
-        name=_text(function.get("name"), f"{where}.tool_calls[{index}].function.name"),
-        arguments=_text(function.get("arguments"), f"{where}.tool_calls[{index}].function.arguments"),
+        id=text_of(call.get("id") or "", f"{where}.tool_calls[{index}].id"),
+        name=text_of(function.get("name"), f"{where}.tool_calls[{index}].function.name"),
+        arguments=text_of(function.get("arguments"), f"{where}.tool_calls[{index}].function.arguments"),
         index=index,
     )
-
-
-def _tools(body: Mapping[str, Any]) -> list[Tool]:
-    tools = []
-    for index, item in enumerate(_list(body, "tools")):
-        function = item.get("function") if isinstance(item, dict) else None
-        if not isinstance(function, dict):
-            raise RequestError(
-                f"tools[{index}] is no function: only tools of the type function are supported."
-            )
-        try:
-            parameters = json.dumps(function.get("parameters") or {}, ensure_ascii=False)
-        except RecursionError:
-            raise RequestError(f"The parameters of tools[{index}] are nested too deeply.") from None
-        tools.append(
-            Tool(
-                name=_text(function.get("name"), f"tools[{index}].function.name"),
-                description=_text(function.get("description") or "", f"tools[{index}].function.description"),
-                parameters=parameters,
-            )
-        )
-    return tools
 
 
 def _thinking(body: Mapping[str, Any]) -> bool | None:
     """DeepSeek's `{"type": "enabled"}`, a plain boolean, or vLLM's template argument."""
     value = body.get("thinking")
     if value is None:
-        arguments = _object(body, "chat_template_kwargs")
+        arguments = object_of(body, "chat_template_kwargs")
         value = arguments.get("thinking", arguments.get("enable_thinking"))
     if isinstance(value, dict):
         value = {"enabled": True, "disabled": False}.get(str(value.get("type")), value)
@@ -184,63 +156,12 @@ def _thinking(body: Mapping[str, Any]) -> bool | None:
 
 
 def _logit_bias(body: Mapping[str, Any]) -> dict[int, float]:
-    given = _object(body, "logit_bias")
+    given = object_of(body, "logit_bias")
     if not all(token.isdecimal() and len(token) <= _LONGEST_TOKEN_ID for token in given):
         raise RequestError("A key of logit_bias is no token id: keys are numbers of tokens.")
-    return {int(token): _number(given, token, whole=False) for token in given}
+    return {int(token): number_of(given, token, whole=False) for token in given}
 
 
 def _max_tokens(body: Mapping[str, Any]) -> int | None:
     name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    return int(_number(body, name, whole=True)) if name in body else None
-
-
-def _stop(body: Mapping[str, Any]) -> list[str]:
-    stop = body.get("stop", [])
-    if isinstance(stop, str):
-        stop = [stop]
-    if not isinstance(stop, list):
-        raise RequestError("stop must be a text or a list of texts.")
-    return [_text(item, "stop") for item in stop]
-
-
-def _number(body: Mapping[str, Any], name: str, *, whole: bool) -> float:
-    value = body[name]
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        kind = "a whole number" if whole else "a number"
-        raise RequestError(f"{name} is {json.dumps(value)[:40]}, but must be {kind}.")
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        raise RequestError(f"{name} is a number of more than 64 bits.")
-    return value if whole else float(value)
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{name} is missing or is not a text.")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise RequestError(f"{name} holds half of a surrogate pair, which is no text.") from None
-    return value
-
-
-def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = body.get(name, default)
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false.")
-    return value
-
-
-def _object(body: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = body.get(name, {})
-    if not isinstance(value, dict):
-        raise RequestError(f"{name} must be a JSON object.")
-    return value
-
-
-def _list(body: Mapping[str, Any], name: str) -> list[Any]:
-    value = body.get(name, [])
-    if not isinstance(value, list):
-        raise RequestError(f"{name} must be a list.")
-    return value
+    return int(number_of(body, name, whole=True)) if name in body else None

@@ -1,0 +1,103 @@
+"""Reads the fields of JSON bodies, whatever API they belong to: a wrong one is told by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ktd.errors import RequestError
+from ktd.types import Tool
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object that a body holds, without the fields that are null. Raises RequestError."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"The body is not JSON in UTF-8: {error}.") from None
+    if not isinstance(body, dict):
+        raise RequestError("The body is not a JSON object.")
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def text_of(value: object, name: str) -> str:
+    """`value`, which must be a text that UTF-8 can carry. Raises RequestError."""
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is missing or is not a text.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{name} holds half of a surrogate pair, which is no text.") from None
+    return value
+
+
+def number_of(body: Mapping[str, Any], name: str, *, whole: bool) -> float:
+    """The number in the field `name`, an int where it is to be `whole`. Raises RequestError."""
+    value = body[name]
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        kind = "a whole number" if whole else "a number"
+        raise RequestError(f"{name} is {json.dumps(value)[:40]}, but must be {kind}.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise RequestError(f"{name} is a number of more than 64 bits.")
+    return value if whole else float(value)
+
+
+def flag_of(body: Mapping[str, Any], name: str, default: bool) -> bool:
+    """The switch in the field `name`. Raises RequestError."""
+    value = body.get(name, default)
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false.")
+    return value
+
+
+def object_of(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The object in the field `name`, empty where there is none. Raises RequestError."""
+    value = body.get(name, {})
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} must be a JSON object.")
+    return value
+
+
+def list_of(body: Mapping[str, Any], name: str) -> list[Any]:
+    """The list in the field `name`, empty where there is none. Raises RequestError."""
+    value = body.get(name, [])
+    if not isinstance(value, list):
+        raise RequestError(f"{name} must be a list.")
+    return value
+
+
+def stop_of(body: Mapping[str, Any]) -> list[str]:
+    """The stop strings: one text or a list of them. Raises RequestError."""
+    stop = body.get("stop", [])
+    if isinstance(stop, str):
+        stop = [stop]
+    if not isinstance(stop, list):
+        raise RequestError("stop must be a text or a list of texts.")
+    return [text_of(item, "stop") for item in stop]
+
+
+def tools_of(body: Mapping[str, Any]) -> list[Tool]:
+    """The functions that are offered, in OpenAI's form, which Ollama took over. Raises RequestError."""
+    tools = []
+    for index, item in enumerate(list_of(body, "tools")):
+        function = item.get("function") if isinstance(item, dict) else None
+        if not isinstance(function, dict):
+            raise RequestError(
+                f"tools[{index}] is no function: only tools of the type function are supported."
+            )
+        try:
+            parameters = json.dumps(function.get("parameters") or {}, ensure_ascii=False)
+        except RecursionError:
+            raise RequestError(f"The parameters of tools[{index}] are nested too deeply.") from None
+        tools.append(
+            Tool(
+                name=text_of(function.get("name"), f"tools[{index}].function.name"),
+                description=text_of(
+                    function.get("description") or "", f"tools[{index}].function.description"
+                ),
+                parameters=parameters,
+            )
+        )
+    return tools
