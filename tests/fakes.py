@@ -26,7 +26,10 @@ from ktd.types import (
 )
 
 STOP_ID = 0
-SERVED = ServedModel("ktd-fake", "fake-Q8_0.gguf", "deepseek2", 1_000_000, 8192, "Q8_0", 1_700_000_000)
+SERVED = ServedModel(
+    "ktd-fake", "fake-Q8_0.gguf", "deepseek2", 1_000_000, 8192, "Q8_0", 1_700_000_000,
+    size=1_062_500, size_vram=0, thinks=True, takes_tools=True,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def prepare(settings: Settings) -> Prepared:
     if gpu is not None and plan.placement.device is None:
         log.warning("%s is not used: it is too small for this model beside --context", gpu.name)
     text = TextModel.from_gguf(gguf, settings.model_path)
-    return Prepared(settings, gguf, text, cpu, plan, _served(settings, gguf, plan))
+    return Prepared(settings, gguf, text, cpu, plan, _served(settings, gguf, plan, text))
 
 
 def plan_for(settings: Settings, gguf: GgufFile, cpu: Cpu, gpu: Gpu | None) -> Plan:
@@ -132,7 +132,7 @@ def describe(prepared: Prepared) -> str:
     )
 
 
-def _served(settings: Settings, gguf: GgufFile, plan: Plan) -> ServedModel:
+def _served(settings: Settings, gguf: GgufFile, plan: Plan, text: TextModel) -> ServedModel:
     path = gguf.paths[0]
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.name.removesuffix(".gguf"))
     bytes_of = Counter[str]()
@@ -146,6 +146,10 @@ def _served(settings: Settings, gguf: GgufFile, plan: Plan) -> ServedModel:
         context=plan.context,
         quantisation=bytes_of.most_common(1)[0][0],
         created=int(path.stat().st_mtime),
+        size=gguf.nbytes,
+        size_vram=plan.vram.dense + plan.vram.experts,
+        thinks=text.thinks,
+        takes_tools=text.takes_tools,
     )
 
 

@@ -12,7 +12,10 @@ TUTORIAL_NAME = "ktransformers"
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """`context` in tokens is what this daemon allows; `created` in seconds since 1970."""
+    """`context` in tokens is what this daemon allows; `created` in seconds since 1970.
+
+    `size` is the weights' in bytes, `size_vram` of those that lie on a GPU.
+    """
 
     name: str
     file_name: str
@@ -21,6 +24,10 @@ class ServedModel:
     context: int
     quantisation: str
     created: int
+    size: int
+    size_vram: int
+    thinks: bool
+    takes_tools: bool
 
     def check_name(self, asked: str) -> None:
         """Accepts the served name, the file's name with or without `.gguf`, the tutorials' name, and none at

@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's API, /healthz and /metrics."""
+"""The HTTP door: OpenAI's API, Ollama's, /healthz and /metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ktd.errors import KtdError, SettingsError
 from ktd.server.authorization import carries_key
 from ktd.server.host import Host, State
+from ktd.server.ollama_api import OllamaApi
 from ktd.server.openai_api import OpenAiApi, error_response
+from ktd.server.responses import guarded
 from ktd.settings import is_loopback
 
 # /healthz needs no key: load balancers and supervisors ask it.
@@ -31,7 +33,7 @@ _OPEN_PATHS = {"/healthz"}
 
 def make_app(host: Host) -> ASGIApp:
     """The ASGI application over one Host."""
-    openai = OpenAiApi(host)
+    openai, ollama = OpenAiApi(host), OllamaApi(host)
 
     async def healthz(request: Request) -> Response:
         body = {"status": host.state.value, "message": host.message, "load_progress": host.load_progress}
@@ -42,11 +44,12 @@ def make_app(host: Host) -> ASGIApp:
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route("/v1/chat/completions", guarded(openai.chat_completions, error_response), methods=["POST"]),
             Route("/v1/models", openai.models),
             Route("/v1/models/{name:path}", openai.model),
             Route("/healthz", healthz),
             Route("/metrics", metrics),
+            *ollama.routes(),
         ],
         exception_handlers={HTTPException: _http_error, KtdError: _ktd_error, ClientDisconnect: _left},
     )
@@ -56,10 +59,10 @@ def make_app(host: Host) -> ASGIApp:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = {
-        404: f"There is no {request.url.path} here: OpenAI's API is under /v1.",
+        404: f"There is no {request.url.path} here: OpenAI's API is under /v1, Ollama's under /api.",
         405: f"{request.method} is not allowed for {request.url.path}.",
     }.get(error.status_code, error.detail)
-    return _refusal(error.status_code, message, dict(error.headers or {}))
+    return _refusal(request.scope, error.status_code, message, dict(error.headers or {}))
 
 
 async def _ktd_error(request: Request, error: Exception) -> Response:
@@ -70,7 +73,10 @@ async def _left(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
 
-def _refusal(status: int, message: str, headers: dict[str, str]) -> JSONResponse:
+def _refusal(scope: Scope, status: int, message: str, headers: dict[str, str]) -> JSONResponse:
+    """In the words of the API that the path belongs to."""
+    if scope["path"].startswith("/api/"):
+        return JSONResponse({"error": message}, status, headers)
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": error}, status, headers)
 
@@ -93,7 +99,7 @@ class _LocalOnly:
                         "Without an API key only this machine's own programs and pages are answered: set one"
                         " with KTD_API_KEY and send it, or ask http://127.0.0.1."
                     )
-                    return await _refusal(403, message, {})(scope, receive, send)
+                    return await _refusal(scope, 403, message, {})(scope, receive, send)
         await self._app(scope, receive, send)
 
 
@@ -118,7 +124,7 @@ class _BearerAuth:
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             if not carries_key(given, self._api_key):
                 message = 'The API key is missing or wrong: send it as "Authorization: Bearer <key>".'
-                refusal = _refusal(401, message, {"www-authenticate": "Bearer"})
+                refusal = _refusal(scope, 401, message, {"www-authenticate": "Bearer"})
                 return await refusal(scope, receive, send)
         await self._app(scope, receive, send)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktd.chat.openai_request import Completion, from_openai
@@ -43,15 +42,7 @@ class OpenAiApi:
         }
 
     async def chat_completions(self, request: Request) -> Response:
-        """One answer, streamed or whole."""
-        try:
-            return await self._complete(request)
-        except ClientDisconnect:
-            raise
-        except Exception as error:  # every failure becomes an error object with a readable message
-            return error_response(error)
-
-    async def _complete(self, request: Request) -> Response:
+        """One answer, streamed or whole. Raises what is wrong before its first byte."""
         completion = from_openai(await body_of(request), self._host.defaults)
         self._host.served.check_name(completion.model)
         events = self._host.chat(completion.chat)
@@ -154,6 +145,6 @@ def error_body(error: Exception) -> Json:
     }
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(error: Exception) -> JSONResponse:
     """The answer to a request that failed before its first byte."""
-    return JSONResponse(error_body(error), status_of(error).http, headers)
+    return JSONResponse(error_body(error), status_of(error).http)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -23,7 +23,22 @@ MOST_BYTES = 64 * 2**20
 QUIET_SECONDS = 5.0
 
 Json = dict[str, Any]
+Endpoint = Callable[[Request], Awaitable[Response]]
 _Result = TypeVar("_Result")
+
+
+def guarded(endpoint: Endpoint, refuse: Callable[[Exception], Response]) -> Endpoint:
+    """`endpoint`, whose every failure becomes an answer of its API, made by `refuse`."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ClientDisconnect:
+            raise
+        except Exception as error:  # whatever it is, the client is told
+            return refuse(error)
+
+    return answer
 
 
 async def body_of(request: Request) -> bytes:
@@ -67,7 +82,8 @@ async def gather(events: AsyncGenerator[ChatEvent, None]) -> WholeAnswer:
                     usage = event
                 case Finished():
                     reason = event.reason
-    assert usage and reason  # an answer that does not end with both raises
+    assert usage  # an answer that does not end with both raises
+    assert reason
     return WholeAnswer("".join(reasoning), "".join(answer), calls, usage, reason)
 
 
