@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_steps_of_drawn_rows_are_replays(path: Path, cpu: Cpu) -> None:
     for n in (1, 3, 6):
         bench.step([Piece([7], len(t), p, 1, 1) for t, p in zip(texts[:n], pages[:n], strict=True)])
     assert device.replays == 3
+
+
+def test_the_last_layer_computes_the_wanted_rows_of_a_prompt_alone(path: Path, cpu: Cpu) -> None:
+    model, device = hybrid(path, cpu)
+    bench = Bench(model)
+    model.reserve(32, 4, bench.cache)
+    tokens, layers = random_tokens(30), model.config.layers
+    for wanted in (0, 1, 3):
+        device.prompt.rows.clear()
+        logits = bench.step([Piece(tokens, 0, bench.pages(30), wanted)])
+        assert device.prompt.rows == Counter({30: layers - 1} | ({wanted: 1} if wanted else {}))
+        assert len(logits) == wanted
 
 
 def test_company_changes_no_bit(path: Path, cpu: Cpu) -> None:
@@ -265,14 +278,14 @@ def streamed(
 
 
 def test_experts_are_sent_as_the_cpu_has_them(grids: Path, cpu: Cpu) -> None:
-    """Packed bytes, locked in their place, and the same logits as from the file's."""
+    """Packed bytes, locked in their place, and the same logits as from the file's; none of the last layer."""
     plain, file, expected = streamed(grids, cpu, None)
     repacked, device, logits = streamed(grids, cpu, cpu)
-    own = [w for e in repacked._stack.elsewhere for w in (e.gate, e.up, e.down)]
+    own = [w for e in repacked._stack.elsewhere[:-1] for w in (e.gate, e.up, e.down)]
     in_file = [w.nbytes for w in own if w.layout == "file"]
     assert len(in_file) == sum(cpu.packed_bytes(w.ggml_type, w.shape) == 0 for w in own) > 0
     assert device.passed == device.locked == sum(w.nbytes for w in own)
-    assert file.passed == file.locked == sum(w.nbytes for e in plain._stack.elsewhere for w in e.blocks)
+    assert file.passed == file.locked == sum(w.nbytes for e in plain._stack.elsewhere[:-1] for w in e.blocks)
     assert np.array_equal(logits, expected)
     assert isinstance(repacked._streamed_experts, StreamedExperts)
     assert repacked._streamed_experts.file_bytes == sum(in_file)
@@ -282,7 +295,7 @@ def test_what_the_device_cannot_read_is_sent_from_the_file(grids: Path, cpu: Cpu
     """It is not locked there: that would keep two copies in memory."""
     _, _, expected = streamed(grids, cpu, None)
     repacked, device, logits = streamed(grids, cpu, cpu, "trits")
-    layers = repacked._stack.elsewhere
+    layers = repacked._stack.elsewhere[:-1]
     own = [(w, b) for e in layers for w, b in zip((e.gate, e.up, e.down), e.blocks, strict=True)]
     if all(w.layout != "trits" for w, _ in own):
         pytest.skip("this machine does not pack IQ1_S")

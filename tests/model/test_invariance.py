@@ -3,12 +3,13 @@ pages lie; and every op is one kernel call, however many sequences there are."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from kit_model import (
     Bench,
     family_config,
@@ -124,17 +125,21 @@ def test_threads_only_divide_the_work(tmp_path: Path) -> None:
 
 
 class CountingCpu:
-    """Counts the kernel calls it passes on."""
+    """Counts the kernel calls it passes on, and how many rows each has of what it writes."""
 
     def __init__(self, cpu: Cpu) -> None:
         self._cpu = cpu
         self.calls: Counter[str] = Counter()
+        self.rows: dict[str, list[int]] = defaultdict(list)
 
     def __getattr__(self, name: str) -> Any:
         op = getattr(self._cpu, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.calls[name] += 1
+            written = {"mlp": 4, "moe": 6, "mla_attention": -1, "store_normed": 0}.get(name)
+            if written is not None:
+                self.rows[name].append(len(args[written]))
             return op(*args, **kwargs)
 
         return counted
@@ -174,6 +179,32 @@ def test_logits_are_computed_for_the_wanted_rows_only(model: Model) -> None:
     pages = bench.pages(20)
     assert bench.step([Piece(tokens[:10], 0, pages, 0)]).shape == (0, 512)
     assert np.array_equal(bench.step([Piece(tokens[10:], 10, pages, 2)]), whole[18:])
+
+
+@pytest.mark.parametrize("wanted", [[0, 0, 0], [1, 0, 1], [3, 1, 2]])
+def test_the_last_layer_computes_the_wanted_rows_alone(tmp_path: Path, cpu: Cpu, wanted: list[int]) -> None:
+    """Of the others it stores the latents; and no bit of the logits shows it."""
+    counting = CountingCpu(cpu)
+    model = load_gguf_model(write_kind("q8_0", tmp_path), cast(Cpu, counting))
+    bench = Bench(model)
+    texts = [random_tokens(n, seed=n) for n in (7, 4, 12)]
+    pages = [bench.pages(20) for _ in texts]
+    whole = [bench.step([Piece(t, 0, p, len(t))]) for t, p in zip(texts, pages, strict=True)]
+    stored = bench.cache.storage[:, : max(map(max, pages)) + 1].clone()
+    counting.rows.clear()
+    logits = bench.step([Piece(t, 0, p, n) for t, p, n in zip(texts, pages, wanted, strict=True)])
+    total = sum(wanted)
+    last = [total] if total else []
+    assert counting.rows == {
+        "store_normed": [23, 23, 23],
+        "mla_attention": [23, 23, *last],
+        "moe": [23, *last],
+        "mlp": [23, 23, *last],
+    }
+    assert torch.equal(bench.cache.storage[:, : stored.shape[1]], stored)
+    assert np.array_equal(
+        logits, np.concatenate([rows[len(rows) - n :] for rows, n in zip(whole, wanted, strict=True)])
+    )
 
 
 def test_attention_in_parts_gives_the_same_bits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

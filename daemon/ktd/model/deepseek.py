@@ -4,6 +4,7 @@ belong to, and a row's result does not depend on the other rows, bit for bit."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from ktd.model.mla import Mla
 from ktd.model.ops import Array, Ops, Rows, RowsPart
 from ktd.model.rope import rope_table
 from ktd.model.source import WeightSource
-from ktd.model.workspace import Views, Workspace
+from ktd.model.workspace import AttentionViews, Views, Workspace
 from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
@@ -68,14 +69,22 @@ class DeepseekModel:
     def forward(self, batch: Batch, cache: LatentCache, tick: Tick | None = None) -> F32:
         """As Model says."""
         v = self._workspace.rows(len(batch.tokens))
+        wanted = Wanted(batch.logit_rows, self._workspace.rows(len(batch.logit_rows)))
         self._cpu.embed(self._embedding, batch.tokens, v.x)
-        self._stack.forward(self._cpu, batch, cache, self._rope_table, v, tick=tick)
-        last, logits = self._workspace.last(len(batch.logit_rows))
-        if len(batch.logit_rows):
-            np.take(v.x, batch.logit_rows, axis=0, out=last)
-            self._stack.head(self._cpu, last, last, logits)
-        result: F32 = logits
-        return result
+        self._stack.forward(self._cpu, batch, cache, self._rope_table, v, wanted, tick=tick)
+        logits: F32 = self._workspace.logits(wanted.v.n)
+        if wanted.v.n:
+            self._stack.head(self._cpu, wanted.v, logits)
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Rows of a step whose logits are wanted: their numbers, ascending, where the device can read them, and
+    views of as many rows, in the memory of the step's."""
+
+    rows: Array
+    v: Views
 
 
 class Stack:
@@ -111,24 +120,40 @@ class Stack:
         cache: LatentCache,
         table: Array,
         v: Views,
+        wanted: Wanted | None = None,
         elsewhere: Elsewhere | None = None,
         tick: Tick | None = None,
     ) -> None:
-        """Takes the residual stream v.x from the embedding to behind the last layer."""
-        parts = [(RowsPart.of(rows, part.start, part.n), part) for part in v.attention]
+        """Takes the residual stream v.x from the embedding to behind the last layer.
+
+        With `wanted` the last layer takes those rows alone, to wanted.v.x; of the others it computes only
+        what the cache stores.
+        """
+        parts = _parts(rows, v)
         for index, layer in enumerate(self._layers):
+            stored = cache.layer(index)
+            ops.rms_norm(v.x, layer.attention_norm, self._eps, v.h)
             for some, part in parts:
-                ops.rms_norm(part.x, layer.attention_norm, self._eps, part.h)
-                layer.attention.forward(ops, some, cache.layer(index), table, part)
-            ops.rms_norm(v.x, layer.ffn_norm, self._eps, v.h)
-            layer.ffn.forward(ops, v, elsewhere)
+                layer.attention.store(ops, some, stored, table, part)
+            if index == len(self._layers) - 1 and wanted is not None and wanted.v.n < v.n:
+                wanted.v.x[:], wanted.v.h[:] = v.x[wanted.rows], v.h[wanted.rows]
+                v, parts = wanted.v, _parts(RowsPart.of(rows, wanted.rows), wanted.v)
+            for some, part in parts:
+                layer.attention.attend(ops, some, stored, table, part)
+            if v.n:
+                ops.rms_norm(v.x, layer.ffn_norm, self._eps, v.h)
+                layer.ffn.forward(ops, v, elsewhere)
             if tick is not None:
                 tick((index + 1) / len(self._layers))
 
-    def head(self, ops: Ops, x: Array, normed: Array, logits: Array) -> None:
-        """Logits [n, vocab] of final hidden states x [n, hidden]; `normed` [n, hidden] may be x."""
-        ops.rms_norm(x, self._norm, self._eps, normed)
-        ops.linear(self._output, normed, logits)
+    def head(self, ops: Ops, v: Views, logits: Array) -> None:
+        """Logits [n, vocab] of the final hidden states v.x."""
+        ops.rms_norm(v.x, self._norm, self._eps, v.h)
+        ops.linear(self._output, v.h, logits)
+
+
+def _parts(rows: Rows, v: Views) -> list[tuple[RowsPart, AttentionViews]]:
+    return [(RowsPart.of(rows, slice(part.start, part.start + part.n)), part) for part in v.attention]
 
 
 class _Layer:

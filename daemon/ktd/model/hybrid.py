@@ -20,7 +20,7 @@ from ktd.cache import LatentCache
 from ktd.errors import DeviceLost, SettingsError
 from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig
-from ktd.model.deepseek import Stack, Tick
+from ktd.model.deepseek import Stack, Tick, Wanted
 from ktd.model.device import Device
 from ktd.model.exchange import Exchange, PromptExperts, StreamExperts
 from ktd.model.ffn import Elsewhere
@@ -143,20 +143,20 @@ class HybridModel:
 
     def _prompt(self, batch: Batch, cache: LatentCache, experts: Elsewhere | None, tick: Tick | None) -> F32:
         """Logits of the wanted rows of a batch of prompts, copied."""
-        ops, n, wanted = self._device.prompt, len(batch.tokens), len(batch.logit_rows)
+        ops, n = self._device.prompt, len(batch.tokens)
         width = self._fill(batch, cache)
         rows = self._inputs.send(n, width, len(batch.page_table))
         v = self._workspace.rows(n)
         v.x.copy_(self._embedded[:n], non_blocking=True)
-        self._stack.forward(ops, rows, cache, self._table, v, experts, tick)
-        if wanted:
-            last, logits = self._workspace.last(wanted)
-            for place, row in enumerate(batch.logit_rows):
-                last[place].copy_(v.x[int(row)])
-            self._stack.head(self._device.rows, last, last, logits)
-            self._logits[:wanted].copy_(logits, non_blocking=True)
+        numbers = torch.as_tensor(batch.logit_rows, device=self._device.device)
+        wanted = Wanted(numbers, self._workspace.rows(len(numbers)))
+        self._stack.forward(ops, rows, cache, self._table, v, wanted, experts, tick)
+        if wanted.v.n:
+            logits = self._workspace.logits(wanted.v.n)
+            self._stack.head(self._device.rows, wanted.v, logits)
+            self._logits[: wanted.v.n].copy_(logits, non_blocking=True)
         self._device.synchronize()
-        copied: F32 = self._logits[:wanted].numpy().copy()
+        copied: F32 = self._logits[: wanted.v.n].numpy().copy()
         return copied
 
     def _drawn(self, batch: Batch, cache: LatentCache) -> F32:
@@ -176,9 +176,9 @@ class HybridModel:
         rows = self._inputs.send(n, width)
         v = self._workspace.rows(n)
         v.x.copy_(self._embedded[:n], non_blocking=True)
-        self._stack.forward(ops, rows, cache, self._table, v, self._stream_experts)
-        _, logits = self._workspace.last(n)
-        self._stack.head(ops, v.x, v.h, logits)
+        self._stack.forward(ops, rows, cache, self._table, v, elsewhere=self._stream_experts)
+        logits = self._workspace.logits(n)
+        self._stack.head(ops, v, logits)
         self._logits[:n].copy_(logits, non_blocking=True)
 
     def _fill(self, batch: Batch, cache: LatentCache) -> int:
@@ -192,10 +192,11 @@ class HybridModel:
         """Rows of a prompt's block from which a layer is sent faster than computed on the CPU."""
         self._block = 0
         self._streamed_experts: StreamedExperts | None = None
-        layers = self._stack.elsewhere
+        # The last layer has few rows: those whose logits are wanted.
+        layers = [e for e in self._stack.elsewhere if e.layer < self.config.layers - 1]
         if not layers or not all(layer.blocks for layer in layers):
             return
-        streamed = StreamedExperts(self._device, layers)
+        streamed = StreamedExperts(self._device, layers, self._prompt_experts)
         if streamed.file_bytes > psutil.virtual_memory().available:
             return  # what would be read from the disk for every chunk is no faster
         streamed.prepare()

@@ -38,9 +38,14 @@ class Mla:
             self._v_b = source.stack(name("v_b"), c.heads, c.value, c.kv_lora)
         self._output = source.matrix(name("output"), c.hidden, c.heads * c.value)
 
-    def forward(self, ops: Ops, rows: Rows, cache: Array, table: Array, v: AttentionViews) -> None:
-        """Adds the attention over v.h to v.x. `cache` is this layer's [pages, page_size, latent], `table` has
-        the rotations; rows are stored before any is attended to, so a prefill chunk sees itself."""
+    def store(self, ops: Ops, rows: Rows, cache: Array, table: Array, v: AttentionViews) -> None:
+        """Writes the latents and rotated keys of v.h to `cache`, this layer's [pages, page_size, latent];
+        `table` has the rotations."""
+        ops.linear(self._kv_a, v.h, v.kv)
+        ops.store_normed(v.kv, self._kv_a_norm, _LATENT_NORM_EPS, rows.positions, table, rows.slots, cache)
+
+    def attend(self, ops: Ops, rows: Rows, cache: Array, table: Array, v: AttentionViews) -> None:
+        """Adds the attention over what is stored to v.x, with queries from v.h; arguments as of `store`."""
         if self._q_a is None:
             ops.linear(self._q, v.h, v.q)
         else:
@@ -48,8 +53,6 @@ class Mla:
             ops.rms_norm(v.q_a, self._q_a_norm, _LATENT_NORM_EPS, v.q_a)
             ops.linear(self._q, v.q_a, v.q)
         ops.rope(v.q_rope, rows.positions, table)
-        ops.linear(self._kv_a, v.h, v.kv)
-        ops.store_normed(v.kv, self._kv_a_norm, _LATENT_NORM_EPS, rows.positions, table, rows.slots, cache)
         ops.linear_heads(self._k_b, v.q_nope, v.q_latent)
         ops.mla_attention(
             v.q_latent,

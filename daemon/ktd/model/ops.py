@@ -101,13 +101,12 @@ class RowsPart:
     page_table: Array
 
     @classmethod
-    def of(cls, rows: Rows, start: int, n: int) -> RowsPart:
-        """The n rows from `start` on."""
-        part = slice(start, start + n)
+    def of(cls, rows: Rows, which: slice | Array) -> RowsPart:
+        """A stretch of the rows, or those that an array of int64 numbers names."""
         return cls(
-            rows.positions[part],
-            rows.slots[part],
-            rows.seq_of_row[part],
-            rows.context[part],
+            rows.positions[which],
+            rows.slots[which],
+            rows.seq_of_row[which],
+            rows.context[which],
             rows.page_table,
         )

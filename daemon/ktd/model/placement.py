@@ -111,7 +111,7 @@ def vram_bytes(
     buffers = (
         4 * rows * _row_values(config)
         + 4 * min(rows, ATTENTION_ROWS) * _attention_values(config)
-        + 4 * logit_rows * (config.vocab_size + config.hidden)
+        + 4 * logit_rows * config.vocab_size
         + min(logit_rows, 64) * config.layers * _GRAPH_BYTES_A_LAYER
         + _SCRATCH_BYTES
         + (4 * GROUP_BYTES if elsewhere else 0)

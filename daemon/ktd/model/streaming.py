@@ -10,7 +10,7 @@ import numpy as np
 
 from ktd.model.device import Device
 from ktd.model.exchange import Exchange
-from ktd.model.ffn import Experts
+from ktd.model.ffn import Elsewhere, Experts
 from ktd.model.placement import GROUP_BYTES
 from ktd.model.workspace import Views
 from ktd_kernels import Cpu, Weight
@@ -21,14 +21,16 @@ _LEAST_ROWS = 64
 
 
 class StreamedExperts:
-    """As Elsewhere says: while a group of experts is computed the next is on its way.
+    """As Elsewhere says: while a group of experts is computed the next is on its way. Other layers than
+    `layers` are left to `others`.
 
     Sent is what the CPU computes with, so that no second copy of a layer need stay in memory; what the device
     cannot read in the CPU's layout is sent from the file.
     """
 
-    def __init__(self, device: Device, layers: Sequence[Experts]) -> None:
+    def __init__(self, device: Device, layers: Sequence[Experts], others: Elsewhere) -> None:
         self._device = device
+        self._others = others
         self._stacks = {experts.layer: _sent(device, experts) for experts in layers}
         self._own = [w for e in layers for w in (e.gate, e.up, e.down) if w in self._stacks[e.layer]]
 
@@ -47,10 +49,15 @@ class StreamedExperts:
             self._device.lock(weight)  # what cannot be is sent too, slower
 
     def start(self, experts: Experts, v: Views) -> None:
-        """Nothing: there is more to send than the rest of the layer takes."""
+        """As Elsewhere says; of layers that are sent there is more to send than the rest of them takes."""
+        if experts.layer not in self._stacks:
+            self._others.start(experts, v)
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
+        if experts.layer not in self._stacks:
+            self._others.finish(experts, v)
+            return
         firsts, groups = self._cut(self._stacks[experts.layer])
         for first, (gate, up, down) in zip(firsts, self._device.pass_through(groups), strict=True):
             ids = v.expert_ids - first  # those outside the group add nothing

@@ -81,20 +81,19 @@ class Workspace:
             self._o = self._empty(part, c.heads, c.value)
         if logit_rows > self._logit_rows:
             self._logit_rows = logit_rows
-            self._last = self._empty(logit_rows, c.hidden)
             self._logits = self._empty(logit_rows, c.vocab_size)
 
     def rows(self, n: int) -> Views:
-        """Views of n rows, n at least 1."""
+        """Views of n rows."""
         self.reserve(n, 0)
         if n not in self._views:
             self._views[n] = self._cut(n)
         return self._views[n]
 
-    def last(self, n: int) -> tuple[Array, Array]:
-        """(final hidden states [n, hidden], logits [n, vocab]); both are overwritten by the next step."""
+    def logits(self, n: int) -> Array:
+        """[n, vocab], overwritten by the next step."""
         self.reserve(0, n)
-        return self._given(self._last[:n]), self._given(self._logits[:n])
+        return self._given(self._logits[:n])
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape) if self._device is None else self._device.empty(shape)
