@@ -14,9 +14,9 @@ constexpr int64_t kHiddenChunk = 256;
 constexpr int64_t kTokenChunk = 128;
 
 // Where that makes fewer pieces a thread than this, a piece that starts late holds up all threads: pieces are
-// then this many rows, and the few hidden values are quantised in between.
-constexpr int64_t kFewPieces = 16;
-constexpr int64_t kFineChunk = 64;
+// then of half as many rows, a quarter or an eighth, and the few hidden values are quantised in between.
+constexpr int64_t kPiecesAThread = 32;
+constexpr int64_t kFinestChunk = 32;
 
 // (token, expert) pairs handled at once: bounds the hidden values and the outputs that wait to be summed.
 constexpr int64_t kMaxPairs = 8192;
@@ -77,14 +77,25 @@ struct Hidden {
   Activations quantized;
 };
 
-void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, int thread, float* scratch,
-                      uint8_t* matmul_scratch) {
-  const MoeArgs& args = layer.args;
+// Where piece `piece` of the first half starts: active expert, row, and number of its chunk of tokens.
+struct HiddenPiece {
+  int64_t a, row, tokens;
+};
+
+HiddenPiece hidden_piece(const Layer& layer, int64_t piece) {
   const Groups& g = layer.groups;
   const int64_t a = std::upper_bound(g.piece, g.piece + g.active, static_cast<int32_t>(piece)) - g.piece - 1;
   const int64_t within = piece - g.piece[a];
-  const int64_t row = within % layer.hidden_chunks * layer.hidden_chunk;
-  const int64_t first = g.begin[a] + within / layer.hidden_chunks * kTokenChunk;
+  return {a, within % layer.hidden_chunks * layer.hidden_chunk, within / layer.hidden_chunks};
+}
+
+// `more`: the same thread runs the next piece after it.
+void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, bool more, int thread,
+                      float* scratch, uint8_t* matmul_scratch) {
+  const MoeArgs& args = layer.args;
+  const Groups& g = layer.groups;
+  const auto [a, row, tokens] = hidden_piece(layer, piece);
+  const int64_t first = g.begin[a] + tokens * kTokenChunk;
   const int64_t n = std::min<int64_t>(kTokenChunk, g.begin[a + 1] - first);
   const int64_t rows = std::min(layer.hidden_chunk, layer.hidden_size - row);
   float* const gate_out = scratch + thread * 2 * kTokenChunk * kHiddenChunk;
@@ -109,7 +120,12 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
     matmul_of(layer.cpu, w)(m);
   };
   product(*args.gate, layer.x_gate, layer.few_gate, gate_out, args.up->row(g.expert[a], row));
-  product(*args.up, layer.x_up, layer.few_up, up_out, nullptr);
+  const uint8_t* next = nullptr;
+  if (more) {
+    const HiddenPiece following = hidden_piece(layer, piece + 1);
+    next = args.gate->row(g.expert[following.a], following.row);
+  }
+  product(*args.up, layer.x_up, layer.few_up, up_out, next);
 
   const int64_t block = args.down->activation_block();
   for (int64_t t = 0; t < n; ++t) {
@@ -127,10 +143,11 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
   }
 }
 
-// Rows [row, row + rows) of every token's output. Each pair's product waits in `partial` until all are there,
-// and a token's are then added in the order of its ids: no locks, and the same sum whatever shares the batch.
-void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64_t rows, float* partial,
-                    uint8_t* matmul_scratch) {
+// Rows [row, row + rows) of every token's output; `more`: those behind them are the same thread's next. Each
+// pair's product waits in `partial` until all are there, and a token's are then added in the order of its
+// ids: no locks, and the same sum whatever shares the batch.
+void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64_t rows, bool more,
+                    float* partial, uint8_t* matmul_scratch) {
   const MoeArgs& args = layer.args;
   const Groups& g = layer.groups;
   const Weight& down = *args.down;
@@ -140,7 +157,9 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
     const int64_t first = g.begin[a];
     MatmulArgs m{};
     m.w = down.row(g.expert[a], row);
-    m.next = a + 1 < g.active ? down.row(g.expert[a + 1], row) : nullptr;
+    m.next = a + 1 < g.active ? down.row(g.expert[a + 1], row)
+             : more           ? down.row(g.expert[0], row + rows)
+                              : nullptr;
     m.row_bytes = down.row_bytes;
     m.rows = rows;
     m.cols = down.cols;
@@ -172,9 +191,11 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
 void run_slice(Cpu& cpu, const MoeArgs& args) {
   const Weight &gate = *args.gate, &up = *args.up, &down = *args.down;
   const int64_t pairs = args.n * args.k, hidden_size = gate.rows, threads = cpu.pool.threads();
-  const bool fine =
-      pairs * ((hidden_size + kHiddenChunk - 1) / kHiddenChunk) < kFewPieces * threads && threads > 1;
-  const int64_t hidden_chunk = fine ? kFineChunk : kHiddenChunk;
+  int64_t hidden_chunk = kHiddenChunk;
+  while (threads > 1 && hidden_chunk > kFinestChunk &&
+         pairs * hidden_size < kPiecesAThread * threads * hidden_chunk)
+    hidden_chunk /= 2;
+  const bool fine = hidden_chunk < kHiddenChunk;
   const int64_t hidden_chunks = (hidden_size + hidden_chunk - 1) / hidden_chunk;
   Layer layer{cpu,
               args,
@@ -206,23 +227,22 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
   }
   uint8_t* matmul_scratch = cpu.scratch();
   float* scratch = cpu.gate_up.get<float>(threads * 2 * kTokenChunk * kHiddenChunk);
-  cpu.pool.parallel_for(layer.groups.piece[layer.groups.active], 1,
-                        [&](int64_t begin, int64_t end, int thread) {
-                          for (int64_t piece = begin; piece < end; ++piece)
-                            run_hidden_piece(layer, hidden, piece, thread, scratch, matmul_scratch);
-                        });
+  cpu.pool.parallel_for(
+      layer.groups.piece[layer.groups.active], 1, [&](int64_t begin, int64_t end, int thread) {
+        for (int64_t piece = begin; piece < end; ++piece)
+          run_hidden_piece(layer, hidden, piece, piece + 1 < end, thread, scratch, matmul_scratch);
+      });
   if (block != 0 && fine)
     hidden.quantized = quantize(cpu, cpu.hidden, block, {hidden.values, hidden_size}, pairs, 1, hidden_size);
 
-  // Whole panels of 32 rows, about eight pieces a thread; many pairs: small enough to keep `partial` in
-  // cache.
-  const int64_t fair = (down.rows / (8 * threads) + 31) / 32 * 32;
+  // Whole panels of 32 rows, about 16 pieces a thread; many pairs: small enough to keep `partial` in cache.
+  const int64_t fair = (down.rows / (16 * threads) + 31) / 32 * 32;
   const int64_t cached = std::max<int64_t>(32, (1 << 18) / std::max<int64_t>(pairs, 1) / 32 * 32);
   const int64_t rows = std::clamp<int64_t>(args.ids ? std::min(fair, cached) : fair, 32, 512);
   float* partial = args.ids ? cpu.partial.get<float>(threads * pairs * rows) : nullptr;
   cpu.pool.parallel_for((down.rows + rows - 1) / rows, 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t piece = begin; piece < end; ++piece)
-      run_down_piece(layer, hidden, piece * rows, std::min(rows, down.rows - piece * rows),
+      run_down_piece(layer, hidden, piece * rows, std::min(rows, down.rows - piece * rows), piece + 1 < end,
                      partial ? partial + thread * pairs * rows : nullptr,
                      matmul_scratch + thread * kMatmulScratch);
   });

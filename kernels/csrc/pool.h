@@ -30,8 +30,9 @@ class Pool {
 
   int threads() const { return threads_; }
 
-  // Runs body(begin, end, thread) over [0, n) in pieces of `grain`. Calls from several threads take turns:
-  // hold `turn()` around a sequence of loops that share scratch. The body must not throw.
+  // Runs body(begin, end, thread) over [0, n) in pieces of `grain`, several in a row while many are left.
+  // Calls from several threads take turns: hold `turn()` around a sequence of loops that share scratch. The
+  // body must not throw.
   template <class Body>
   void parallel_for(int64_t n, int64_t grain, Body&& body) {
     Task task{[](void* context, int64_t begin, int64_t end, int thread) {
