@@ -9,6 +9,7 @@ KtdError
 │       └── UnknownModel    a model name this daemon does not serve
 ├── Busy                    the queue is full: try again
 ├── Unavailable             loading, draining or stopped
+├── Unreachable             another machine does not answer, or not as it should
 └── EngineFailure           a fault of ours; the daemon's log has the trace
     └── DeviceLost          a GPU gives no more results until the process starts anew
 """
@@ -26,6 +27,7 @@ __all__ = [
     "SettingsError",
     "Unavailable",
     "UnknownModel",
+    "Unreachable",
     "UserError",
 ]
 
@@ -64,6 +66,10 @@ class Busy(KtdError):
 
 class Unavailable(KtdError):
     """The daemon is loading, draining or stopped."""
+
+
+class Unreachable(KtdError):
+    """Another machine, such as a hub of models, does not answer, or not as it should."""
 
 
 class EngineFailure(KtdError):

@@ -27,7 +27,7 @@ PREFIX = "KTD_"
 Group = Literal["model", "engine", "answers", "doors", "process"]
 
 # Variables of the build, the tests and the Pipe, which are no settings of the daemon.
-_OTHER_VARIABLES = re.compile(r"KTD_(CACHE|CONFIG|BASE_URL|MODELS|WEBUI_\w+|PEERS_\w+|TEST_\w+)")
+_OTHER_VARIABLES = re.compile(r"KTD_(CACHE|CONFIG|HUB|BASE_URL|MODELS|WEBUI_\w+|PEERS_\w+|TEST_\w+)")
 
 _SIZES = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _SIZES |= {

@@ -34,7 +34,7 @@ def test_help_names_every_command(ktd: Callable[..., tuple[int, str, str]]) -> N
     for argv in ([], ["--help"], ["help"]):
         code, out, _ = ktd(*argv)
         assert code == 0
-        for command in ("serve", "chat", "wait", "doctor", "inspect", "synth", "plan"):
+        for command in ("serve", "chat", "wait", "doctor", "inspect", "synth", "plan", "pull"):
             assert f"\n  {command} " in out
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit_hub import REPO, FakeHub, fake_hub
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -17,6 +18,7 @@ README = ROOT / "README.md"
 ELSEWHERE = {"make test", "make lint", "make webui"}
 # What stands for something large or long in the README is run small here.
 SMALLER = (
+    ("unsloth/DeepSeek-R1-GGUF --quant UD-IQ1_S", f"{REPO} --endpoint {{hub}} --to {{folder}}"),
     ("MODEL.gguf", "{model}"),
     ("synthetic.gguf", "{other}"),
     # The comparison itself is a test of the peers stage.
@@ -55,23 +57,33 @@ def quiet_checkout() -> Iterator[None]:
     run("make down")
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with fake_hub({"Tiny-Q8_0.gguf": b"GGUF"}) as made:
+        yield made
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("quiet_checkout")
-def test_the_commands_of_the_readme_work_as_printed(tmp_path: Path) -> None:
+def test_the_commands_of_the_readme_work_as_printed(tmp_path: Path, hub: FakeHub) -> None:
     model = tmp_path / "model.gguf"
     made = run(f".venv/bin/ktd synth --shape tiny-r1 --mix q8_0 -o {model}")
     assert made.returncode == 0, made.stdout
     printed = commands(README)
     assert printed[:2] == ["make up", "make webui"]
     shown: dict[str, str] = {}
+    places = {"model": model, "other": tmp_path / "other.gguf", "folder": tmp_path / "to", "hub": hub.url}
     for command in printed:
         if command in ELSEWHERE:
             continue
         small = command
         for large, little in SMALLER:
             small = small.replace(large, little)
-        done = run(small.replace("{model}", str(model)).replace("{other}", str(tmp_path / "other.gguf")))
+        for name, stands_for in places.items():
+            small = small.replace(f"{{{name}}}", str(stands_for))
+        done = run(small)
         assert done.returncode == 0, f"{command}\n{done.stdout}"
         shown[command] = done.stdout
         if command == "make up GGUF=MODEL.gguf":  # back to the embedded model, which the rest talks to
