@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 REPO = "someone/Tiny-GGUF"
 
@@ -27,9 +27,11 @@ class FakeHub:
     ranges: bool = True
     status: int = 200
     error_code: str = ""
+    elsewhere: str = ""  # another server that files are redirected to
     page: int = 100  # entries in one answer
     listing: Any = None
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    ranges_asked: list[str | None] = field(default_factory=list)  # one for each answer with bytes
     stop: threading.Event = field(default_factory=threading.Event)
 
     def sha256(self, path: str) -> str:
@@ -58,28 +60,37 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         self.hub.asked.append((self.path, dict(self.headers)))
-        start = urlsplit(self.path).query.partition("cursor=")[2]
+        start = int(query.get("cursor", 0))
         if self.hub.status != 200:
             self._send(self.hub.status, b"<html>no</html>", {"x-error-code": self.hub.error_code})
         elif path in (f"/api/models/{REPO}/tree/main", f"/api/v1/models/{REPO}/repo/files"):
             entries: Any = self.hub.modelscope()
             headers = {}
             if path.startswith("/api/models"):
-                entries = self.hub.huggingface(int(start or 0))
+                entries = self.hub.huggingface(start)
                 if len(entries) == self.hub.page:
-                    following = f"https://elsewhere.example{path}?cursor={int(start or 0) + self.hub.page}"
+                    following = f"https://elsewhere.example{path}?cursor={start + self.hub.page}"
                     headers = {"link": f'<{following}>; rel="next"'}
             self._send(200, json.dumps(self.hub.listing or entries).encode(), headers)
-        elif "/resolve/" in path:
-            place, name = path.split("/resolve/main/" if "/main/" in path else "/resolve/master/")
-            self._bytes(self.hub.files[name])
-            assert place in (f"/{REPO}", f"/models/{REPO}")
+        elif path.startswith(f"/{REPO}/resolve/main/"):
+            name = path.removeprefix(f"/{REPO}/resolve/main/")
+            if self.hub.elsewhere:
+                self._send(302, b"", {"location": f"{self.hub.elsewhere}/elsewhere/{quote(name)}"})
+            else:
+                self._bytes(name)
+        elif path.startswith("/elsewhere/"):
+            self._bytes(path.removeprefix("/elsewhere/"))
+        elif path == f"/api/v1/models/{REPO}/repo" and query["Revision"] == "master":
+            self._bytes(query["FilePath"])
         else:
             self._send(404, b"{}", {})
 
-    def _bytes(self, data: bytes) -> None:
+    def _bytes(self, name: str) -> None:
+        data = self.hub.files[name]
         begin = 0
+        self.hub.ranges_asked.append(self.headers["range"])
         if self.hub.ranges and "range" in self.headers:
             begin = int(self.headers["range"].removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if begin else 200)

@@ -45,7 +45,7 @@ def pull(
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "KTD_HUB", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("COLUMNS", "1000")
     # Nothing here speaks TLS, and reading every authority's certificate is most of a test's time.
     one, end, _ = certifi.contents().partition("-----END CERTIFICATE-----\n")
@@ -61,10 +61,6 @@ def pull(
         return code, out, err
 
     return run
-
-
-def ranges(hub: FakeHub) -> list[str | None]:
-    return [headers.get("range") for path, headers in hub.asked if "/resolve/" in path]
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "modelscope"])
@@ -83,18 +79,19 @@ def test_the_shards_of_one_quant_arrive(
     assert "UD-IQ1_S" in err
     assert "2 files, 2.7 MiB" in err
     assert "100 %" in err
-    assert ("/models/" in hub.asked[-1][0]) is (kind == "modelscope")
+    assert ("/api/v1/models/" in hub.asked[-1][0]) is (kind == "modelscope")
     # Once more: all is there, and is checked without being fetched.
-    hub.asked.clear()
+    hub.ranges_asked.clear()
     assert pull("--quant", "UD-IQ1_S")[:2] == (0, out)
-    assert ranges(hub) == []
+    assert hub.ranges_asked == []
 
 
 def test_a_line_that_breaks_is_taken_up_again(hub: FakeHub, pull: Pull, tmp_path: Path) -> None:
     hub.breaks_after = [400_000, 100_000, 0, 0, 0, 0, 0]
+    hub.elsewhere = hub.url.replace("127.0.0.1", "localhost")
     assert pull("--quant", "Q4_K_M")[0] == 0
     assert (tmp_path / "to" / ONE).read_bytes() == DATA[ONE]
-    assert ranges(hub) == [None, "bytes=400000-", *["bytes=500000-"] * 6]
+    assert hub.ranges_asked == [None, "bytes=400000-", *["bytes=500000-"] * 6]
 
 
 def test_a_line_that_stays_broken_leaves_what_came(hub: FakeHub, pull: Pull, tmp_path: Path) -> None:
@@ -103,9 +100,9 @@ def test_a_line_that_stays_broken_leaves_what_came(hub: FakeHub, pull: Pull, tmp
     assert (code, "cannot be reached" in err) == (1, True), err
     partial = tmp_path / "to" / f"{ONE}.part"
     assert partial.stat().st_size == 400_000
-    hub.asked.clear()
+    hub.ranges_asked.clear()
     assert pull("--quant", "Q4_K_M")[0] == 0
-    assert ranges(hub) == ["bytes=400000-"]
+    assert hub.ranges_asked == ["bytes=400000-"]
     assert (tmp_path / "to" / ONE).read_bytes() == DATA[ONE]
     assert not partial.exists()
 
@@ -133,10 +130,10 @@ def test_ctrl_c_leaves_what_came(hub: FakeHub, pull: Pull, tmp_path: Path) -> No
     assert "The same command goes on where it stopped." in err
     assert "Traceback" not in err
     hub.stalls_after = None
-    hub.asked.clear()
+    hub.ranges_asked.clear()
     size = partial.stat().st_size
     assert pull("--quant", "Q4_K_M")[0] == 0
-    assert ranges(hub) == [f"bytes={size}-"]
+    assert hub.ranges_asked == [f"bytes={size}-"]
     assert (tmp_path / "to" / ONE).read_bytes() == DATA[ONE]
 
 
@@ -170,7 +167,7 @@ def test_space_is_looked_for_first(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=699_999))
     code, _, err = pull("--quant", "Q4_K_M")
     assert (code, "choose another disk with --to" in err) == (2, True), err
-    assert ranges(hub) == []
+    assert hub.ranges_asked == []
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / f"{ONE}.part").write_bytes(DATA[ONE][:1])
     assert pull("--quant", "Q4_K_M")[0] == 0, "what is there counts"
@@ -254,6 +251,14 @@ def test_tokens(hub: FakeHub, pull: Pull, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "token").write_text("saved\n")
     pull("--quant", "Q4_K_M")
     assert [headers.get("authorization") for _, headers in hub.asked] == ["Bearer saved"] * 2
+    hub.elsewhere = hub.url.replace("127.0.0.1", "localhost")
+    hub.asked.clear()
+    pull("--quant", "UD-IQ1_S")
+    given = [(path.split("/")[1], headers.get("authorization")) for path, headers in hub.asked]
+    assert sorted(given, key=str) == [
+        ("api", "Bearer saved"), *[("elsewhere", None)] * 2, *[("someone", "Bearer saved")] * 2
+    ], "another server is not given the token"  # fmt: skip
+    shutil.rmtree(tmp_path / "to")
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "other")
     hub.asked.clear()
     pull("--quant", "UD-IQ1_S", "--hub", "modelscope")

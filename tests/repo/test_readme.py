@@ -28,6 +28,7 @@ SMALLER = (
         "--layers 5 --dense-layers 1",
     ),
     ("--shape deepseek-r1 --mix ud-iq1_s --layers 5 --dense-layers 1", "--shape tiny-r1 --mix ud-iq1_s"),
+    ("bench serve --sequences 1,4,8", "bench serve --sequences 1,2 --rounds 1 --prompt 64 --answer 8"),
     ("bench model", "bench model --prompts 16 --sequences 1 --answer 4"),
     ("--each 200", "--each 1 --tasks addition"),
     ("make bench", ".venv/bin/ktd bench kernels --types Q8_0 --tokens 1 --seconds 0.05"),

@@ -12,6 +12,7 @@ from ktd.bench.kernels import KernelResult
 from ktd.bench.model import ModelResult
 from ktd.bench.ops import AttentionResult, HandOffResult
 from ktd.bench.peer_model import PeerResult
+from ktd.bench.serve import ServeResult
 from ktd.plan import size_text
 
 # Width of a table that goes to a file or a pipe.
@@ -131,3 +132,35 @@ def print_model(result: ModelResult, peer: PeerResult | None) -> None:
         for row, d, its in zip(rows, result.decode, peer.decode, strict=True):
             row += [f"{its.seconds * 1e3:.1f}", f"{its.seconds / d.seconds_a_step:.2f}", its.flags]
     _print("Writing, all sequences together; wall = experts read from memory", names, rows)
+
+
+def print_serve(title: str, results: Sequence[ServeResult]) -> None:
+    """One line a level of load."""
+    _print(
+        title,
+        [
+            "users at once",
+            "chats",
+            "prompt tokens",
+            "answer tokens",
+            "first token, s",
+            "p99",
+            "tok/s of each",
+            "p99",
+            "tok/s of all",
+        ],
+        [
+            [
+                str(r.sequences),
+                str(r.chats),
+                str(r.prompt_tokens),
+                str(r.answer_tokens),
+                f"{r.first_seconds:.3f}",
+                f"{r.first_seconds_p99:.3f}",
+                f"{r.tokens_per_second:.2f}",
+                f"{r.tokens_per_second_p99:.2f}",
+                f"{r.total_tokens_per_second:.2f}",
+            ]
+            for r in results
+        ],
+    )

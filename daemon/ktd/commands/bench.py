@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,15 +18,18 @@ from ktd.bench.kernels import KernelBench
 from ktd.bench.model import ModelBench, ModelResult
 from ktd.bench.ops import attention, hand_off
 from ktd.bench.peer_model import PeerResult, measure_llama_cpp
-from ktd.bench.report import print_attention, print_hand_off, print_kernels, print_model
+from ktd.bench.report import print_attention, print_hand_off, print_kernels, print_model, print_serve
+from ktd.bench.serve import ServeBench, ServeResult
+from ktd.client import Address, Client
+from ktd.commands.wait import address_of
 from ktd.errors import UserError
-from ktd.settings import parse_size
+from ktd.settings import Settings, load, parse_size
 from ktd.synth import SHAPES, file_in_memory
 from ktd.synth.mixes import MIX_NAMES
 from ktd_kernels import Cpu, isa_list
 
 NAME = "bench"
-HELP = "measure kernels or a model on this machine"
+HELP = "measure kernels, a model, or a running daemon"
 
 _TYPES = "Q8_0,Q4_K,Q6_K,IQ1_S,IQ2_XXS"
 
@@ -39,6 +43,14 @@ def _numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"expected numbers above 0 such as 1,8,64, not '{text}'")
     return numbers
+
+
+def _number(text: str) -> int:
+    """One positive integer."""
+    numbers = _numbers(text)
+    if len(numbers) > 1:
+        raise argparse.ArgumentTypeError(f"expected one number, not '{text}'")
+    return numbers[0]
 
 
 def _types(text: str) -> list[GGMLQuantizationType]:
@@ -68,8 +80,8 @@ def _seconds(text: str) -> float:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add `kernels`, `ops` and `model` with their options."""
-    what = parser.add_subparsers(dest="what", required=True, metavar="kernels|ops|model")
+    """Add `kernels`, `ops`, `model` and `serve` with their options."""
+    what = parser.add_subparsers(dest="what", required=True, metavar="kernels|ops|model|serve")
     kernels = what.add_parser("kernels", help="quantised products at the sizes of R1's experts")
     kernels.add_argument("--types", type=_types, default=_TYPES, help="block types (default: %(default)s)")
     kernels.add_argument("--tokens", type=_numbers, default="1,16,512", help="tokens (default: %(default)s)")
@@ -121,6 +133,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--cpu-infer", type=int, help="threads (default: one per core)")
     model.add_argument("--json", action="store_true", help="a JSON object instead of tables")
     model.set_defaults(run=_run_model)
+    serve = what.add_parser("serve", help="a running daemon, several users at once")
+    serve.add_argument(
+        "--connect", metavar="ADDRESS", help="the daemon at grpc://host:port (default: this machine's)"
+    )
+    serve.add_argument(
+        "--sequences", type=_numbers, default="1,4,8", help="users at once (default: %(default)s)"
+    )
+    serve.add_argument("--prompt", type=_number, default="128", help="tokens, about (default: %(default)s)")
+    serve.add_argument("--answer", type=_number, default="64", help="tokens at most (default: %(default)s)")
+    serve.add_argument("--rounds", type=_number, default="3", help="chats of each (default: %(default)s)")
+    serve.add_argument(
+        "--api-key", dest="api_key", default=argparse.SUPPRESS, help="key of the daemon (better: KTD_API_KEY)"
+    )
+    serve.add_argument("--json", action="store_true", help="a JSON object instead of a table")
+    serve.set_defaults(run=_run_serve)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -153,6 +180,37 @@ def _run_kernels(args: argparse.Namespace) -> int:
     if not args.json:
         print_kernels(results)
     return 0
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    settings = load(args)
+    address = Address.parse(args.connect) if args.connect else address_of(settings)
+    name, results = asyncio.run(_serve(args, settings, address))
+    if args.json:
+        print(json.dumps({"model": name, "address": str(address), "results": [asdict(r) for r in results]}))
+    else:
+        print_serve(f"{name} at {address}", results)
+    return 0
+
+
+async def _serve(
+    args: argparse.Namespace, settings: Settings, address: Address
+) -> tuple[str, list[ServeResult]]:
+    """The model's name and the figures of each number of users."""
+    async with Client(address, settings.api_key, settings.ssl_certfile) as client:
+        (model,) = await client.models()
+        if args.prompt + args.answer > model.context_length:
+            raise UserError(
+                f"--prompt {args.prompt} and --answer {args.answer} exceed the context of {model.id}, "
+                f"{model.context_length} tokens: choose less."
+            )
+        bench = ServeBench(client.chat, prompt=args.prompt, answer=args.answer, rounds=args.rounds)
+        results = []
+        with Console(stderr=True).status("measuring a prompt") as status:
+            for users in args.sequences:
+                status.update(f"{users} at once")
+                results.append(await bench.run(users))
+    return model.id, results
 
 
 def _run_ops(args: argparse.Namespace) -> int:

@@ -62,8 +62,10 @@ class Hub:
 
     def address(self, repo: str, file: RemoteFile) -> str:
         """Where the bytes of a file are."""
-        branch = "master" if self.name == "modelscope" else "main"
-        return f"{self.page(repo)}/resolve/{branch}/{quote(str(file.path))}"
+        path = quote(str(file.path))
+        if self.name == "modelscope":
+            return f"{self.endpoint}/api/v1/models/{repo}/repo?Revision=master&FilePath={path}"
+        return f"{self.endpoint}/{repo}/resolve/main/{path}"
 
     @property
     def headers(self) -> dict[str, str]:
