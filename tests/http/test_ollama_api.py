@@ -46,7 +46,8 @@ async def test_a_whole_answer(client: ollama.AsyncClient, model: str) -> None:
     parts = [answer.load_duration, answer.prompt_eval_duration, answer.eval_duration]
     assert all(isinstance(part, int) and 0 <= part < 60e9 for part in parts)
     assert sum(filter(None, parts)) <= answer.total_duration < 60e9
-    assert answer.eval_duration, "nanoseconds, not seconds"
+    assert answer.eval_duration is not None
+    assert answer.eval_duration > 30e6, "20 steps of 2 ms, in nanoseconds"
 
 
 async def test_a_streamed_answer(client: ollama.AsyncClient) -> None:
@@ -303,7 +304,8 @@ async def test_a_long_prefill_sends_empty_pieces(monkeypatch: pytest.MonkeyPatch
         fake_daemon(step_seconds=0.03, prefill_per_step=1) as daemon,
         ollama.AsyncClient(daemon.url) as client,
     ):
-        stream = await client.chat("ktd-fake", user("12345678"), stream=True)
+        short = {"num_predict": 9}
+        stream = await client.chat("ktd-fake", user("12345678"), stream=True, options=short)
         chunks = [chunk async for chunk in stream]
     first_text = next(i for i, chunk in enumerate(chunks) if chunk.message.thinking)
     assert first_text > 1

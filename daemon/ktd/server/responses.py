@@ -118,11 +118,7 @@ async def respond(
     if not stream:
         answer = await unless_disconnected(request.receive, gather(events))
         return JSONResponse(writer.whole(answer))
-    try:
-        first = await unless_disconnected(request.receive, anext(events))
-    except BaseException:
-        await events.aclose()
-        raise
+    first = await unless_disconnected(request.receive, anext(events))
     return _Stream(_frames(first, events, writer), writer.media_type)
 
 
