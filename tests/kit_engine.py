@@ -43,7 +43,7 @@ class FakeModel:
 
     def __init__(self, vocab_size: int = 64, hook: Callable[[Batch], None] | None = None) -> None:
         self.config = SimpleNamespace(vocab_size=vocab_size, layers=1, latent=2)
-        self.device = None
+        self.devices = ()
         self.hook = hook
         self.steps: list[Batch] = []
 

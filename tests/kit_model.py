@@ -269,7 +269,7 @@ class Bench:
     def __init__(self, model: Model, pages: int = 64, page_size: int = 16, kind: CacheType = "f32") -> None:
         self.model = model
         self.cache = LatentCache(
-            model.config.layers, pages, page_size, model.config.latent, kind, model.device
+            model.config.layers, pages, page_size, model.config.latent, kind, model.devices
         )
         self.pool = BlockPool(pages)
 

@@ -1,5 +1,5 @@
 """A device for the hybrid graph that needs no GPU: tensors in ordinary memory, the ops of the CPU kernels,
-and work done as soon as it is asked for."""
+and work done as soon as it is asked for. Of several each refuses what belongs to another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, cast
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,8 @@ def _array(value: Any) -> Any:
 class ReferenceOps:
     """The methods of a Cpu, over tensors; `calls` counts them and keeps the last arguments."""
 
-    def __init__(self, cpu: Cpu) -> None:
-        self._cpu = cpu
+    def __init__(self, cpu: Cpu, device: ReferenceDevice) -> None:
+        self._cpu, self._device = cpu, device
         self.calls: Counter[str] = Counter()
         self.rows: Counter[int] = Counter()
 
@@ -41,6 +42,9 @@ class ReferenceOps:
 
         def call(*args: Any, **kwargs: Any) -> None:
             self.calls[name] += 1
+            assert self._device.at_work, f"{name} is not among the work of its device"
+            for arg in args:
+                self._device.check(arg)
             if name == "mla_attention":
                 self.rows[len(args[0])] += 1
             op(*map(_array, args), **kwargs)
@@ -50,40 +54,61 @@ class ReferenceOps:
 
 class ReferenceDevice:
     """As ktd_kernels.gpu.Gpu. A captured body is run again at each replay; `replays` counts them, `held` the
-    bytes of weights and `allocated` those of buffers; `passed` and `locked` those of weights. `foreign`: the
-    layouts that it does not read."""
+    bytes of weights and `allocated` those of buffers; `passed` and `locked` those of weights; `followed` are
+    the devices that it waited for. `foreign`: the layouts that it does not read."""
+
+    _all: ClassVar[WeakSet[ReferenceDevice]] = WeakSet()
 
     def __init__(self, cpu: Cpu, foreign: Sequence[str] = ()) -> None:
         self._foreign = foreign
         self.device = torch.device("cpu")
-        self.rows: Any = ReferenceOps(cpu)
-        self.prompt: Any = ReferenceOps(cpu)
+        self.rows: Any = ReferenceOps(cpu, self)
+        self.prompt: Any = ReferenceOps(cpu, self)
         self.captures = self.replays = self.launches = self.held = self.allocated = self.passed = (
             self.locked
         ) = 0
-        self._aside = False
+        self._aside = self.at_work = False
+        self.followed: list[ReferenceDevice] = []
+        self._own: dict[int, Any] = {}  # memory, kept so that no other gets its address
+        self._all.add(self)
+
+    def check(self, value: Any) -> None:
+        """Refuses tensors in the memory of another device, and its weights."""
+        place = value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else id(value)
+        owners = [device for device in self._all if place in device._own]
+        assert owners in ([], [self]), "an op got what lies on another device"
+
+    def _owned(self, value: Any) -> Any:
+        place = value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else id(value)
+        if place:  # an empty tensor has none
+            self._own[place] = value
+        return value
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        yield
+        before, self.at_work = self.at_work, True
+        try:
+            yield
+        finally:
+            self.at_work = before
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         tensor = torch.empty(tuple(shape), dtype=dtype)
         self.allocated += tensor.nbytes
         if dtype.is_floating_point:
             tensor.fill_(torch.nan)
-        return tensor
+        return cast(torch.Tensor, self._owned(tensor))
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=dtype)
 
     def upload(self, data: npt.NDArray[np.generic]) -> torch.Tensor:
         self.held += data.nbytes
-        return torch.from_numpy(data.copy())
+        return cast(torch.Tensor, self._owned(torch.from_numpy(data.copy())))
 
     def weight(self, data: npt.NDArray[np.uint8], ggml_type: int, shape: Sequence[int]) -> Weight:
         self.held += data.nbytes
-        return Weight(data.copy(), ggml_type, tuple(shape))
+        return cast(Weight, self._owned(Weight(data.copy(), ggml_type, tuple(shape))))
 
     def settle(self) -> None:
         pass
@@ -122,6 +147,10 @@ class ReferenceDevice:
 
     def finish_aside(self) -> None:
         pass
+
+    def follow(self, other: ReferenceDevice) -> None:
+        assert self.at_work
+        self.followed.append(other)
 
     def synchronize(self) -> None:
         pass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -17,25 +18,26 @@ _VRAM_RESERVE = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that may be used: of memory, and of the GPU `device` ("cuda:0"; None: no GPU is used).
+    """Bytes that may be used: of memory, and of each GPU by its name ("cuda:0"; none: no GPU is used).
 
-    `optional`: nobody asked for the GPU, so where it is too small for the model it stays unused.
+    `optional`: nobody asked for the GPUs, so those that are too small for the model stay unused.
     """
 
     ram: int
-    vram: int = 0
-    device: str | None = None
+    vram: Mapping[str, int] = field(default_factory=dict)
     optional: bool = False
 
 
-def budget_of(ram: int | None, vram: int | None, gpu: Gpu | None) -> Budget:
-    """The budgets that settings ask for; what they leave open is what is free now, less a reserve."""
+def budget_of(ram: int | None, vram: Sequence[int] | None, gpus: Sequence[Gpu]) -> Budget:
+    """The budgets that settings ask for; what they leave open is what is free now, less a reserve. `gpus` are
+    those of `gpus_for` with the same `vram`."""
     ram = ram if ram is not None else max(available_memory() - _RESERVE, 0)
-    if gpu is None:
-        return Budget(ram)
     if vram is None:
-        return Budget(ram, max(gpu.free - _VRAM_RESERVE, 0), gpu.device, optional=True)
-    return Budget(ram, vram, gpu.device)
+        free = {gpu.device: max(gpu.free - _VRAM_RESERVE, 0) for gpu in gpus}
+        return Budget(ram, free, optional=bool(gpus))
+    asked = [size for size in vram if size]
+    sizes = asked * len(gpus) if len(vram) == 1 else asked
+    return Budget(ram, {gpu.device: size for gpu, size in zip(gpus, sizes, strict=True)})
 
 
 def available_memory() -> int:

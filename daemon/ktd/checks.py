@@ -16,7 +16,7 @@ import psutil
 
 from ktd.budget import available_memory
 from ktd.errors import UserError
-from ktd.gpu import find_gpu, launcher_lacks
+from ktd.gpu import find_gpus, launcher_lacks
 from ktd.launch import embedded_model
 from ktd.plan import GIB
 from ktd.server.run_record import RunRecordFile
@@ -140,21 +140,29 @@ def _gpu(settings: Settings) -> Iterator[Check]:
     except (subprocess.SubprocessError, OSError) as error:
         yield Check("GPU", "note", f"nvidia-smi fails: {error}", "reinstall the NVIDIA driver, or reboot")
     else:
-        usable, missing = find_gpu() is not None, launcher_lacks()
+        usable, missing = find_gpus(), launcher_lacks()
         for line in query.stdout.splitlines():
             name, memory, free, driver, capability = (part.strip() for part in line.split(","))
             found = f"{name}, {free} of {memory} free, driver {driver}, sm {capability}"
             if usable and missing:
                 remedy = "apt install gcc python3-dev, or what your system calls them"
                 yield Check(
-                    "GPU", "bad" if settings.vram else "note", f"{found}, but lacking {missing}", remedy
+                    "GPU",
+                    "bad" if any(settings.vram or ()) else "note",
+                    f"{found}, but lacking {missing}",
+                    remedy,
                 )
             elif usable:
-                unused = "; not used: --vram is 0" if settings.vram == 0 else ""
+                unused = "; not used: --vram is 0" if settings.vram == (0,) else ""
                 yield Check("GPU", "ok", found + unused)
             else:
                 remedy = "install a CUDA build of torch; ktd uses GPUs of sm 8.0 and newer"
                 yield Check("GPU", "note", f"{found}, but ktd cannot use it", remedy)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if len(usable) > 1 or visible is not None:
+            names = ", ".join(f"{gpu.device} ({gpu.name}, {gpu.free / GIB:.1f} GiB free)" for gpu in usable)
+            why = "" if visible is None else f", as CUDA_VISIBLE_DEVICES={visible} says"
+            yield Check("GPUs in their order", "ok", (names or "none") + why)
 
 
 def _model(settings: Settings) -> Iterator[Check]:

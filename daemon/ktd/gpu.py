@@ -1,10 +1,11 @@
-"""The GPU that a model may use, if there is one."""
+"""The GPUs that a model may use, if there are any."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +28,16 @@ class Gpu:
     total: int
 
 
-def find_gpu() -> Gpu | None:
-    """The first CUDA GPU that ktd can compute on; None where there is none."""
+def find_gpus() -> list[Gpu]:
+    """The CUDA GPUs that ktd can compute on, of those that CUDA_VISIBLE_DEVICES leaves visible."""
     import torch  # takes seconds, and most commands need none
 
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(0) < _LEAST_CAPABILITY:
-        return None
-    free, total = torch.cuda.mem_get_info(0)
-    return Gpu("cuda:0", torch.cuda.get_device_name(0), free, total)
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY:
+            free, total = torch.cuda.mem_get_info(index)
+            gpus.append(Gpu(f"cuda:{index}", torch.cuda.get_device_name(index), free, total))
+    return gpus
 
 
 def launcher_lacks() -> str | None:
@@ -48,19 +51,21 @@ def launcher_lacks() -> str | None:
     return None if (headers / "Python.h").is_file() else f"Python's headers ({headers}/Python.h)"
 
 
-def gpu_for(vram: int | None, weights: int) -> Gpu | None:
-    """The GPU for a budget of `vram` bytes and a model of `weights` bytes; none where `vram` is 0.
+def gpus_for(vram: Sequence[int] | None, weights: int) -> list[Gpu]:
+    """The GPUs for budgets of `vram` bytes and a model of `weights` bytes.
 
-    Where `vram` is None, nothing was asked for: a GPU that works, if there is one and the model is worth it.
+    Of several budgets each is a GPU's, in order, and 0 leaves that one alone; one alone is for every GPU that
+    has as much free. Where `vram` is None, nothing was asked for: all GPUs, if the model is worth it and
+    kernels can start.
 
     Raises SettingsError for a budget without a GPU, or beyond what is free, and where no kernel could start.
     """
     if vram is None:
-        return None if weights < _WORTH_IT or launcher_lacks() else find_gpu()
-    if vram == 0:
-        return None
-    gpu = find_gpu()
-    if gpu is None:
+        return [] if weights < _WORTH_IT or launcher_lacks() else find_gpus()
+    if not any(vram):
+        return []
+    gpus = find_gpus()
+    if not gpus:
         raise SettingsError(
             "--vram asks for GPU memory, but no CUDA GPU of compute capability 8.0 or more was found: see"
             " `ktd doctor`, or leave --vram out."
@@ -70,9 +75,19 @@ def gpu_for(vram: int | None, weights: int) -> Gpu | None:
             f"--vram asks for GPU memory, but Triton starts no kernel without {missing}: install that (apt"
             " install gcc python3-dev), or leave --vram out."
         )
-    if vram > gpu.free:
+    if len(vram) > len(gpus):
         raise SettingsError(
-            f"--vram asks for {vram / 2**30:.2f} GiB, but {gpu.name} has {gpu.free / 2**30:.2f} GiB free:"
-            " ask for less, or end what else uses it."
+            f"--vram names the memory of {len(vram)} GPUs, but ktd can use {len(gpus)}: see `ktd doctor`, and"
+            " the variable CUDA_VISIBLE_DEVICES if it is set."
         )
-    return gpu
+    if len(vram) == 1:
+        if enough := [gpu for gpu in gpus if gpu.free >= vram[0]]:
+            return enough
+        gpus = [max(gpus, key=lambda gpu: gpu.free)]
+    for gpu, size in zip(gpus, vram, strict=False):  # GPUs behind those that --vram names are left alone
+        if size > gpu.free:
+            raise SettingsError(
+                f"--vram asks for {size / 2**30:.2f} GiB, but {gpu.name} ({gpu.device}) has"
+                f" {gpu.free / 2**30:.2f} GiB free: ask for less, or end what else uses it."
+            )
+    return [gpu for gpu, size in zip(gpus, vram, strict=False) if size]

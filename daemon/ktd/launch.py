@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from math import prod
@@ -17,9 +17,9 @@ from ktd.chat import ChatService, ServedModel
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
-from ktd.gpu import Gpu, gpu_for
+from ktd.gpu import Gpu, gpus_for
 from ktd.model import ModelConfig, load_model
-from ktd.placement_rules import pinned_layers
+from ktd.placement_rules import read_rules
 from ktd.plan import GIB, PAGE_SIZE, Plan, make_plan
 from ktd.server.host import Loaded
 from ktd.settings import Settings
@@ -54,27 +54,28 @@ def prepare(settings: Settings) -> Prepared:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     gguf = GgufFile.open(settings.gguf_path or embedded_model())
-    gpu = gpu_for(settings.vram, gguf.nbytes)
-    plan = plan_for(settings, gguf, cpu, gpu)
-    if gpu is not None and plan.placement.device is None:
-        log.warning("%s is not used: it is too small for this model beside --context", gpu.name)
+    gpus = gpus_for(settings.vram, gguf.nbytes)
+    plan = plan_for(settings, gguf, cpu, gpus)
+    if gpus and not plan.placement.devices:
+        names = ", ".join(gpu.name for gpu in gpus)
+        log.warning("%s: not used, too small for this model beside --context", names)
     text = TextModel.from_gguf(gguf, settings.model_path)
     return Prepared(settings, gguf, text, cpu, plan, _served(settings, gguf, plan, text))
 
 
-def plan_for(settings: Settings, gguf: GgufFile, cpu: Cpu, gpu: Gpu | None) -> Plan:
+def plan_for(settings: Settings, gguf: GgufFile, cpu: Cpu, gpus: Sequence[Gpu]) -> Plan:
     """What `settings` make of a file on this machine. Raises GgufError or SettingsError."""
     config, rules = ModelConfig.from_gguf(gguf), settings.optimize_config_path
     return make_plan(
         gguf,
         config,
-        budget=budget_of(settings.ram, settings.vram, gpu),
+        budget=budget_of(settings.ram, settings.vram, gpus),
         packer=cpu if settings.repack else None,
         context=settings.context,
         sequences=settings.max_sequences,
         chunk_tokens=settings.chunk_tokens,
         cache_type=settings.cache_type,
-        pinned=pinned_layers(rules, gguf, config, gpu.device if gpu else None) if rules else {},
+        pins=read_rules(rules, gguf, config, [gpu.device for gpu in gpus]) if rules else None,
     )
 
 
@@ -123,10 +124,11 @@ def describe(prepared: Prepared) -> str:
     served, plan, settings = prepared.served, prepared.plan, prepared.settings
     weights = plan.routed + plan.dense + plan.vram.experts + plan.vram.dense
     disk = f", {plan.from_disk / GIB:.1f} GiB read from disk as needed" if plan.from_disk else ""
-    gpu = f", {plan.vram.total / GIB:.1f} GiB on {plan.budget.device}" if plan.budget.device else ""
+    placed = zip(plan.placement.devices, plan.gpus, strict=True)
+    gpus = "".join(f", {gpu.total / GIB:.1f} GiB on {device}" for device, gpu in placed)
     return (
         f"{served.name}: {served.parameters / 1e9:.3g} B parameters, mostly {served.quantisation}; "
-        f"weights {weights / GIB:.2f} GiB{disk}{gpu}, cache {plan.cache / GIB:.2f} GiB for "
+        f"weights {weights / GIB:.2f} GiB{disk}{gpus}, cache {plan.cache / GIB:.2f} GiB for "
         f"{plan.cache_tokens} tokens; context {plan.context}, {settings.max_sequences} sequences; "
         f"{prepared.cpu.isa} on {prepared.cpu.threads} threads"
     )

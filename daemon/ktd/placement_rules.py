@@ -7,7 +7,8 @@ KTransformers' own files serve as they are: `name` is searched in a tensor's nam
 its module at Hugging Face (model.layers.3.mlp.experts), `class` asks for a kind of module, and
 `kwargs.generate_device` says what `device` says here. Of the rules that match a tensor or its module the
 first one counts, and these before rules for a module above. Ops and `prefill_device` say how KTransformers
-computes, which is decided here by measuring.
+computes, which is decided here by measuring. Of several GPUs `cuda:1` names one, which then has all weights
+of the layer but routed experts that are kept in memory; `cuda` is any.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.hf_convert import hf_module
+from ktd.split import Pins
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
 _EMBEDDING = "token_embd.weight"
+_CUDA = re.compile(r"cuda(:\d+)?")
 # What the names of classes end in, by the last part of a module's name (of several the longest).
 _KINDS = {
     "model": "Model",
@@ -73,15 +76,15 @@ class _Rule:
         )
 
 
-def pinned_layers(path: Path, gguf: GgufFile, config: ModelConfig, gpu: str | None) -> dict[int, bool]:
-    """The layers whose routed experts the rules at `path` put on `gpu` (True) or into memory (False).
+def read_rules(path: Path, gguf: GgufFile, config: ModelConfig, gpus: Sequence[str]) -> Pins:
+    """What the rules at `path` ask for on `gpus`, the names of those in use.
 
     Raises SettingsError for a file that is no list of rules, a rule that matches nothing, a device that is
     not there, and weights that cannot be where a rule wants them.
     """
     rules = _read(path)
     for rule in rules:
-        _check_devices(rule, gpu)
+        _check_devices(rule, gpus)
     levels = {name: _levels(name, config) for name in gguf.tensors if _is_loaded(name, config)}
     everything = {named for tensor in levels.values() for level in tensor for named in level}
     for rule in rules:
@@ -91,14 +94,51 @@ def pinned_layers(path: Path, gguf: GgufFile, config: ModelConfig, gpu: str | No
                 " model.layers.3.mlp.experts."
             )
     layers: dict[int, dict[str, _Rule | None]] = {}
+    homes = _Homes(gpus, config.layers)
     for tensor, names in levels.items():
         decisive = _decisive(rules, names)
         if routed := _ROUTED.match(tensor):
             layers.setdefault(int(routed[1]), {})[tensor] = decisive
-        elif decisive is not None and gpu is not None:
+        elif decisive is not None and gpus:
             _check_dense(decisive, tensor)
+        if decisive is not None:
+            homes.add(tensor, decisive)
     pinned = {layer: _pinned(layer, parts) for layer, parts in layers.items()}
-    return {layer: on_gpu for layer, on_gpu in pinned.items() if on_gpu is not None}
+    experts = {layer: on_gpu for layer, on_gpu in pinned.items() if on_gpu is not None}
+    return Pins(experts, homes.in_order())
+
+
+class _Homes:
+    """The GPUs that rules give to layers, with the first tensor and rule that does."""
+
+    def __init__(self, gpus: Sequence[str], layers: int) -> None:
+        self._gpus, self._last = gpus, layers - 1
+        self._found: dict[int, tuple[str, str, _Rule]] = {}
+
+    def add(self, tensor: str, rule: _Rule) -> None:
+        if rule.device is None or rule.device not in self._gpus:
+            return
+        block = _BLOCK.match(tensor)
+        layer = int(block[1]) if block else self._last  # the head has none of its own
+        device, other, _ = self._found.setdefault(layer, (rule.device, tensor, rule))
+        if device != rule.device:
+            raise SettingsError(
+                f"{rule.where} puts {tensor} on {rule.device}, but {other} is to be on {device}: the weights"
+                " of a layer lie on one GPU, and the output's with those of the last layer."
+            )
+
+    def in_order(self) -> dict[int, str]:
+        """The GPU of each layer that has one. Raises SettingsError where the layers go back to a GPU."""
+        latest = 0
+        for layer in sorted(self._found):
+            device, tensor, rule = self._found[layer]
+            if self._gpus.index(device) < latest:
+                raise SettingsError(
+                    f"{rule.where} puts {tensor} on {device}, behind layers on {self._gpus[latest]}: GPUs"
+                    " have layers in a row, in the order of their numbers."
+                )
+            latest = self._gpus.index(device)
+        return {layer: device for layer, (device, _, _) in self._found.items()}
 
 
 def _is_loaded(tensor: str, config: ModelConfig) -> bool:
@@ -137,16 +177,16 @@ def _decisive(rules: Sequence[_Rule], levels: Sequence[Sequence[_Named]]) -> _Ru
     return None
 
 
-def _check_devices(rule: _Rule, gpu: str | None) -> None:
+def _check_devices(rule: _Rule, gpus: Sequence[str]) -> None:
     for device in rule.devices:
-        if device not in ("cpu", "cuda", "cuda:0"):
-            raise SettingsError(
-                f"{rule.where} names the device {device}: ktd computes on cpu and on one GPU, cuda:0."
-            )
-        if device != "cpu" and gpu is None:
+        if not gpus and _CUDA.fullmatch(device):
             raise SettingsError(
                 f"{rule.where} asks for {device}, but no GPU is used: give ktd GPU memory with --vram, or"
                 " leave the rules out."
+            )
+        if device not in ("cpu", "cuda", *gpus):
+            raise SettingsError(
+                f"{rule.where} names the device {device}, but ktd computes on {', '.join(['cpu', *gpus])}."
             )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from bisect import bisect_left
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,8 @@ from ktd.errors import SettingsError
 from ktd.gguf import GgmlType, GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.loader import packed_growth
-from ktd.model.placement import Placement, VramBytes, vram_bytes
+from ktd.model.placement import GpuNeeds, Placement, VramBytes, vram_bytes
+from ktd.split import Pins, cache_room, split
 from ktd_kernels import Cpu
 
 GIB = 1 << 30
@@ -34,20 +34,20 @@ _ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
 class Plan:
     """Where the bytes go. Sizes in bytes, `context` and `cache_tokens` in tokens.
 
-    `vram` counts what lies on the GPU (all zero without one). Of the rest, in memory, `routed` are the routed
+    `gpus` counts what lies on each GPU of the placement. Of the rest, in memory, `routed` are the routed
     experts and `dense` all other weights; `..._per_token` is what one generated token reads of the weights,
-    from memory and from the GPU. `from_disk` of those in memory do not fit: the system reads them again from
+    from memory and from each GPU. `from_disk` of those in memory do not fit: the system reads them again from
     the file whenever a token needs them. `growth` is what the weights in memory take beyond their size in
     the file where there is room to repack them for this CPU, else 0.
     """
 
     budget: Budget
     placement: Placement
-    vram: VramBytes
+    gpus: tuple[VramBytes, ...]
     routed: int
     dense: int
     ram_per_token: int
-    vram_per_token: int
+    gpu_per_token: tuple[int, ...]
     context: int
     chunk_tokens: int
     cache_tokens: int
@@ -60,6 +60,11 @@ class Plan:
     def pages(self) -> int:
         """Pages of the latent cache."""
         return self.cache_tokens // PAGE_SIZE
+
+    @property
+    def vram(self) -> VramBytes:
+        """What lies on all GPUs together; zeros without one."""
+        return VramBytes(*(sum(getattr(gpu, name) for gpu in self.gpus) for name in VramBytes.__slots__))
 
     @property
     def cache(self) -> int:
@@ -82,20 +87,19 @@ class _Sizes:
     sequences: int
     chunk_tokens: int
     cache_type: CacheType
-    pinned: Mapping[int, bool]
+    pins: Pins
 
     @property
     def cache_per_token(self) -> int:
         return self.config.layers * self.config.latent * _VALUE_BYTES[self.cache_type]
 
-    def on_gpu(self, placement: Placement, cache_tokens: int) -> VramBytes:
-        return vram_bytes(
+    @property
+    def needs(self) -> GpuNeeds:
+        return GpuNeeds(
             self.gguf,
             self.config,
-            placement,
             rows=self.chunk_tokens,
             logit_rows=self.sequences,
-            pages=cache_tokens // PAGE_SIZE,
             page_size=PAGE_SIZE,
             cache_type=self.cache_type,
         )
@@ -122,15 +126,16 @@ def make_plan(
     sequences: int,
     chunk_tokens: int | None,
     cache_type: CacheType,
-    pinned: Mapping[int, bool] | None = None,
+    pins: Pins | None = None,
 ) -> Plan:
     """Fits weights, latent cache and buffers into `budget`; weights repacked by `packer` where there is room.
 
     `chunk_tokens` None takes 512, or more on a GPU with room for it; `context` None as much as fits, up to
-    the model's own. With a GPU everything but the routed experts and the token embedding goes there; what is
-    left of it takes routed experts, layer by layer: first the layers that `pinned` (see placement_rules) puts
-    there, and never those that it keeps in memory. Raises SettingsError when the asked context, or the least
-    useful one, does not fit, or not all experts that are pinned to the GPU.
+    the model's own. With GPUs everything but the routed experts and the token embedding goes there, parted by
+    layers; what is left takes routed experts, layer by layer: first the layers that `pins` (see
+    placement_rules) puts there, and never those that it keeps in memory. No more GPUs are used than it takes
+    to hold as many experts as all of them can. Raises SettingsError when the asked context, or the least
+    useful one, does not fit, or not all experts that are pinned to a GPU.
     """
     asked = context if context is not None else min(config.context, _LEAST_CONTEXT)
     if asked > config.context:
@@ -139,18 +144,18 @@ def make_plan(
             " ask for less."
         )
     sizes = _Sizes(
-        gguf, packer, config, sequences, chunk_tokens or max(_CHUNK, sequences), cache_type, pinned or {}
+        gguf, packer, config, sequences, chunk_tokens or max(_CHUNK, sequences), cache_type, pins or Pins()
     )
-    if budget.device is None:
+    if not budget.vram:
         return _on_cpu(sizes, budget, asked, grow=context is None)
     if chunk_tokens is None:
         with suppress(SettingsError):
             large = replace(sizes, chunk_tokens=max(_CHUNK_ON_GPU, sequences))
-            return _on_gpu(large, budget, budget.device, asked, grow=context is None)
+            return _on_gpus(large, budget, asked, grow=context is None)
     try:
-        return _on_gpu(sizes, budget, budget.device, asked, grow=context is None)
+        return _on_gpus(sizes, budget, asked, grow=context is None)
     except SettingsError:
-        if not budget.optional or any(sizes.pinned.values()):
+        if not budget.optional or any(sizes.pins.experts.values()):
             raise
         return _on_cpu(sizes, Budget(budget.ram), asked, grow=context is None)
 
@@ -176,11 +181,11 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
     return Plan(
         budget=budget,
         placement=Placement(),
-        vram=sizes.on_gpu(Placement(), 0),
+        gpus=(),
         routed=routed,
         dense=dense,
         ram_per_token=_active(routed + growth, config) + dense - _embedding(gguf),
-        vram_per_token=0,
+        gpu_per_token=(),
         context=asked,
         chunk_tokens=sizes.chunk_tokens,
         cache_tokens=cache_tokens,
@@ -191,50 +196,30 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
     )
 
 
-def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: bool) -> Plan:
-    gguf, config, per_token = sizes.gguf, sizes.config, sizes.cache_per_token
-    layers: Counter[int] = Counter()
-    for tensor in gguf.tensors.values():
-        if match := _ROUTED.match(tensor.name):
-            layers[int(match[1])] += tensor.nbytes
-    routed = sum(layers.values())
-    alone = sizes.on_gpu(Placement(device), 0).total
-    room = budget.vram - alone
-    least = _paged(asked) * per_token
-    if room < least:
-        raise _too_small("GPU memory", "--vram", budget.vram, alone + least, asked, room // per_token)
-    chosen = {layer for layer, on_gpu in sizes.pinned.items() if on_gpu}
-    free = [layer for layer in sorted(layers) if layer < config.layers and layer not in sizes.pinned]
-    room = budget.vram - sizes.on_gpu(Placement(device, frozenset(chosen)), 0).total
-    if room < least:
-        raise SettingsError(
-            f"The rules put the routed experts of {len(chosen)} layers on the GPU, which takes"
-            f" {size_text(budget.vram - room + least)} with a context of {asked} tokens, but the GPU memory"
-            f" budget is {size_text(budget.vram)}: name fewer layers, or raise --vram."
-        )
-    spare = max(room - sum(layers[layer] for layer in free), 0)  # beyond all experts that may be there
+def _on_gpus(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
+    gguf, config, per_token, needs = sizes.gguf, sizes.config, sizes.cache_per_token, sizes.needs
+    placement = _split(sizes, needs, budget, asked, _paged(asked))
+    room, spare = cache_room(needs, budget.vram, placement, sizes.pins)
     if grow:
         asked = min(config.context, max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked))
     # A quarter of the room for conversations side by side; the experts take the rest.
     cache_tokens = sizes.cache_for(asked, max(spare // 2, room // 4))
-    for layer in free:
-        if sizes.on_gpu(Placement(device, frozenset(chosen | {layer})), cache_tokens).total > budget.vram:
-            break
-        chosen.add(layer)
-    placement = Placement(device, frozenset(chosen))
-    vram = sizes.on_gpu(placement, cache_tokens)
+    placement = _split(sizes, needs, budget, asked, cache_tokens)
+    gpus = vram_bytes(needs, placement, config.layers, cache_tokens // PAGE_SIZE)
+    routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
+    routed -= sum(gpu.experts for gpu in gpus)
     embedding = _embedding(gguf)
     buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens)
-    in_ram = routed - vram.experts + embedding + buffers
+    in_ram = routed + embedding + buffers
     growth = sizes.growth(placement, budget.ram - in_ram)
     return Plan(
         budget=budget,
         placement=placement,
-        vram=vram,
-        routed=routed - vram.experts,
+        gpus=gpus,
+        routed=routed,
         dense=embedding,
-        ram_per_token=_active(routed - vram.experts + growth, config),
-        vram_per_token=_active(vram.experts, config) + vram.dense,
+        ram_per_token=_active(routed + growth, config),
+        gpu_per_token=tuple(_active(gpu.experts, config) + gpu.dense for gpu in gpus),
         context=asked,
         chunk_tokens=sizes.chunk_tokens,
         cache_tokens=cache_tokens,
@@ -245,11 +230,49 @@ def _on_gpu(sizes: _Sizes, budget: Budget, device: str, asked: int, *, grow: boo
     )
 
 
-def _too_small(what: str, flag: str, budget: int, need: int, asked: int, fitting: int) -> SettingsError:
+def _split(sizes: _Sizes, needs: GpuNeeds, budget: Budget, asked: int, cache_tokens: int) -> Placement:
+    """The best placement with a cache of so many tokens. Raises SettingsError where there is none."""
+    pages, pins = cache_tokens // PAGE_SIZE, sizes.pins
+    if len(budget.vram) > 1 and not budget.optional:
+        for device, size in budget.vram.items():
+            least = min(needs.of(range(i, i + 1), set(), pages).total for i in range(sizes.config.layers))
+            if size < least:
+                raise SettingsError(
+                    f"--vram gives {size_text(size)} of {device}, but a single layer takes {size_text(least)}"
+                    f" there with a context of {asked} tokens: give it more, or 0 to leave it out."
+                )
+    placement = split(needs, budget.vram, pages, pins)
+    if placement is not None:
+        return placement
+    bare = replace(pins, experts=dict.fromkeys(range(sizes.config.layers), False))
+    total, where = sum(budget.vram.values()), _where(budget)
+    whole = range(sizes.config.layers)
+    if split(needs, budget.vram, pages, bare) is None:
+        need = needs.of(whole, set(), pages).total
+        need += sum(needs.of(range(0), set(), 0).total for _ in [*budget.vram][1:])
+        # How many pages fit: of those up to `pages`, for which there is a split.
+        fits = bisect_left(range(pages), True, key=lambda n: split(needs, budget.vram, n + 1, bare) is None)
+        raise _too_small("GPU memory", "--vram", total, need, asked, fits * PAGE_SIZE, where)
+    pinned = {layer for layer, on_gpu in pins.experts.items() if on_gpu}
+    raise SettingsError(
+        f"The rules put the routed experts of {len(pinned)} layers on the GPU, which takes"
+        f" {size_text(needs.of(whole, pinned, pages).total)} with a context of {asked} tokens, but the GPU"
+        f" memory budget{where} is {size_text(total)}: name fewer layers, or raise --vram."
+    )
+
+
+def _where(budget: Budget) -> str:
+    """Of several GPUs, which."""
+    return f" of {', '.join(budget.vram)}" if len(budget.vram) > 1 else ""
+
+
+def _too_small(
+    what: str, flag: str, budget: int, need: int, asked: int, fitting: int, where: str = ""
+) -> SettingsError:
     fits = max(fitting // PAGE_SIZE * PAGE_SIZE, 0)
     return SettingsError(
         f"A context of {asked} tokens needs {size_text(need)} beside the routed experts, but the"
-        f" {what} budget is {size_text(budget)}: "
+        f" {what} budget{where} is {size_text(budget)}: "
         + (f"set --context to at most {fits}, or " if fits else "")
         + f"free memory or raise {flag}."
     )

@@ -176,7 +176,7 @@ def _layer(tensor: TensorInfo) -> int:
 
 def _copies(tensors: Mapping[str, TensorInfo], plan: Plan, config: ModelConfig) -> int:
     cache = last_level_cache_bytes()
-    read = (plan.ram_per_token + plan.vram_per_token) / config.layers
+    read = (plan.ram_per_token + sum(plan.gpu_per_token)) / config.layers
     copies = math.ceil(_READ_BETWEEN * cache / max(read, 1))
     routed = sum(t.nbytes for t in tensors.values() if _ROUTED.match(t.name))
     if routed:

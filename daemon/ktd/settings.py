@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
 from ktd.errors import SettingsError
 from ktd.tutorial_flags import ALIASES, flag
@@ -52,6 +60,13 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * _SIZES[match[2].lower()])
 
 
+def parse_sizes(value: object) -> tuple[object, ...]:
+    """Bytes of each part of "14GiB,24GiB", as parse_size says. Raises ValueError."""
+    if isinstance(value, tuple):
+        return value
+    return tuple(map(parse_size, value.split(",") if isinstance(value, str) else [value]))
+
+
 def _setting(group: Group, default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"group": group}, **limits)
 
@@ -82,8 +97,11 @@ class Settings(BaseModel):
     ram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(
         "engine", None, "memory to use, such as 60GiB (default: what is available)", ge=2**20
     )
-    vram: Annotated[int | None, BeforeValidator(parse_size)] = _setting(
-        "engine", None, "GPU memory to use, such as 14GiB; 0 uses no GPU (default: what is free)", ge=0
+    vram: Annotated[tuple[NonNegativeInt, ...] | None, BeforeValidator(parse_sizes)] = _setting(
+        "engine",
+        None,
+        "memory to use of each GPU, such as 14GiB, or 14GiB,24GiB of the first and the second; 0 uses no GPU"
+        " (default: what is free)",
     )
     repack: bool = _setting(
         "engine", True, "copy low-bit experts into a faster layout of up to 20 % more memory, where it fits"

@@ -149,6 +149,10 @@ class Gpu:
         """The calling thread waits for what was put aside."""
         self._side.synchronize()
 
+    def follow(self, other: Gpu) -> None:
+        """What comes next here waits for all that `other`, perhaps another GPU, was given so far."""
+        self._main.wait_stream(other._main)
+
     def synchronize(self) -> None:
         """The calling thread waits for everything. Raises what went wrong on the device meanwhile."""
         torch.cuda.synchronize(self.device)

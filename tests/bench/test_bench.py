@@ -211,7 +211,7 @@ def test_model_command_on_a_shape(ktd: Run, tmp_path: Path) -> None:
 def test_wrong_options_of_the_model_command(
     ktd: Run, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: None)
+    monkeypatch.setattr("ktd.gpu.find_gpus", list)
     code, _, err = ktd("bench", "model", *options)
     assert code == 2
     assert message in err
@@ -221,7 +221,7 @@ def test_expert_bytes_of_a_batch(gguf_file: Path) -> None:
     with GgufFile.open(gguf_file) as file:
         config = ModelConfig.from_gguf(file)
         total = 3 * 16 * 256 * 512 * 34 / 32  # gate, up, down of 16 experts in the one MoE layer
-        in_memory, on_gpu = Placement(), Placement("cuda:0", frozenset({1}))
+        in_memory, on_gpu = Placement(), Placement(("cuda:0",), frozenset({1}))
         assert model.expert_bytes(file, config, in_memory, 1) == pytest.approx(total * 4 / 16)
         assert model.expert_bytes(file, config, in_memory, 2) == pytest.approx(total * (1 - 0.75**2))
         assert model.expert_bytes(file, config, on_gpu, 2) == 0
@@ -230,7 +230,7 @@ def test_expert_bytes_of_a_batch(gguf_file: Path) -> None:
 def test_model_bench_refuses_what_cannot_be_measured(gguf_file: Path) -> None:
     def bench(**change: object) -> model.ModelBench:
         plain = dict(path=gguf_file, prompts=[8], sequences=[2], contexts=[32], answer_tokens=8)
-        budget = dict(chunk_tokens=64, threads=1, ram=None, vram=0)
+        budget = dict(chunk_tokens=64, threads=1, ram=None, vram=(0,))
         return model.ModelBench(**{**plain, **budget, **change})  # type: ignore[arg-type]
 
     with pytest.raises(SettingsError, match="made for 4096"):

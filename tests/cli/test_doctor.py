@@ -12,7 +12,7 @@ import pytest
 
 from ktd import checks
 from ktd.errors import SettingsError
-from ktd.gpu import Gpu, gpu_for
+from ktd.gpu import Gpu, gpus_for
 from ktd.main import run
 from ktd.settings import Settings
 
@@ -32,6 +32,7 @@ def found(**settings: Any) -> dict[str, checks.Check]:
 
 def test_every_check_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     made = found(port=0, grpc_port=0)
+    made.pop("GPUs in their order", None)  # of a machine with several
     assert list(made) == [
         "instruction set", "cores", "memory bandwidth", "memory", "GPU", "model", "disk", "port of gRPC",
         "port of HTTP", "supervisor",
@@ -87,7 +88,7 @@ def test_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, usable: bool, verdict: str, said: str
 ) -> None:
     gpu = Gpu("cuda:0", "NVIDIA H100", 81 << 30, 81 << 30)
-    monkeypatch.setattr(checks, "find_gpu", lambda: gpu if usable else None)
+    monkeypatch.setattr(checks, "find_gpus", lambda: [gpu] if usable else [])
     monkeypatch.setattr(checks, "launcher_lacks", lambda: None)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{script}\n")
@@ -98,11 +99,30 @@ def test_the_gpu(
     assert said in check.found
 
 
+def test_several_gpus_and_which_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [Gpu(f"cuda:{i}", "NVIDIA H100", 80 << 30, 81 << 30) for i in range(2)]
+    monkeypatch.setattr(checks, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(checks, "launcher_lacks", lambda: None)
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{NVIDIA}\n{NVIDIA}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shown = found(port=0, grpc_port=0)["GPUs in their order"].found
+    assert shown == "cuda:0 (NVIDIA H100, 80.0 GiB free), cuda:1 (NVIDIA H100, 80.0 GiB free)"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    del gpus[1]
+    shown = found(port=0, grpc_port=0)["GPUs in their order"].found
+    assert shown == "cuda:0 (NVIDIA H100, 80.0 GiB free), as CUDA_VISIBLE_DEVICES=1 says"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "GPUs in their order" not in found(port=0, grpc_port=0)
+
+
 def test_a_gpu_that_no_kernel_could_start_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton builds launchers in C: a note, or a fault where the GPU is asked for, which is then refused."""
     gpu = Gpu("cuda:0", "NVIDIA H100", 81 << 30, 81 << 30)
-    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: gpu)
-    monkeypatch.setattr(checks, "find_gpu", lambda: gpu)
+    monkeypatch.setattr("ktd.gpu.find_gpus", lambda: [gpu])
+    monkeypatch.setattr(checks, "find_gpus", lambda: [gpu])
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -118,17 +138,17 @@ def test_a_gpu_that_no_kernel_could_start_on(tmp_path: Path, monkeypatch: pytest
         check = found(port=0, grpc_port=0, **settings)["GPU"]
         assert (check.verdict, "lacking a C compiler" in check.found) == (verdict, True)
     with pytest.raises(SettingsError, match="without a C compiler"):
-        gpu_for(1 << 30, 1)
+        gpus_for([1 << 30], 1)
     put("clang", "true")
-    assert gpu_for(1 << 30, 1) is gpu
+    assert gpus_for([1 << 30], 1) == [gpu]
     assert found(port=0, grpc_port=0)["GPU"].verdict == "ok"
     monkeypatch.setenv("CC", "nocc")
     with pytest.raises(SettingsError, match="compiler nocc that the variable CC names"):
-        gpu_for(1 << 30, 1)
+        gpus_for([1 << 30], 1)
     monkeypatch.setenv("CC", "clang")
     (tmp_path / "Python.h").unlink()
     with pytest.raises(SettingsError, match="without Python's headers"):
-        gpu_for(1 << 30, 1)
+        gpus_for([1 << 30], 1)
 
 
 def test_a_container_with_less_than_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:

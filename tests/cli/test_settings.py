@@ -101,6 +101,15 @@ def test_sizes(text: str, size: int) -> None:
     assert load(parse(["--ram", text]), {}).ram == size
 
 
+def test_gpu_memory_of_each() -> None:
+    Path("ktd.toml").write_text("vram = 1073741824\n")
+    assert settings().vram == (2**30,)
+    assert settings(environ={"KTD_VRAM": "14GiB"}).vram == (14 * 2**30,)
+    assert settings("--vram 14GiB,1.5GiB,0").vram == (14 * 2**30, 3 * 2**29, 0)
+    Path("ktd.toml").write_text("vram = '0, 2GiB'\n")
+    assert settings().vram == (0, 2**31)
+
+
 WRONG = [
     ("--port 99999", {}, "", "--port is '99999'"),
     ("--port http", {}, "", "--port is 'http': it should be a valid integer"),
@@ -117,6 +126,9 @@ WRONG = [
     ("--force-think maybe", {}, "", "--force-think is 'maybe'"),
     ("--temperature 9", {}, "", "--temperature is '9'"),
     ("--ram much", {}, "", "--ram is 'much': it should be a size such as 60GiB"),
+    ("--vram 1GiB,", {}, "", "--vram is '1GiB,': it should be a size such as 60GiB"),
+    ("--vram -1", {}, "", "--vram is '-1': it should be a size such as 60GiB"),
+    ("", {}, "vram = -1", "vram in ktd.toml is -1: it should be greater than or equal to 0"),
     ("--cache-type fp4", {}, "", "--cache-type is 'fp4': it should be 'bf16' or 'f32'"),
     ("--context -5", {}, "", "--context is '-5'"),
     ("--host 0.0.0.0", {}, "", "--host 0.0.0.0 lets other machines in: set an API key"),

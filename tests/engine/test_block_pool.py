@@ -72,10 +72,11 @@ def test_page_keys_depend_on_everything_before() -> None:
 @pytest.mark.parametrize(("kind", "itemsize"), [("bf16", 2), ("f32", 4)])
 def test_a_layer_of_the_cache_is_a_view(kind: str, itemsize: int) -> None:
     cache = LatentCache(2, 3, 4, 5, kind)  # type: ignore[arg-type]
-    cache.storage.zero_()
+    (storage,) = cache.parts
+    storage.zero_()
     layer = cache.layer(1)
     assert layer.shape == (3, 4, 5)
     assert layer.dtype.itemsize == itemsize
     layer[2, 1, 0] = 0x3F80 if kind == "bf16" else 1.0
-    assert float(cache.storage[1, 2, 1, 0]) == 1.0
-    assert float(cache.storage.float().sum()) == 1.0
+    assert float(storage[1, 2, 1, 0]) == 1.0
+    assert float(storage.float().sum()) == 1.0

@@ -24,6 +24,7 @@ import ktd
 from ktd.gguf import GgufFile
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement, load_model
 from ktd.model.hybrid import HybridModel
+from ktd.model.streaming import StreamedExperts
 from ktd.text import TextModel
 from ktd.types import Message
 from ktd_kernels import Cpu
@@ -44,7 +45,7 @@ def load(cpu: Cpu, share: int | None) -> Model:
         layers = ModelConfig.from_gguf(gguf).layers
         placement = None
         if share is not None:
-            placement = Placement("cuda:0", frozenset(range(layers * share // 2)))
+            placement = Placement(("cuda:0",), frozenset(range(layers * share // 2)))
         return load_model(gguf, cpu, context=CONTEXT, progress=lambda _: None, placement=placement)
 
 
@@ -132,9 +133,10 @@ def test_a_replay_gives_the_bits_of_the_same_step_launched_one_by_one(hybrid: Mo
     for i in range(8):
         piece = Piece([5 + i], len(tokens) + i, pages, 1, prompt=0)
         replayed = b.step([piece])
-        graphs, hybrid._graphs = hybrid._graphs, {}
+        stage = hybrid._stages[0]
+        graphs, stage._graphs = stage._graphs, {}
         launched = b.step([piece])
-        hybrid._graphs = graphs
+        stage._graphs = graphs
         assert graphs
         assert np.array_equal(replayed, launched)
 
@@ -205,14 +207,14 @@ def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(tmp_path: Path, c
                 context=CONTEXT,
                 progress=lambda fraction: None,
                 repack=repack,
-                placement=Placement("cuda:0"),
+                placement=Placement(("cuda:0",)),
             )
         assert isinstance(model, HybridModel)
-        layouts = {w.layout for e in model._stack.elsewhere for w in (e.gate, e.up, e.down)}
+        layouts = {w.layout for e in model._stages[0].sendable for w in (e.gate, e.up, e.down)}
         if repack and layouts == {"file"}:
             pytest.skip("this machine packs nothing")
         b = bench(model, rows=256, sequences=256)
-        assert model._streamed_experts is not None
+        assert isinstance(model._stages[0]._streamed_experts, StreamedExperts)
         model._block = 64
         logits.append(b.logits(random_tokens(256)))
     assert np.isfinite(logits[0]).all()

@@ -59,8 +59,8 @@ def hybrid(path: Path, cpu: Cpu, *on_gpu: int) -> tuple[Model, ReferenceDevice]:
     with GgufFile.open(path) as gguf:
         config = ModelConfig.from_gguf(gguf)
         source = WeightSource(gguf, lambda fraction: None)
-        placement = Placement("cuda:0", frozenset(on_gpu))
-        return HybridModel(source, config, cpu, device, placement, CONTEXT), device
+        placement = Placement(("cuda:0",), frozenset(on_gpu))
+        return HybridModel(source, config, cpu, [device], placement, CONTEXT), device
 
 
 def text(bench: Bench, tokens: list[int], prompt: int) -> F32:
@@ -195,7 +195,7 @@ def test_weights_of_the_gpu_are_counted_in_the_progress(path: Path, cpu: Cpu) ->
     with GgufFile.open(path) as gguf:
         config = ModelConfig.from_gguf(gguf)
         source = WeightSource(gguf, heard.append)
-        HybridModel(source, config, cpu, ReferenceDevice(cpu), Placement("cuda:0"), 64)
+        HybridModel(source, config, cpu, [ReferenceDevice(cpu)], Placement(("cuda:0",)), 64)
     assert heard == sorted(heard)
     assert heard[-1] == pytest.approx(1.0, abs=0.05)
 
@@ -208,7 +208,7 @@ def test_blocks_of_long_prompts_send_for_their_experts(path: Path, expected: Mod
     bench = Bench(model)
     model.reserve(64, 50, bench.cache)
     model._block = 16
-    experts = sum(w.nbytes for w in model._stack.elsewhere[0].blocks)
+    experts = sum(w.nbytes for w in model._stages[0].sendable[0].blocks)
     theirs = Bench(expected).logits(tokens)
     for chunks in ([50], [48, 2], [20, 30], [7, 40, 3]):
         pages, start, ours = bench.pages(60), 0, []
@@ -270,7 +270,7 @@ def streamed(
     with GgufFile.open(path) as gguf:
         source = WeightSource(gguf, lambda fraction: None, packer)
         config = ModelConfig.from_gguf(gguf)
-        model = HybridModel(source, config, cpu, device, Placement("cuda:0"), CONTEXT)
+        model = HybridModel(source, config, cpu, [device], Placement(("cuda:0",)), CONTEXT)
     bench = Bench(model)
     model.reserve(48, 48, bench.cache)
     device.passed, model._block = 0, 16
@@ -281,21 +281,21 @@ def test_experts_are_sent_as_the_cpu_has_them(grids: Path, cpu: Cpu) -> None:
     """Packed bytes, locked in their place, and the same logits as from the file's; none of the last layer."""
     plain, file, expected = streamed(grids, cpu, None)
     repacked, device, logits = streamed(grids, cpu, cpu)
-    own = [w for e in repacked._stack.elsewhere[:-1] for w in (e.gate, e.up, e.down)]
+    own = [w for e in repacked._stages[0].sendable for w in (e.gate, e.up, e.down)]
     in_file = [w.nbytes for w in own if w.layout == "file"]
     assert len(in_file) == sum(cpu.packed_bytes(w.ggml_type, w.shape) == 0 for w in own) > 0
     assert device.passed == device.locked == sum(w.nbytes for w in own)
-    assert file.passed == file.locked == sum(w.nbytes for e in plain._stack.elsewhere[:-1] for w in e.blocks)
+    assert file.passed == file.locked == sum(w.nbytes for e in plain._stages[0].sendable for w in e.blocks)
     assert np.array_equal(logits, expected)
-    assert isinstance(repacked._streamed_experts, StreamedExperts)
-    assert repacked._streamed_experts.file_bytes == sum(in_file)
+    assert isinstance(repacked._stages[0]._streamed_experts, StreamedExperts)
+    assert repacked._stages[0]._streamed_experts.file_bytes == sum(in_file)
 
 
 def test_what_the_device_cannot_read_is_sent_from_the_file(grids: Path, cpu: Cpu) -> None:
     """It is not locked there: that would keep two copies in memory."""
     _, _, expected = streamed(grids, cpu, None)
     repacked, device, logits = streamed(grids, cpu, cpu, "trits")
-    layers = repacked._stack.elsewhere[:-1]
+    layers = repacked._stages[0].sendable
     own = [(w, b) for e in layers for w, b in zip((e.gate, e.up, e.down), e.blocks, strict=True)]
     if all(w.layout != "trits" for w, _ in own):
         pytest.skip("this machine does not pack IQ1_S")

@@ -64,7 +64,7 @@ def test_page_size_and_place_change_nothing(model: Model) -> None:
     for page_size in (1, 5, 128):
         bench = Bench(model, pages=256, page_size=page_size)
         # What a kernel must not read is poisoned: other pages, and the rest of the last one.
-        bench.cache.storage.fill_(float("nan"))
+        bench.cache.parts[0].fill_(float("nan"))
         pages = bench.pages(100)[::-1]
         assert np.array_equal(bench.logits(tokens, 30, pages), whole), f"pages of {page_size}"
 
@@ -190,7 +190,7 @@ def test_the_last_layer_computes_the_wanted_rows_alone(tmp_path: Path, cpu: Cpu,
     texts = [random_tokens(n, seed=n) for n in (7, 4, 12)]
     pages = [bench.pages(20) for _ in texts]
     whole = [bench.step([Piece(t, 0, p, len(t))]) for t, p in zip(texts, pages, strict=True)]
-    stored = bench.cache.storage[:, : max(map(max, pages)) + 1].clone()
+    stored = bench.cache.parts[0][:, : max(map(max, pages)) + 1].clone()
     counting.rows.clear()
     logits = bench.step([Piece(t, 0, p, n) for t, p, n in zip(texts, pages, wanted, strict=True)])
     total = sum(wanted)
@@ -201,7 +201,7 @@ def test_the_last_layer_computes_the_wanted_rows_alone(tmp_path: Path, cpu: Cpu,
         "moe": [23, *last],
         "mlp": [23, 23, *last],
     }
-    assert torch.equal(bench.cache.storage[:, : stored.shape[1]], stored)
+    assert torch.equal(bench.cache.parts[0][:, : stored.shape[1]], stored)
     assert np.array_equal(
         logits, np.concatenate([rows[len(rows) - n :] for rows, n in zip(whole, wanted, strict=True)])
     )

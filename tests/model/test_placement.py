@@ -11,7 +11,7 @@ from reference_device import ReferenceDevice
 
 from ktd.cache import LatentCache
 from ktd.gguf import GgufFile
-from ktd.model import ModelConfig, Placement, vram_bytes
+from ktd.model import GpuNeeds, ModelConfig, Placement, vram_bytes
 from ktd.model.hybrid import HybridModel
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
@@ -31,23 +31,23 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("layers", [(), (1,), (1, 2)])
 def test_weights_and_cache_to_the_byte_and_buffers_with_room(path: Path, cpu: Cpu, layers: Any) -> None:
-    placement = Placement("cuda:0", frozenset(layers))
+    placement = Placement(("cuda:0",), frozenset(layers))
     with GgufFile.open(path) as gguf:
         config = ModelConfig.from_gguf(gguf)
-        planned = vram_bytes(gguf, config, placement, rows=64, logit_rows=4, pages=16, page_size=16)
+        needs = GpuNeeds(gguf, config, rows=64, logit_rows=4, page_size=16)
+        (planned,) = vram_bytes(needs, placement, config.layers, 16)
         device = ReferenceDevice(cpu)
-        model = HybridModel(WeightSource(gguf, lambda _: None), config, cpu, device, placement, POSITIONS)
+        model = HybridModel(WeightSource(gguf, lambda _: None), config, cpu, [device], placement, POSITIONS)
         assert device.held == planned.dense + planned.experts + 4 * POSITIONS * config.rope
         assert (planned.experts == 0) is (not layers)
-        cache = LatentCache(config.layers, 16, 16, config.latent, "bf16", "cpu")
-        assert cache.storage.nbytes == planned.cache
+        cache = LatentCache(config.layers, 16, 16, config.latent, "bf16", model.devices)
+        assert sum(part.nbytes for part in cache.parts) == planned.cache
         device.allocated = 0
         model.reserve(64, 4, cache)
         assert 0 < device.allocated < planned.buffers
-        none = vram_bytes(gguf, config, Placement(), rows=64, logit_rows=4, pages=16, page_size=16)
-        assert none.total == 0
+        assert vram_bytes(needs, Placement(), config.layers, 16) == ()
 
 
 def test_layers_on_a_gpu_need_a_gpu() -> None:
     with pytest.raises(ValueError, match="names no GPU"):
-        Placement(None, frozenset({3}))
+        Placement((), frozenset({3}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from ktd.gguf import GgufFile
 from ktd.gpu import Gpu
 from ktd.main import run
 from ktd.model import ModelConfig
-from ktd.placement_rules import pinned_layers
+from ktd.placement_rules import read_rules
 from ktd.plan import Plan, make_plan
+from ktd.split import Pins
 
 GPU = "cuda:0"
+TWO = (GPU, "cuda:1")
 MIB = 2**20
 # As KTransformers' files for one GPU: rules by class, by name, with devices and without.
 KTRANSFORMERS = r"""
@@ -75,16 +78,53 @@ def rules(tmp_path: Path) -> Path:
     return tmp_path / "rules.yaml"
 
 
-def pinned(model: Path, rules: Path, text: str, gpu: str | None = GPU) -> dict[int, bool]:
+def pinned(model: Path, rules: Path, text: str, gpus: Sequence[str] = (GPU,)) -> dict[int, bool]:
     rules.write_text(textwrap.dedent(text))
     with GgufFile.open(model) as gguf:
-        return pinned_layers(rules, gguf, ModelConfig.from_gguf(gguf), gpu)
+        return dict(read_rules(rules, gguf, ModelConfig.from_gguf(gguf), gpus).experts)
 
 
-def refusal(model: Path, rules: Path, text: str, gpu: str | None = GPU) -> str:
+def pinned_gpus(model: Path, rules: Path, text: str) -> dict[int, str]:
+    rules.write_text(textwrap.dedent(text))
+    with GgufFile.open(model) as gguf:
+        return dict(read_rules(rules, gguf, ModelConfig.from_gguf(gguf), TWO).gpus)
+
+
+def refusal(model: Path, rules: Path, text: str, gpus: Sequence[str] = (GPU,)) -> str:
     with pytest.raises(SettingsError) as caught:
-        pinned(model, rules, text, gpu)
+        pinned(model, rules, text, gpus)
     return str(caught.value).replace(str(rules), "FILE")
+
+
+# Their files for two GPUs, of which one has all layers from the third on.
+TWO_GPUS = r"""
+- match: {name: "^model.embed_tokens"}
+  replace: {class: default, kwargs: {generate_device: "cpu", prefill_device: "cpu"}}
+- match:
+    name: "^model\\.layers\\.[01]\\.(?!self_attn\\.kv_b_proj).*$"
+    class: torch.nn.Linear
+  replace:
+    class: ktransformers.operators.linear.KTransformersLinear
+    kwargs: {generate_device: "cuda:0", prefill_device: "cuda:0"}
+- match:
+    name: "^model\\.layers\\.([2-9])\\.(?!self_attn\\.kv_b_proj).*$"
+    class: torch.nn.Linear
+  replace:
+    class: ktransformers.operators.linear.KTransformersLinear
+    kwargs: {generate_device: "cuda:1", prefill_device: "cuda:1"}
+- match: {name: "^model\\.layers\\.[01]\\.mlp\\.experts$"}
+  replace: {kwargs: {prefill_device: "cuda:0", generate_device: "cpu", out_device: "cuda:0"}}
+  recursive: False
+- match: {name: "^model\\.layers\\.[2-9]\\.mlp\\.experts$"}
+  replace: {kwargs: {prefill_device: "cuda:1", generate_device: "cpu", out_device: "cuda:1"}}
+  recursive: False
+- match: {name: "^model$"}
+  replace: {kwargs: {transfer_map: {2: "cuda:1"}}}
+- match: {name: "^model\\.layers\\.[01]\\."}
+  replace: {class: default, kwargs: {generate_device: "cuda:0"}}
+- match: {name: "(^model\\.layers\\.[2-9]\\.)|(model.norm)|(lm_head)"}
+  replace: {class: default, kwargs: {generate_device: "cuda:1"}}
+"""
 
 
 def moe_layers(model: Path) -> range:
@@ -149,8 +189,8 @@ def test_a_rule_that_matches_nothing_is_refused(model: Path, rules: Path, match:
         - match: {{{match}}}
           replace: {{device: cpu}}
     """
-    for gpu in (GPU, None):
-        found = refusal(model, rules, text, gpu)
+    for gpus in ((GPU,), ()):
+        found = refusal(model, rules, text, gpus)
         assert found.startswith("Line 4 of the rules FILE")
         assert said in found
 
@@ -177,10 +217,55 @@ def test_a_rule_that_cannot_be_met_is_refused(
     assert said in found
 
 
+def test_ktransformers_rules_for_two_gpus_part_the_layers(model: Path, rules: Path) -> None:
+    rules.write_text(TWO_GPUS)
+    with GgufFile.open(model) as gguf:
+        config = ModelConfig.from_gguf(gguf)
+        pins = read_rules(rules, gguf, config, TWO)
+    assert pins.experts == dict.fromkeys(moe_layers(model), False)
+    assert pins.gpus == {i: TWO[i > 1] for i in range(config.layers)}
+    assert "names the device cuda:1, but ktd computes on cpu, cuda:0." in refusal(model, rules, TWO_GPUS)
+    one = KTRANSFORMERS.replace('"cuda"', '"cuda:0"')
+    assert set(pinned_gpus(model, rules, one).values()) == {"cuda:0"}
+    assert pinned_gpus(model, rules, KTRANSFORMERS.replace("cuda:0", "cuda")) == {}
+
+
+def test_experts_of_a_layer_take_the_layer_along(model: Path, rules: Path) -> None:
+    text = "- match: {name: 'blk.2.ffn_.*_exps'}\n  replace: {device: 'cuda:1'}\n"
+    assert pinned_gpus(model, rules, text) == {2: "cuda:1"}
+    assert pinned(model, rules, text, TWO) == {2: True}
+    head = "- match: {name: '^output.weight'}\n  replace: {device: 'cuda:1'}\n"
+    assert pinned_gpus(model, rules, head) == {moe_layers(model)[-1]: "cuda:1"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (
+            "blk.2.attn",
+            "blk.2.ffn_gate_inp",
+            "Line 3 of the rules FILE puts blk.2.ffn_gate_inp.weight on cuda:1",
+        ),
+        ("blk.2.attn", "blk.2.ffn_.*_exps", "the weights of a layer lie on one GPU"),
+        ("blk.3.attn", "^output.weight", "puts output.weight on cuda:1, but blk.3.attn"),
+        ("blk.2.attn", "blk.1.attn", "Line 1 of the rules FILE puts blk.2.attn"),
+        ("blk.2.attn", "blk.1.attn", "on cuda:0, behind layers on cuda:1"),
+    ],
+)
+def test_gpus_that_cannot_have_what_rules_give_them(
+    model: Path, rules: Path, first: str, second: str, said: str
+) -> None:
+    text = "".join(
+        f"- match: {{name: '{name}'}}\n  replace: {{device: '{gpu}'}}\n"
+        for name, gpu in zip((first, second), TWO, strict=True)
+    )
+    assert said in refusal(model, rules, text, TWO)
+
+
 def test_without_a_gpu_only_the_cpu_can_be_asked_for(model: Path, rules: Path) -> None:
     cpu = "- match: {name: .}\n  replace: {device: cpu}\n"
-    assert not any(pinned(model, rules, cpu, None).values())
-    assert "but no GPU is used" in refusal(model, rules, KTRANSFORMERS, None)
+    assert not any(pinned(model, rules, cpu, ()).values())
+    assert "but no GPU is used" in refusal(model, rules, KTRANSFORMERS, ())
 
 
 @pytest.mark.parametrize(
@@ -203,13 +288,13 @@ def planned(model: Path, vram: int, layers: dict[int, bool]) -> Plan:
         return make_plan(
             gguf,
             ModelConfig.from_gguf(gguf),
-            budget=Budget(1024 * MIB, vram, GPU),
+            budget=Budget(1024 * MIB, {GPU: vram}),
             packer=None,
             context=512,
             sequences=1,
             chunk_tokens=64,
             cache_type="bf16",
-            pinned=layers,
+            pins=Pins(layers),
         )
 
 
@@ -235,7 +320,7 @@ def test_the_commands_take_the_rules(
     model: Path, rules: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(GPU, "a GPU", free=16 << 30, total=16 << 30)
-    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: gpu)
+    monkeypatch.setattr("ktd.gpu.find_gpus", lambda: [gpu])
     monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
     monkeypatch.setattr("ktd.prediction.Sample.seconds_a_token", lambda self: 0.1)
     first, *_ = moe_layers(model)

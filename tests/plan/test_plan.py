@@ -9,9 +9,9 @@ import pytest
 from ktd.budget import Budget, available_memory, budget_of
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
-from ktd.gpu import Gpu, gpu_for
+from ktd.gpu import Gpu, gpus_for
 from ktd.main import run
-from ktd.model import ModelConfig, Placement, vram_bytes
+from ktd.model import GpuNeeds, ModelConfig, Placement, vram_bytes
 from ktd.plan import PAGE_SIZE, Plan, make_plan
 from ktd_kernels import Cpu, isa_list
 
@@ -36,7 +36,7 @@ def plan_of(
     sequences: int = 8,
     chunk_tokens: int | None = 64,
 ) -> Plan:
-    budget = Budget(ram) if vram is None else Budget(ram, vram, "cuda:0", optional)
+    budget = Budget(ram) if vram is None else Budget(ram, {"cuda:0": vram}, optional)
     with GgufFile.open(model) as gguf:
         return make_plan(
             gguf,
@@ -52,8 +52,9 @@ def plan_of(
 
 def vram_of(model: Path, placement: Placement, cache_tokens: int, rows: int = 64) -> int:
     with GgufFile.open(model) as gguf:
-        pages, config = cache_tokens // PAGE_SIZE, ModelConfig.from_gguf(gguf)
-        sizes = vram_bytes(gguf, config, placement, rows=rows, logit_rows=1, pages=pages, page_size=PAGE_SIZE)
+        config = ModelConfig.from_gguf(gguf)
+        needs = GpuNeeds(gguf, config, rows=rows, logit_rows=1, page_size=PAGE_SIZE)
+    (sizes,) = vram_bytes(needs, placement, config.layers, cache_tokens // PAGE_SIZE)
     return sizes.total
 
 
@@ -121,12 +122,12 @@ def test_a_gpu_takes_all_but_the_experts_and_then_as_many_of_those_as_fit(model:
     assert len(most.placement.expert_layers_on_gpu) == moe_layers
     assert (most.routed, most.dense, most.ram_per_token) == (0, embedding, 0)
     one_layer = most.vram.experts // moe_layers
-    least = vram_of(model, Placement("cuda:0"), 512)
+    least = vram_of(model, Placement(("cuda:0",)), 512)
     counts = [moe_layers]
     for more in range(most.vram.experts - one_layer, -1, -one_layer // 2):
         plan = plan_of(model, ram=1024 * MIB, vram=least + more, context=512, sequences=1)
         counts.append(len(plan.placement.expert_layers_on_gpu))
-        assert plan.vram.total <= plan.budget.vram
+        assert plan.vram.total <= plan.budget.vram["cuda:0"]
         assert plan.cache_tokens >= 512
         assert plan.routed + plan.vram.experts == on_cpu.routed
     assert counts[-1] == 0
@@ -135,7 +136,7 @@ def test_a_gpu_takes_all_but_the_experts_and_then_as_many_of_those_as_fit(model:
 
 def test_a_gpu_too_small_for_the_context_is_refused_with_one_that_fits(model: Path) -> None:
     per_token = plan_of(model, ram=1024 * MIB).cache_per_token
-    vram = vram_of(model, Placement("cuda:0"), 0) + 1000 * per_token
+    vram = vram_of(model, Placement(("cuda:0",)), 0) + 1000 * per_token
     with pytest.raises(SettingsError, match=r"GPU memory budget .* at most 960, or .*--vram"):
         plan_of(model, ram=1024 * MIB, vram=vram, context=2048, sequences=1)
     assert plan_of(model, ram=1024 * MIB, vram=vram, context=960, sequences=1).context == 960
@@ -165,45 +166,49 @@ def test_a_gpu_computes_more_tokens_in_a_step_where_their_buffers_fit(model: Pat
     assert plan_of(model, ram=1024 * MIB, chunk_tokens=None).chunk_tokens == 512
     assert plan_of(model, ram=1024 * MIB, sequences=600, chunk_tokens=None).chunk_tokens == 600
     for rows in (512, 2048):
-        vram = vram_of(model, Placement("cuda:0"), 64, rows) + MIB
+        vram = vram_of(model, Placement(("cuda:0",)), 64, rows) + MIB
         plan = plan_of(model, ram=1024 * MIB, vram=vram, context=64, sequences=1, chunk_tokens=None)
         assert plan.chunk_tokens == rows
 
 
 def test_budgets_are_what_was_asked_for_or_what_is_free_less_a_reserve() -> None:
     gpu = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
-    assert 0 < budget_of(None, None, None).ram < available_memory()
-    assert budget_of(5, None, None) == Budget(5)
-    assert budget_of(5, 7, gpu) == Budget(5, 7, "cuda:0")
-    free = budget_of(5, None, gpu)
-    assert (free.device, free.optional, 9 << 30 < free.vram < gpu.free) == ("cuda:0", True, True)
+    assert 0 < budget_of(None, None, []).ram < available_memory()
+    assert budget_of(5, None, []) == Budget(5)
+    assert budget_of(5, [7], [gpu]) == Budget(5, {"cuda:0": 7})
+    free = budget_of(5, None, [gpu])
+    assert (list(free.vram), free.optional, 9 << 30 < free.vram[gpu.device] < gpu.free) == (
+        ["cuda:0"],
+        True,
+        True,
+    )
 
 
 def test_gpu_memory_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: None)
-    assert gpu_for(0, 1 << 40) is gpu_for(None, 1 << 40) is None
+    monkeypatch.setattr("ktd.gpu.find_gpus", list)
+    assert gpus_for([0], 1 << 40) == gpus_for(None, 1 << 40) == []
     with pytest.raises(SettingsError, match="no CUDA GPU"):
-        gpu_for(14 << 30, 1 << 40)
+        gpus_for([14 << 30], 1 << 40)
     small = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
-    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: small)
+    monkeypatch.setattr("ktd.gpu.find_gpus", lambda: [small])
     monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
-    assert gpu_for(10 << 30, 1) is small
-    with pytest.raises(SettingsError, match=r"14.00 GiB, but a GPU has 10.00 GiB free"):
-        gpu_for(14 << 30, 1)
+    assert gpus_for([10 << 30], 1) == [small]
+    with pytest.raises(SettingsError, match=r"14.00 GiB, but a GPU \(cuda:0\) has 10.00 GiB free"):
+        gpus_for([14 << 30], 1)
 
 
 def test_a_gpu_that_nobody_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Used where it works, the model is worth it, and fits."""
     gpu = Gpu("cuda:0", "a GPU", free=10 << 30, total=12 << 30)
-    monkeypatch.setattr("ktd.gpu.find_gpu", lambda: gpu)
+    monkeypatch.setattr("ktd.gpu.find_gpus", lambda: [gpu])
     monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
-    assert gpu_for(None, 2 << 30) is gpu
-    assert gpu_for(None, 16 << 20) is gpu_for(0, 2 << 30) is None
+    assert gpus_for(None, 2 << 30) == [gpu]
+    assert gpus_for(None, 16 << 20) == gpus_for([0], 2 << 30) == []
     monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: "a C compiler")
-    assert gpu_for(None, 2 << 30) is None
+    assert gpus_for(None, 2 << 30) == []
 
     plenty = plan_of(model, ram=1024 * MIB, vram=8192 * MIB, optional=True)
-    assert plenty.placement.device == "cuda:0"
+    assert plenty.placement.devices == ("cuda:0",)
     small = plan_of(model, ram=1024 * MIB, vram=1 * MIB, optional=True)
     assert (small.placement, small.vram.total) == (Placement(), 0)
     with pytest.raises(SettingsError, match="GPU memory"):

@@ -53,7 +53,7 @@ def planned(gguf: GgufFile, *, cpu: Cpu | None = None, vram: int | None = None) 
     return make_plan(
         gguf,
         ModelConfig.from_gguf(gguf),
-        budget=Budget(1024 * MIB) if vram is None else Budget(1024 * MIB, vram, "cuda:0"),
+        budget=Budget(1024 * MIB) if vram is None else Budget(1024 * MIB, {"cuda:0": vram}),
         packer=cpu,
         context=512,
         sequences=1,
@@ -100,7 +100,7 @@ def step(model: Model, cpu: Cpu) -> None:
     from ktd.cache import LatentCache
 
     config = model.config
-    cache = LatentCache(config.layers, 2, 64, config.latent, "bf16", model.device)
+    cache = LatentCache(config.layers, 2, 64, config.latent, "bf16", model.devices)
     model.reserve(8, 1, cache)
     for position, prompt in ((0, None), (1, 0)):
         model.forward(Batch.of([Piece([5], position, [0], 1, prompt=prompt)], 64), cache)
@@ -115,7 +115,7 @@ def test_a_sample_does_the_steps_of_the_model(gguf: GgufFile, monkeypatch: pytes
 
     monkeypatch.setitem(sys.modules, "ktd_kernels.gpu", SimpleNamespace(Gpu=gpu))  # type: ignore[arg-type]
     config = ModelConfig.from_gguf(gguf)
-    placement = Placement("cuda:0", frozenset({config.layers - 1}))
+    placement = Placement(("cuda:0",), frozenset({config.layers - 1}))
     step(load_model(gguf, cpu, context=128, progress=lambda _: None, placement=placement), cpu)
     weights = _SharedWeights(Sample(gguf, planned(gguf), cpu)._file, None)
     step(build_model(weights, config, cpu, 128, placement), cpu)

@@ -17,7 +17,7 @@ from ktd.budget import budget_of
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import KtdError, SettingsError
 from ktd.gguf import GgufFile
-from ktd.gpu import find_gpu, gpu_for
+from ktd.gpu import find_gpus, gpus_for
 from ktd.model import ModelConfig, load_model
 from ktd.model.placement import Placement
 from ktd.plan import PAGE_SIZE, make_plan
@@ -60,8 +60,8 @@ class DecodeResult:
 class ModelResult:
     """Everything measured on one file; bandwidth in bytes a second with as many threads.
 
-    `ram` and `vram`, in bytes, are what the process holds (mapped weights included) and what the GPU lost in
-    free memory. `layers_of_whole` is how many layers the model has of which `layers` were measured.
+    `ram` and `vram`, in bytes, are what the process holds (mapped weights included) and what the `gpus` lost
+    in free memory. `layers_of_whole` is how many layers the model has of which `layers` were measured.
     """
 
     name: str
@@ -74,6 +74,7 @@ class ModelResult:
     load_seconds: float
     ram: int
     vram: int
+    gpus: int
     repacked: bool
     expert_layers_on_gpu: int
     prefill: list[PrefillResult]
@@ -103,7 +104,7 @@ class ModelBench:
     chunk_tokens: int | None
     threads: int | None
     ram: int | None
-    vram: int | None
+    vram: Sequence[int] | None
     repack: bool = True
     layers_of_whole: int | None = None
     trace: Path | None = None
@@ -114,12 +115,12 @@ class ModelBench:
         context = max(*self.prompts, max(self.contexts) + self.answer_tokens, sum(_SHORT)) + 1
         with GgufFile.open(self.path) as gguf:
             config = ModelConfig.from_gguf(gguf)
-            gpu = gpu_for(self.vram, gguf.nbytes)
+            gpus = gpus_for(self.vram, gguf.nbytes)
             cpu = Cpu(threads=self.threads)
             plan = make_plan(
                 gguf,
                 config,
-                budget=budget_of(self.ram, self.vram, gpu),
+                budget=budget_of(self.ram, self.vram, gpus),
                 packer=cpu if self.repack else None,
                 context=context,
                 sequences=most,
@@ -171,7 +172,7 @@ class ModelBench:
                 if self.trace is not None:
                     say(f"profiling into {self.trace}")
                     _profile(session, self.trace)
-                now = find_gpu()
+                now = {gpu.device: gpu.free for gpu in find_gpus()} if plan.gpus else {}
             finally:
                 engine.stop()
             return ModelResult(
@@ -184,7 +185,8 @@ class ModelBench:
                 layers_of_whole=self.layers_of_whole or config.layers,
                 load_seconds=load_seconds,
                 ram=psutil.Process().memory_info().rss,
-                vram=gpu.free - now.free if gpu and now and plan.placement.device else 0,
+                vram=sum(g.free - now[g.device] for g in gpus if g.device in plan.placement.devices),
+                gpus=len(plan.gpus),
                 repacked=plan.growth > 0,
                 expert_layers_on_gpu=len(plan.placement.expert_layers_on_gpu),
                 prefill=prefill,

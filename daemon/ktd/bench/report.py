@@ -99,7 +99,8 @@ def print_attention(results: Sequence[AttentionResult]) -> None:
 def print_model(result: ModelResult, peer: PeerResult | None) -> None:
     """Load time and memory, then prompt and answer speed; the peer's columns appear where it was measured."""
     print(f"{result.name}: loaded in {result.load_seconds:.2f} s, {result.threads} threads, {result.isa}")
-    gpu = f"; GPU {size_text(result.vram)}, experts of {result.expert_layers_on_gpu} layers there"
+    gpus = "GPU" if result.gpus == 1 else f"{result.gpus} GPUs"
+    gpu = f"; {gpus} {size_text(result.vram)}, experts of {result.expert_layers_on_gpu} layers there"
     print(
         f"memory {size_text(result.ram)}{', repacked' if result.repacked else ''}{gpu if result.vram else ''}"
     )

@@ -23,7 +23,7 @@ from ktd.bench.serve import ServeBench, ServeResult
 from ktd.client import Address, Client
 from ktd.commands.wait import address_of
 from ktd.errors import UserError
-from ktd.settings import Settings, load, parse_size
+from ktd.settings import Settings, load, parse_size, parse_sizes
 from ktd.synth import SHAPES, file_in_memory
 from ktd.synth.mixes import MIX_NAMES
 from ktd_kernels import Cpu, isa_list
@@ -72,6 +72,14 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{error}, not '{text}'") from error
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    """Bytes of "14GiB,24GiB"."""
+    try:
+        return tuple(int(str(size)) for size in parse_sizes(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, not '{text}'") from error
+
+
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < 3600:
@@ -112,7 +120,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--layers", type=int, help="measure this many of its layers (default: all)")
     model.add_argument("--dense-layers", type=int, help="dense ones among them (default: in proportion)")
     model.add_argument("--ram", type=_size, help="memory to use (default: what is free)")
-    model.add_argument("--vram", type=_size, help="GPU memory to use; 0 uses no GPU (default: what is free)")
+    model.add_argument(
+        "--vram", type=_sizes, help="GPU memory to use, as ktd serve; 0 uses no GPU (default: what is free)"
+    )
     model.add_argument("--no-repack", action="store_true", help="leave the weights in the file's layout")
     model.add_argument("--prompts", type=_numbers, default="128,512", help="lengths (default: %(default)s)")
     model.add_argument("--sequences", type=_numbers, default="1,4", help="at once (default: %(default)s)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from ktd.settings import Settings, add_arguments, load
 
 if TYPE_CHECKING:
     from ktd.gguf import GgufFile
+    from ktd.model import VramBytes
     from ktd.plan import Plan
     from ktd_kernels import Cpu
 
@@ -32,48 +33,58 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises GgufError and SettingsError."""
     from ktd.gguf import GgufFile
-    from ktd.gpu import gpu_for
+    from ktd.gpu import gpus_for
     from ktd.launch import plan_for
+    from ktd.model import ModelConfig
     from ktd.plan import size_text
     from ktd_kernels import Cpu, memory_bandwidth
 
     settings: Settings = load(args)
     cpu = Cpu(settings.cpu_infer, settings.isa)
     with GgufFile.open(args.gguf) as gguf:
-        gpu = gpu_for(settings.vram, gguf.nbytes)
-        plan = plan_for(settings, gguf, cpu, gpu)
-        gpu = gpu if plan.placement.device else None
-        name = gguf.name
+        gpus = gpus_for(settings.vram, gguf.nbytes)
+        plan = plan_for(settings, gguf, cpu, gpus)
+        name, layers = gguf.name, ModelConfig.from_gguf(gguf).layers
         with Console(stderr=True).status("measuring"):
             bandwidth = memory_bandwidth(cpu.threads, 0.5)
             expected = _expected(gguf, plan, cpu)
 
     table = Table(title=f"{name} on this machine", title_justify="left")
-    columns = ["", "memory"] if gpu is None else ["", "memory", gpu.name]
-    for number, column in enumerate(columns):
+    placement = plan.placement
+    names = {gpu.device: gpu.name for gpu in gpus}
+    several = len(placement.devices) > 1
+    columns = [f"{names[d]} ({d})" if several else names[d] for d in placement.devices]
+    for number, column in enumerate(["", "memory", *columns]):
         table.add_column(column, justify="right" if number else "left")
-    vram = plan.vram
+
+    def on_gpus(of: Callable[[VramBytes], int]) -> list[int]:
+        return [of(gpu) for gpu in plan.gpus]
+
     cache = f"latent cache, {plan.cache_tokens:,} tokens"
-    for what, in_ram, on_gpu in (
-        ("budget", plan.budget.ram, plan.budget.vram),
-        ("routed experts", plan.routed, vram.experts),
-        ("all other weights", plan.dense, vram.dense),
-        ("more for a layout that this CPU multiplies faster", plan.growth, 0),
-        (cache, plan.cache - vram.cache, vram.cache),
-        ("buffers, and what is kept rearranged", plan.buffers, vram.buffers + vram.runtime),
-        ("left on disk, read when needed", plan.from_disk, 0),
-        ("weights read for a token", plan.ram_per_token, plan.vram_per_token),
+    for what, in_ram, there in (
+        ("budget", plan.budget.ram, [plan.budget.vram[device] for device in placement.devices]),
+        ("routed experts", plan.routed, on_gpus(lambda gpu: gpu.experts)),
+        ("all other weights", plan.dense, on_gpus(lambda gpu: gpu.dense)),
+        ("more for a layout that this CPU multiplies faster", plan.growth, on_gpus(lambda _: 0)),
+        (cache, plan.cache - plan.vram.cache, on_gpus(lambda gpu: gpu.cache)),
+        ("buffers, and what is kept rearranged", plan.buffers, on_gpus(lambda g: g.buffers + g.runtime)),
+        ("left on disk, read when needed", plan.from_disk, on_gpus(lambda _: 0)),
+        ("weights read for a token", plan.ram_per_token, plan.gpu_per_token),
     ):
-        table.add_row(what, *map(size_text, (in_ram, on_gpu)[: len(columns) - 1]))
+        table.add_row(what, *map(size_text, (in_ram, *there)))
     table.add_row("context of one conversation", f"{plan.context:,} tokens")
     table.add_row(f"memory bandwidth, {cpu.threads} threads", f"{bandwidth / 1e9:.1f} GB/s")
     if plan.ram_per_token:
         rate = plan.tokens_per_second(bandwidth)
         table.add_row("decode at that bandwidth, at most", f"{rate:.1f} tokens/s")
     table.add_row("decode to expect, one short conversation", expected)
-    if gpu is not None:
-        layers = plan.placement.expert_layers_on_gpu
-        table.add_row("layers whose routed experts are on the GPU", "", _ranges(layers))
+    if plan.gpus:
+        held, stages = placement.expert_layers_on_gpu, placement.stages(layers)
+        if several:
+            table.add_row("layers", "", *map(_ranges, stages))
+        table.add_row(
+            "layers whose routed experts are on the GPU", "", *(_ranges(held & {*stage}) for stage in stages)
+        )
     Console().print(table)
     if plan.from_disk:
         print(

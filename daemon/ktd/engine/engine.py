@@ -64,7 +64,7 @@ class Engine:
             config.page_size,
             model.config.latent,
             config.cache_type,
-            model.device,
+            model.devices,
         )
         self._pool = BlockPool(config.total_pages)
         self._scheduler = Scheduler(

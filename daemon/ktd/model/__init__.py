@@ -4,10 +4,11 @@ from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig, MoeConfig, YarnConfig
 from ktd.model.deepseek import Model
 from ktd.model.loader import load_model, packed_growth
-from ktd.model.placement import Placement, VramBytes, vram_bytes
+from ktd.model.placement import GpuNeeds, Placement, VramBytes, vram_bytes
 
 __all__ = [
     "Batch",
+    "GpuNeeds",
     "Model",
     "ModelConfig",
     "MoeConfig",

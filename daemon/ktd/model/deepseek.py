@@ -3,7 +3,7 @@ belong to, and a row's result does not depend on the other rows, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +32,9 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def device(self) -> str | None:
-        """Where the latent cache has to be: a torch device; None for arrays of the CPU kernels."""
+    def devices(self) -> Sequence[str]:
+        """Where the latent cache has to be: a torch device for each layer; none for arrays of the CPU
+        kernels."""
 
     def reserve(self, rows: int, logit_rows: int, cache: LatentCache) -> None:
         """Allocates and prepares all that steps of up to `rows` tokens over `cache` need, of which
@@ -51,13 +52,13 @@ class Model(Protocol):
 class DeepseekModel:
     """Everything on the CPU."""
 
-    device: str | None = None
+    devices: Sequence[str] = ()
 
     def __init__(self, source: WeightSource, config: ModelConfig, cpu: Cpu, positions: int) -> None:
         self.config = config
         self._cpu = cpu
         self._embedding = source.matrix("token_embd.weight", config.vocab_size, config.hidden)
-        self._stack = Stack(source, config, lambda layer: source, self._embedding)
+        self._stack = Stack(source, config, lambda layer: source, range(config.layers), self._embedding)
         # After the weights, whose shapes have shown by now that the sizes are true.
         self._workspace = Workspace(config)
         self._rope_table = rope_table(config, positions)
@@ -88,7 +89,7 @@ class Wanted:
 
 
 class Stack:
-    """The layers and the head, with weights on the device of the graph.
+    """Layers in a row, and the head behind the last of all, with weights on the device of the graph.
 
     `experts_of` gives the source of a layer's routed experts; where that is not `source`, they are on another
     device. `tied` is the output matrix of files that have none of their own.
@@ -99,12 +100,16 @@ class Stack:
         source: WeightSource,
         config: ModelConfig,
         experts_of: Callable[[int], WeightSource],
+        layers: range,
         tied: Array | None = None,
     ) -> None:
         self._eps = config.norm_eps
-        self._layers = [_Layer(source, config, layer, experts_of) for layer in range(config.layers)]
-        ffns = [layer.ffn for layer in self._layers]
+        self._total = config.layers
+        self._layers = {layer: _Layer(source, config, layer, experts_of) for layer in layers}
+        ffns = [layer.ffn for layer in self._layers.values()]
         self.elsewhere = [f.experts for f in ffns if isinstance(f, MoeFfn) and not f.experts.local]
+        if layers.stop < config.layers:
+            return
         self._norm = source.vector("output_norm.weight", config.hidden)
         if source.has("output.weight"):
             self._output = source.matrix("output.weight", config.vocab_size, config.hidden)
@@ -124,18 +129,18 @@ class Stack:
         elsewhere: Elsewhere | None = None,
         tick: Tick | None = None,
     ) -> None:
-        """Takes the residual stream v.x from the embedding to behind the last layer.
+        """Takes the residual stream v.x from before the first of these layers to behind their last.
 
         With `wanted` the last layer takes those rows alone, to wanted.v.x; of the others it computes only
         what the cache stores.
         """
         parts = _parts(rows, v)
-        for index, layer in enumerate(self._layers):
+        for index, layer in self._layers.items():
             stored = cache.layer(index)
             ops.rms_norm(v.x, layer.attention_norm, self._eps, v.h)
             for some, part in parts:
                 layer.attention.store(ops, some, stored, table, part)
-            if index == len(self._layers) - 1 and wanted is not None and wanted.v.n < v.n:
+            if index == self._total - 1 and wanted is not None and wanted.v.n < v.n:
                 wanted.v.x[:], wanted.v.h[:] = v.x[wanted.rows], v.h[wanted.rows]
                 v, parts = wanted.v, _parts(RowsPart.of(rows, wanted.rows), wanted.v)
             for some, part in parts:
@@ -144,10 +149,10 @@ class Stack:
                 ops.rms_norm(v.x, layer.ffn_norm, self._eps, v.h)
                 layer.ffn.forward(ops, v, elsewhere)
             if tick is not None:
-                tick((index + 1) / len(self._layers))
+                tick((index + 1) / self._total)
 
     def head(self, ops: Ops, v: Views, logits: Array) -> None:
-        """Logits [n, vocab] of the final hidden states v.x."""
+        """Logits [n, vocab] of the hidden states v.x behind the last of all layers."""
         ops.rms_norm(v.x, self._norm, self._eps, v.h)
         ops.linear(self._output, v.h, logits)
 

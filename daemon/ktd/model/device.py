@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,8 @@ class Device(Protocol):
     def join(self) -> None: ...
 
     def finish_aside(self) -> None: ...
+
+    def follow(self, other: Self) -> None: ...
 
     def synchronize(self) -> None: ...
 

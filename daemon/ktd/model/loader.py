@@ -34,7 +34,7 @@ def load_model(
     repack: bool = False,
     placement: Placement | None = None,
 ) -> Model:
-    """Maps the tensors of `gguf`, copies those that `placement` gives to a GPU (None: none), and prepares the
+    """Maps the tensors of `gguf`, copies those that `placement` gives to GPUs (None: none), and prepares the
     graph for sequences of up to `context` tokens.
 
     With `repack`, tensors of the types that `cpu` packs are copied into its faster layout; `packed_growth`
@@ -58,9 +58,9 @@ def build_model(
     source: WeightSource, config: ModelConfig, cpu: Cpu, context: int, placement: Placement
 ) -> Model:
     """The graph that `placement` asks for, with weights of `source`."""
-    if placement.device is None:
+    if not placement.devices:
         return DeepseekModel(source, config, cpu, context)
     # Imported here: it needs CUDA.
     from ktd_kernels.gpu import Gpu
 
-    return HybridModel(source, config, cpu, Gpu(placement.device), placement, context)
+    return HybridModel(source, config, cpu, [Gpu(name) for name in placement.devices], placement, context)

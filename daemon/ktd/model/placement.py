@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ktd.cache import CacheType
-from ktd.gguf import GgmlType, GgufFile
+from ktd.gguf import GgmlType, GgufFile, TensorInfo
 from ktd.model.config import ModelConfig
 from ktd.model.workspace import ATTENTION_ROWS
 
@@ -29,32 +31,42 @@ _SCRATCH_BYTES = 512 << 20
 class Placement:
     """Where the weights lie and who multiplies them.
 
-    device                None: everything on the CPU. "cuda:0", say: attention, dense layers, routers, shared
-                          experts, norms, the output matrix and the latent cache on that GPU; token embedding
-                          (of which a token reads one row) and routed experts on the CPU
-    expert_layers_on_gpu  layers whose routed experts are on the GPU too
+    devices               empty: everything on the CPU. ("cuda:0",), say: attention, dense layers, routers,
+                          shared experts, norms, the output matrix and the latent cache on that GPU; token
+                          embedding (of which a token reads one row) and routed experts on the CPU
+    expert_layers_on_gpu  layers whose routed experts are on their GPU too
+    cuts                  of several devices, the first layer of each but the first: a device has the layers
+                          from its own to the next's, with their cache; the last has the output matrix
 
     Bytes on the GPU, R1 in Unsloth's UD-IQ1_S: 10.1 GiB of dense weights, 1.1 GiB of cache for 16,384 tokens,
     about 2 GiB for each layer of experts. `vram_bytes` counts them for a file.
     """
 
-    device: str | None = None
+    devices: tuple[str, ...] = ()
     expert_layers_on_gpu: frozenset[int] = frozenset()
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.device is None and self.expert_layers_on_gpu:
-            raise ValueError("expert_layers_on_gpu names layers, but device names no GPU")
+        if not self.devices and self.expert_layers_on_gpu:
+            raise ValueError("expert_layers_on_gpu names layers, but devices names no GPU")
+        if len(self.cuts) != max(len(self.devices) - 1, 0):
+            raise ValueError(f"{len(self.devices)} devices are parted by {len(self.cuts)} cuts")
+
+    def stages(self, layers: int) -> list[range]:
+        """The layers of each device, of a model of `layers`."""
+        bounds = (0, *self.cuts, layers) if self.devices else ()
+        return [range(first, end) for first, end in pairwise(bounds)]
 
     def experts_on_gpu(self, layer: int) -> bool:
-        """Whether the routed experts of `layer` are the GPU's."""
+        """Whether the routed experts of `layer` are its GPU's."""
         return layer in self.expert_layers_on_gpu
 
     def on_gpu(self, tensor: str) -> bool:
-        """Whether the tensor of this name is the GPU's."""
+        """Whether the tensor of this name is a GPU's."""
         routed = _ROUTED.match(tensor)
         if routed:
             return self.experts_on_gpu(int(routed[1]))
-        return self.device is not None and tensor != "token_embd.weight"
+        return bool(self.devices) and tensor != "token_embd.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,49 +86,78 @@ class VramBytes:
         return self.dense + self.experts + self.cache + self.buffers + self.runtime
 
 
-def vram_bytes(
-    gguf: GgufFile,
-    config: ModelConfig,
-    placement: Placement,
-    *,
-    rows: int,
-    logit_rows: int,
-    pages: int,
-    page_size: int,
-    cache_type: CacheType = "bf16",
-) -> VramBytes:
-    """What `placement` takes of the GPU for steps of up to `rows` tokens, of which `logit_rows` want logits
-    (the engine: chunk_tokens and max_sequences), over a cache of `pages`. All zero without a GPU."""
-    if placement.device is None:
-        return VramBytes(0, 0, 0, 0, 0)
-    dense = experts = 0
-    for tensor in gguf.tensors.values():
-        block = _BLOCK.match(tensor.name)
-        if block and int(block[1]) >= config.layers:
-            continue  # draft heads are not loaded
-        routed = _ROUTED.match(tensor.name)
-        if routed:
-            experts += tensor.nbytes if placement.experts_on_gpu(int(routed[1])) else 0
-        elif tensor.name == "token_embd.weight":
-            dense += 0 if "output.weight" in gguf.tensors else tensor.nbytes
-        elif tensor.name.endswith(".attn_kv_b.weight"):  # its keys become F16, or stay F32
-            dense += tensor.nbytes * config.value // (config.nope + config.value)
-            dense += config.heads * config.nope * config.kv_lora * _key_bytes(tensor.ggml_type)
-        else:
-            dense += tensor.nbytes
-    cache = config.layers * pages * page_size * config.latent * _VALUE_BYTES[cache_type]
-    elsewhere = config.moe is not None and any(
-        not placement.experts_on_gpu(layer) for layer in range(config.dense_layers, config.layers)
-    )
-    buffers = (
-        4 * rows * _row_values(config)
-        + 4 * min(rows, ATTENTION_ROWS) * _attention_values(config)
-        + 4 * logit_rows * config.vocab_size
-        + min(logit_rows, 64) * config.layers * _GRAPH_BYTES_A_LAYER
-        + _SCRATCH_BYTES
-        + (4 * GROUP_BYTES if elsewhere else 0)
-    )
-    return VramBytes(dense, experts, cache, buffers, _RUNTIME_BYTES)
+class GpuNeeds:
+    """What layers of a model take of the GPU they lie on, for steps of up to `rows` tokens, of which
+    `logit_rows` want logits (the engine: chunk_tokens and max_sequences).
+
+    `dense` and `experts` are the bytes of each layer's weights.
+    """
+
+    def __init__(
+        self,
+        gguf: GgufFile,
+        config: ModelConfig,
+        *,
+        rows: int,
+        logit_rows: int,
+        page_size: int,
+        cache_type: CacheType = "bf16",
+    ) -> None:
+        self._config = config
+        self._rows, self._logit_rows = rows, logit_rows
+        #: Bytes of the latent cache, a page of one layer.
+        self.page = page_size * config.latent * _VALUE_BYTES[cache_type]
+        self.dense, self.experts = [0] * config.layers, [0] * config.layers
+        self._head = 0
+        for tensor in gguf.tensors.values():
+            block = _BLOCK.match(tensor.name)
+            if block is None:
+                self._head += _head_bytes(gguf, tensor.name)
+            elif int(block[1]) < config.layers:  # draft heads are not loaded
+                kind = self.experts if _ROUTED.match(tensor.name) else self.dense
+                kind[int(block[1])] += _layer_bytes(config, tensor)
+
+    def of(self, layers: range, experts: Set[int], pages: int) -> VramBytes:
+        """What `layers` take, the routed experts of those in `experts` among them, with their part of a cache
+        of `pages`; behind the last layer of all comes the head."""
+        config = self._config
+        last = layers.stop == config.layers
+        held = [layer for layer in layers if layer in experts]
+        elsewhere = any(self.experts[layer] for layer in layers if layer not in experts)
+        buffers = (
+            4 * self._rows * _row_values(config)
+            + 4 * min(self._rows, ATTENTION_ROWS) * _attention_values(config)
+            + (4 * self._logit_rows * config.vocab_size if last else 0)
+            + min(self._logit_rows, 64) * len(layers) * _GRAPH_BYTES_A_LAYER
+            + _SCRATCH_BYTES
+            + (4 * GROUP_BYTES if elsewhere else 0)
+        )
+        return VramBytes(
+            dense=sum(self.dense[layer] for layer in layers) + (self._head if last else 0),
+            experts=sum(self.experts[layer] for layer in held),
+            cache=len(layers) * pages * self.page,
+            buffers=buffers,
+            runtime=_RUNTIME_BYTES,
+        )
+
+
+def vram_bytes(needs: GpuNeeds, placement: Placement, layers: int, pages: int) -> tuple[VramBytes, ...]:
+    """What `placement` takes of each of its GPUs, for a model of `layers` with a cache of `pages`."""
+    held = placement.expert_layers_on_gpu
+    return tuple(needs.of(stage, held, pages) for stage in placement.stages(layers))
+
+
+def _head_bytes(gguf: GgufFile, tensor: str) -> int:
+    tied = "output.weight" not in gguf.tensors
+    return 0 if tensor == "token_embd.weight" and not tied else gguf.tensors[tensor].nbytes
+
+
+def _layer_bytes(config: ModelConfig, tensor: TensorInfo) -> int:
+    if not tensor.name.endswith(".attn_kv_b.weight"):
+        return tensor.nbytes
+    # Its keys become F16, or stay F32.
+    values = tensor.nbytes * config.value // (config.nope + config.value)
+    return values + config.heads * config.nope * config.kv_lora * _key_bytes(tensor.ggml_type)
 
 
 def _key_bytes(kind: GgmlType) -> int:
