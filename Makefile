@@ -28,6 +28,8 @@ export CCACHE_DIR ?= $(KTD_CACHE)/ccache
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 endif
+# So does what mypy found out: it looks at the contents of a file before it believes this.
+export MYPY_CACHE_DIR ?= $(KTD_CACHE)/mypy
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 SANITIZE := build/sanitize
 AVX2_TYPES := Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ1_S,IQ1_M,IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ4_NL,IQ4_XS,TQ1_0,TQ2_0,MXFP4

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from kit_compile import build
 from kit_kernels import F32, block_size, blocks, normal
 from numpy.typing import NDArray
 
@@ -20,12 +19,8 @@ from ktd_kernels.cuda import kernels, tables
 from ktd_kernels.cuda.product import ProductArgs
 
 SOURCES = Path(ktd_kernels.__file__).parent / "cuda" / "src"
-COMPILER = shutil.which("g++")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(COMPILER is None, reason="no g++ on this machine"),
-]
+pytestmark = pytest.mark.slow
 
 HARNESS = """#include "emulation.h"
 #include "quantized.cu"
@@ -103,13 +98,10 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (folder / "tables.cuh").write_text(tables.header())
     (folder / "host.cc").write_text(HARNESS)
     defines = [f"-DKTD_TYPE={name}", *([f"-DKTD_GRID=kTable{name}"] if kernels.has_table(name) else [])]
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
-    include = [f"-I{path}" for path in (folder, SOURCES, Path(__file__).parent)]
-    subprocess.run(
-        [str(COMPILER), *flags, *defines, *include, str(folder / "host.cc"), "-o", str(folder / "host.so")],
-        check=True,
-    )
-    library = ctypes.CDLL(str(folder / "host.so"))
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-w", *defines]
+    include = [f"-I{path}" for path in (SOURCES, Path(__file__).parent)]
+    built = build(folder, "host.so", [folder / "host.cc"], [*flags, *include], "-shared", "-pthread")
+    library = ctypes.CDLL(str(built))
     return lambda *shape: Emulated(library, name, *shape)
 
 

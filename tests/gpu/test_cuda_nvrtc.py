@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from kit_compile import keep_cubins
 
 from ktd_kernels.cuda import kernels, nvrtc
 
@@ -18,7 +19,12 @@ TYPES = {f.name: f.ggml_type for f in kernels.FORMATS.values()}
 SPREAD = [(name, nvrtc.ARCHITECTURES[i % len(nvrtc.ARCHITECTURES)]) for i, name in enumerate(sorted(TYPES))]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_cubins(monkeypatch, tmp_path)
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "ktd" / "cubin"
@@ -31,18 +37,21 @@ def known(arch: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize(("name", "arch"), SPREAD)
 def test_products_compile(name: str, arch: int) -> None:
     assert kernels.product_cubin(TYPES[name], known(arch)).startswith(b"\x7fELF")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
 def test_activations_compile(arch: int) -> None:
     assert kernels.activation_cubin(known(arch)).startswith(b"\x7fELF")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize(("name", "arch"), [("IQ1_S", 80), ("Q4_K", 90), ("Q8_0", 120)])
 def test_grouped_products_compile(name: str, arch: int) -> None:
     assert kernels.grouped_cubin(TYPES[name], known(arch)).startswith(b"\x7fELF")
@@ -65,11 +74,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     assert nvrtc.compile_cubin("nothing", 'extern "C" __global__ void nothing() {}', {}, 80)
 
 
+@pytest.mark.usefixtures("cache")
 def test_an_error_holds_the_log() -> None:
     with pytest.raises(nvrtc.NvrtcError, match=r"(?s)broken does not compile for sm_80.*unknown_name"):
         nvrtc.compile_cubin("broken", "__global__ void f() { unknown_name; }", {}, 80)
 
 
+@pytest.mark.usefixtures("cache")
 def test_an_architecture_that_nvrtc_does_not_know() -> None:
     with pytest.raises(nvrtc.NvrtcError, match="cannot compile for sm_20"):
         nvrtc.compile_cubin("nothing", "", {}, 20)

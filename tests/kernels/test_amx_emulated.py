@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kit_compile import build
 
 from ktd_kernels import isa_list
 
@@ -21,14 +21,11 @@ FLAGS = [
 
 @pytest.mark.slow
 def test_emulated_tiles_give_the_bits_of_avx512(tmp_path: Path) -> None:
-    compiler = shutil.which("g++")
-    if compiler is None or "avx512" not in isa_list():
-        pytest.skip("needs g++ and a CPU with AVX-512 VNNI")
-    grids, program = tmp_path / "grids.cc", tmp_path / "amx_emulated"
+    if "avx512" not in isa_list():
+        pytest.skip("needs a CPU with AVX-512 VNNI")
+    grids = tmp_path / "grids.cc"
     subprocess.run([sys.executable, str(SOURCES / "generate_grids.py"), str(grids)], check=True)
-    source = Path(__file__).with_name("amx_emulated.cc")
-    subprocess.run(
-        [compiler, *FLAGS, f"-I{SOURCES}", str(source), str(grids), "-o", str(program)], check=True
-    )
+    sources = [Path(__file__).with_name("amx_emulated.cc"), grids]
+    program = build(tmp_path, "amx_emulated", sources, [*FLAGS, f"-I{SOURCES}"])
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, "")
