@@ -140,7 +140,7 @@ def _gpu(settings: Settings) -> Iterator[Check]:
     except (subprocess.SubprocessError, OSError) as error:
         yield Check("GPU", "note", f"nvidia-smi fails: {error}", "reinstall the NVIDIA driver, or reboot")
     else:
-        usable, missing = find_gpus(), launcher_lacks()
+        usable, missing, asked = find_gpus(), launcher_lacks(), settings.vram
         for line in query.stdout.splitlines():
             name, memory, free, driver, capability = (part.strip() for part in line.split(","))
             found = f"{name}, {free} of {memory} free, driver {driver}, sm {capability}"
@@ -148,12 +148,12 @@ def _gpu(settings: Settings) -> Iterator[Check]:
                 remedy = "apt install gcc python3-dev, or what your system calls them"
                 yield Check(
                     "GPU",
-                    "bad" if any(settings.vram or ()) else "note",
+                    "bad" if asked and any(asked) else "note",
                     f"{found}, but lacking {missing}",
                     remedy,
                 )
             elif usable:
-                unused = "; not used: --vram is 0" if settings.vram == (0,) else ""
+                unused = "; not used: --vram is 0" if asked and not any(asked) else ""
                 yield Check("GPU", "ok", found + unused)
             else:
                 remedy = "install a CUDA build of torch; ktd uses GPUs of sm 8.0 and newer"

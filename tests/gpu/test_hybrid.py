@@ -37,16 +37,25 @@ pytestmark = [
 PATH = Path(ktd.__file__).parent / "data" / "ktd-demo-Q8_0.gguf"
 CONTEXT = 1536
 QUESTIONS = ["What is 27 + 35?", "How many times does the letter r occur in strawberry?", "25 - 8 等于多少?"]
-PLACEMENTS = {"attention": 0, "half": 1, "everything": 2}
+# Of the layers with routed experts, the halves that have them on their GPU; and the number of GPUs.
+PLACEMENTS = {"attention": (0, 1), "half": (1, 1), "everything": (2, 1), "two": (1, 2), "all-on-two": (2, 2)}
 
 
-def load(cpu: Cpu, share: int | None) -> Model:
+def load(cpu: Cpu, share: int | None, gpus: int = 1) -> Model:
     with GgufFile.open(PATH) as gguf:
-        layers = ModelConfig.from_gguf(gguf).layers
+        config = ModelConfig.from_gguf(gguf)
         placement = None
         if share is not None:
-            placement = Placement(("cuda:0",), frozenset(range(layers * share // 2)))
+            moe = range(config.dense_layers, config.layers)
+            devices = tuple(f"cuda:{i}" for i in range(gpus))
+            cuts = (config.layers - 1,) if gpus == 2 else ()
+            placement = Placement(devices, frozenset(moe[: len(moe) * share // 2]), cuts)
         return load_model(gguf, cpu, context=CONTEXT, progress=lambda _: None, placement=placement)
+
+
+def need(gpus: int) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} CUDA devices")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,9 @@ def cpu() -> Cpu:
 
 @pytest.fixture(scope="module", params=list(PLACEMENTS))
 def hybrid(request: pytest.FixtureRequest, cpu: Cpu) -> Model:
-    return load(cpu, PLACEMENTS[request.param])
+    share, gpus = PLACEMENTS[request.param]
+    need(gpus)
+    return load(cpu, share, gpus)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +144,13 @@ def test_a_replay_gives_the_bits_of_the_same_step_launched_one_by_one(hybrid: Mo
     for i in range(8):
         piece = Piece([5 + i], len(tokens) + i, pages, 1, prompt=0)
         replayed = b.step([piece])
-        stage = hybrid._stages[0]
-        graphs, stage._graphs = stage._graphs, {}
+        graphs = [stage._graphs for stage in hybrid._stages]
+        for stage in hybrid._stages:
+            stage._graphs = {}
         launched = b.step([piece])
-        stage._graphs = graphs
-        assert graphs
+        for stage, own in zip(hybrid._stages, graphs, strict=True):
+            stage._graphs = own
+        assert all(graphs)
         assert np.array_equal(replayed, launched)
 
 
@@ -188,9 +201,32 @@ def test_a_step_given_up_leaves_nothing_behind(hybrid: Model) -> None:
     assert np.array_equal(hybrid.forward(batch, b.cache), whole)
 
 
-def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(tmp_path: Path, cpu: Cpu) -> None:
+@pytest.mark.parametrize("share", [0, 1, 2])
+def test_two_gpus_write_the_bits_of_one(cpu: Cpu, share: int) -> None:
+    need(2)
+    if len({torch.cuda.get_device_name(i) for i in range(2)}) > 1:
+        pytest.skip("needs two CUDA devices of one kind")
+    tokens, _ = prompt(QUESTIONS[1])
+    logits = []
+    for gpus in (1, 2):
+        model = load(cpu, share, gpus)
+        assert len(set(model.devices)) == gpus
+        b = bench(model)
+        assert {part.device for part in b.cache.parts} == {torch.device("cuda", i) for i in range(gpus)}
+        pages = b.pages(len(tokens) + 40)
+        steps = [b.step([Piece(tokens, 0, pages, len(tokens))])]
+        steps += [b.step([Piece([3 * i + 4], len(tokens) + i, pages, 1, prompt=0)]) for i in range(40)]
+        logits.append(np.concatenate(steps))
+    assert np.isfinite(logits[0]).all()
+    assert np.array_equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(tmp_path: Path, cpu: Cpu, gpus: int) -> None:
     """Whole prompts by experts that pass through, with and without repacking."""
+    need(gpus)
     config = family_config("v3")
+    config.num_hidden_layers = 4  # of which the first is dense, and the last has few rows
     kinds = {"1.ffn_down": Q.IQ2_XXS, "1.ffn_": Q.IQ1_S, "2.ffn_down": Q.IQ3_XXS, "2.ffn_": Q.IQ2_S}
 
     def kind_of(name: str) -> Q:
@@ -207,14 +243,16 @@ def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(tmp_path: Path, c
                 context=CONTEXT,
                 progress=lambda fraction: None,
                 repack=repack,
-                placement=Placement(("cuda:0",)),
+                placement=Placement(("cuda:0", "cuda:1"), cuts=(2,)) if gpus == 2 else Placement(("cuda:0",)),
             )
         assert isinstance(model, HybridModel)
-        layouts = {w.layout for e in model._stages[0].sendable for w in (e.gate, e.up, e.down)}
+        sent = [e for stage in model._stages for e in stage.sendable]
+        assert [e.layer for e in sent] == [1, 2]
+        layouts = {w.layout for e in sent for w in (e.gate, e.up, e.down)}
         if repack and layouts == {"file"}:
             pytest.skip("this machine packs nothing")
         b = bench(model, rows=256, sequences=256)
-        assert isinstance(model._stages[0]._streamed_experts, StreamedExperts)
+        assert all(isinstance(stage._streamed_experts, StreamedExperts) for stage in model._stages)
         model._block = 64
         logits.append(b.logits(random_tokens(256)))
     assert np.isfinite(logits[0]).all()
