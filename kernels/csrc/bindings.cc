@@ -181,7 +181,8 @@ void py_mlp(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& 
             nullptr,
             nullptr,
             {out.data(), out.stride(0)},
-            accumulate});
+            accumulate,
+            0});
 }
 
 void py_moe(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, ConstFloats x,
@@ -207,7 +208,8 @@ void py_moe(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& 
             ids.data(),
             weights.data(),
             {out.data(), out.stride(0)},
-            accumulate});
+            accumulate,
+            0});
 }
 
 }  // namespace

@@ -17,8 +17,12 @@ struct PyMoeJob : MoeJob {
 };
 
 void init_job(PyMoeJob* self, Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down,
-              Array<const float> x, Array<const int32_t> ids, Array<const float> weights, Array<float> out) {
+              Array<const float> x, Array<const int32_t> ids, Array<const float> weights, Array<float> out,
+              int64_t first) {
   check_gated(cpu, gate, up, down, 3);
+  if (first < 0 || first > gate.count)
+    reject("first is " + std::to_string(first) + ", but there are " + std::to_string(gate.count) +
+           " experts.");
   check_array(x, "x", {-1, gate.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(ids, "ids", {n, -1});
@@ -34,7 +38,8 @@ void init_job(PyMoeJob* self, Cpu& cpu, const PyWeight& gate, const PyWeight& up
                                    ids.data(),
                                    weights.data(),
                                    {out.data(), out.stride(0)},
-                                   false});
+                                   false,
+                                   first});
   self->x = std::move(x);
   self->weights = std::move(weights);
   self->ids = std::move(ids);
@@ -48,9 +53,11 @@ void bind_moe_job(nb::module_& m) {
   nb::class_<PyMoeJob>(
       m, "MoeJob", "Cpu.moe bound to its arguments, for a CUDA stream or graph to run as a host function.")
       .def("__init__", &init_job, "cpu"_a, "gate"_a, "up"_a, "down"_a, "x"_a.noconvert(), "ids"_a.noconvert(),
-           "weights"_a.noconvert(), "out"_a.noconvert(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
-           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
-           "Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are.")
+           "weights"_a.noconvert(), "out"_a.noconvert(), "first"_a = 0, nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+           "Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are. "
+           "Experts "
+           "below `first` are elsewhere: they add nothing.")
       .def_prop_ro_static(
           "function", [](nb::handle) { return reinterpret_cast<uintptr_t>(&MoeJob::run); },
           "Address of void run(void* data), which throws nothing.")

@@ -24,11 +24,12 @@ constexpr int64_t kMaxPairs = 8192;
 // Pairs sorted by expert: position p belongs to token[p]; expert a owns positions begin[a] .. begin[a + 1].
 struct Groups {
   int64_t active;
+  int64_t pairs;  // without those whose expert is elsewhere
   const int32_t* expert;
   const int32_t* begin;
   const int32_t* piece;     // begin of each active expert's pieces of the first half
   const int32_t* token;     // per position
-  const int32_t* position;  // per pair t * k + j
+  const int32_t* position;  // per pair t * k + j; -1 if its expert is elsewhere
 };
 
 struct Layer {
@@ -48,6 +49,7 @@ Groups group_pairs(Cpu& cpu, const MoeArgs& args, int64_t hidden_chunks) {
   const auto expert_of = [&](int64_t pair) { return args.ids ? args.ids[pair] : 0; };
   memset(cursor, 0, static_cast<size_t>(experts) * sizeof(int32_t));
   for (int64_t pair = 0; pair < pairs; ++pair) ++cursor[expert_of(pair)];
+  for (int64_t e = 0; e < args.first; ++e) cursor[e] = 0;
   int64_t active = 0;
   int32_t start = 0, pieces = 0;
   for (int64_t e = 0; e < experts; ++e) {
@@ -63,11 +65,11 @@ Groups group_pairs(Cpu& cpu, const MoeArgs& args, int64_t hidden_chunks) {
   begin[active] = start;
   piece[active] = pieces;
   for (int64_t pair = 0; pair < pairs; ++pair) {
-    const int32_t p = cursor[expert_of(pair)]++;
-    position[pair] = p;
-    token[p] = static_cast<int32_t>(pair / args.k);
+    const int32_t e = expert_of(pair);
+    position[pair] = e < args.first ? -1 : cursor[e]++;
+    if (position[pair] >= 0) token[position[pair]] = static_cast<int32_t>(pair / args.k);
   }
-  return {active, expert, begin, piece, token, position};
+  return {active, start, expert, begin, piece, token, position};
 }
 
 // hidden = silu(gate x) * (up x) of one piece, written as floats at [positions][hidden_size] or quantised for
@@ -181,19 +183,24 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
   if (direct) return;
   for (int64_t t = 0; t < args.n; ++t) {
     float* out = args.out.data + t * args.out.stride + row;
+    bool empty = !args.accumulate;
     for (int64_t j = 0; j < args.k; ++j) {
-      const auto add = j == 0 && !args.accumulate ? layer.cpu.table.set_scaled : layer.cpu.table.add_scaled;
-      add(out, partial + g.position[t * args.k + j] * rows, args.weights[t * args.k + j], rows);
+      const int64_t p = g.position[t * args.k + j];
+      if (p < 0) continue;
+      const auto add = empty ? layer.cpu.table.set_scaled : layer.cpu.table.add_scaled;
+      add(out, partial + p * rows, args.weights[t * args.k + j], rows);
+      empty = false;
     }
+    if (empty) memset(out, 0, static_cast<size_t>(rows) * sizeof(float));
   }
 }
 
 void run_slice(Cpu& cpu, const MoeArgs& args) {
   const Weight &gate = *args.gate, &up = *args.up, &down = *args.down;
-  const int64_t pairs = args.n * args.k, hidden_size = gate.rows, threads = cpu.pool.threads();
+  const int64_t hidden_size = gate.rows, threads = cpu.pool.threads();
   int64_t hidden_chunk = kHiddenChunk;
   while (threads > 1 && hidden_chunk > kFinestChunk &&
-         pairs * hidden_size < kPiecesAThread * threads * hidden_chunk)
+         args.n * args.k * hidden_size < kPiecesAThread * threads * hidden_chunk)
     hidden_chunk /= 2;
   const bool fine = hidden_chunk < kHiddenChunk;
   const int64_t hidden_chunks = (hidden_size + hidden_chunk - 1) / hidden_chunk;
@@ -216,6 +223,7 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
     layer.x_up = quantize(cpu, cpu.x_up, up_block, args.x, args.n, 1, up.cols);
   }
 
+  const int64_t pairs = layer.groups.pairs;
   Hidden hidden{};
   const int64_t block = down.activation_block();
   if (block == 0 || fine) {

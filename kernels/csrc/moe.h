@@ -6,7 +6,8 @@
 namespace ktd {
 
 // out[t] (+)= sum over j, in ascending j, of weights[t, j] * down[e](silu(gate[e] x[t]) * (up[e] x[t])), e =
-// ids[t, j]. Null ids: every token takes matrix 0 with weight 1 (k must be 1).
+// ids[t, j]. Experts below `first` are elsewhere and add nothing. Null ids: every token takes matrix 0 with
+// weight 1 (k must be 1, first 0).
 struct MoeArgs {
   const Weight* gate;
   const Weight* up;
@@ -17,6 +18,7 @@ struct MoeArgs {
   const float* weights;  // [n, k]
   Rows<float> out;
   bool accumulate;
+  int64_t first;
 };
 
 void moe(Cpu& cpu, const MoeArgs& args);

@@ -143,9 +143,9 @@ class MoeJob:
     Cpu.moe bound to its arguments, for a CUDA stream or graph to run as a host function.
     """
 
-    def __init__(self, cpu: Cpu, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:
+    def __init__(self, cpu: Cpu, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], first: int = 0) -> None:
         """
-        Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are.
+        Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are. Experts below `first` are elsewhere: they add nothing.
         """
 
     function: Final[int] = ...

@@ -141,5 +141,5 @@ def stream() -> torch.cuda.Stream:
 
 
 def event() -> torch.cuda.Event:
-    """An event that has happened."""
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+    """An event that has happened. Who waits for it sleeps: the CPU may be computing experts meanwhile."""
+    return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

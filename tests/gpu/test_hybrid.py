@@ -24,7 +24,7 @@ import ktd
 from ktd.gguf import GgufFile
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement, load_model
 from ktd.model.hybrid import HybridModel
-from ktd.model.streaming import StreamedExperts
+from ktd.model.shares import Shares
 from ktd.text import TextModel
 from ktd.types import Message
 from ktd_kernels import Cpu
@@ -221,10 +221,51 @@ def test_two_gpus_write_the_bits_of_one(cpu: Cpu, share: int) -> None:
     assert np.array_equal(logits[0], logits[1])
 
 
+def fix_shares(monkeypatch: pytest.MonkeyPatch, shares: dict[int, int]) -> None:
+    """As if these had been measured for every layer that can be sent."""
+    monkeypatch.setattr(Shares, "_measured", lambda self, sent, layer: shares)
+
+
+def test_a_share_of_the_experts_may_be_sent(
+    tmp_path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the CPU computes the others: the logits are those that it gives alone, however often."""
+    config = family_config("v3")
+    path = write_model(tmp_path / "m.gguf", config, model_tensors(random_hf_model(config), config))
+    tokens, logits = random_tokens(512), {}
+    for share in (0, 1, 7, 16):
+        fix_shares(monkeypatch, {256: share} if share else {})
+        with GgufFile.open(path) as gguf:
+            model = load_model(
+                gguf,
+                cpu,
+                context=CONTEXT,
+                progress=lambda fraction: None,
+                repack=True,
+                placement=Placement(("cuda:0",)),
+            )
+        b = bench(model, rows=256, sequences=64)
+        logits[share] = [
+            b.step([Piece(tokens[start : start + 256], start, pages, 64, 512)])
+            for _ in range(3)
+            for pages in [b.pages(512)]
+            for start in (0, 256)
+        ]
+    for share, steps in logits.items():
+        for number, got in enumerate(steps):
+            assert np.array_equal(got, steps[number % 2])
+            error = relative(got, logits[0][number % 2])
+            print(f"{share} of 16 experts sent: relative error {error:.2e}")
+            assert error < 0.03  # float weights: what rounds is attention, to bfloat16
+
+
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(tmp_path: Path, cpu: Cpu, gpus: int) -> None:
+def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(
+    tmp_path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
     """Whole prompts by experts that pass through, with and without repacking."""
     need(gpus)
+    fix_shares(monkeypatch, {64: 16, 128: 16, 256: 16})
     config = family_config("v3")
     config.num_hidden_layers = 4  # of which the first is dense, and the last has few rows
     kinds = {"1.ffn_down": Q.IQ2_XXS, "1.ffn_": Q.IQ1_S, "2.ffn_down": Q.IQ3_XXS, "2.ffn_": Q.IQ2_S}
@@ -252,8 +293,7 @@ def test_experts_sent_as_the_cpu_packs_them_give_the_same_bits(tmp_path: Path, c
         if repack and layouts == {"file"}:
             pytest.skip("this machine packs nothing")
         b = bench(model, rows=256, sequences=256)
-        assert all(isinstance(stage._streamed_experts, StreamedExperts) for stage in model._stages)
-        model._block = 64
+        assert all(list(stage.shares.experts) == [64, 128, 256] for stage in model._stages)
         logits.append(b.logits(random_tokens(256)))
     assert np.isfinite(logits[0]).all()
     assert np.array_equal(logits[0], logits[1])

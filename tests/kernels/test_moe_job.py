@@ -79,6 +79,23 @@ def test_a_failure_is_kept_and_leaves_zeros(cpu: Cpu, wrong: int) -> None:
     assert job.take_error() == ""
 
 
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_experts_that_are_elsewhere_add_nothing(cpu: Cpu, n: int) -> None:
+    """The bits are those of the token's other experts alone, in their order; zeros where it has none."""
+    weights = stacks()
+    x, ids, scales, out = arguments(n)
+    for first in (3, 5, EXPERTS):
+        run(MoeJob(cpu, *weights, x, ids, scales, out, first=first))
+        for t in range(n):
+            here = ids[t] >= first
+            expected = np.zeros_like(out[:1])
+            if here.any():
+                cpu.moe(*weights, x[t:][:1], ids[t:][:1, here], scales[t:][:1, here], expected)
+            assert np.array_equal(out[t], expected[0])
+    with pytest.raises(ValueError, match=f"first is 9, but there are {EXPERTS} experts"):
+        MoeJob(cpu, *weights, x, ids, scales, out, first=9)
+
+
 def test_buffers_of_other_sizes_are_refused(cpu: Cpu) -> None:
     x, ids, scales, out = arguments(2)
     with pytest.raises(ValueError, match="out has shape"):

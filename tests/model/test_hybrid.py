@@ -27,9 +27,11 @@ from reference_device import ReferenceDevice
 from ktd.errors import DeviceLost
 from ktd.gguf import GgufFile
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement
+from ktd.model.exchange import PromptExperts
 from ktd.model.hybrid import HybridModel
+from ktd.model.shares import Shares
 from ktd.model.source import WeightSource
-from ktd.model.streaming import StreamedExperts
+from ktd.model.streaming import SentExperts
 from ktd_kernels import Cpu
 
 # The routed sum is added as a whole after the shared experts, not term by term before them: a few roundings
@@ -76,7 +78,8 @@ def test_logits_are_those_of_the_cpu_model(path: Path, expected: Model, cpu: Cpu
     tokens = random_tokens(30)
     model, device = hybrid(path, cpu, *on_gpu)
     bench = Bench(model)
-    model.reserve(64, 4, bench.cache)
+    model.reserve(64, 20, bench.cache)
+    device.launches = 0
     ours, theirs = text(bench, tokens, 20), text(Bench(expected), tokens, 20)
     if path.stem == "f32":
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE * float(np.abs(theirs).max()), rtol=0)
@@ -200,49 +203,121 @@ def test_weights_of_the_gpu_are_counted_in_the_progress(path: Path, cpu: Cpu) ->
     assert heard[-1] == pytest.approx(1.0, abs=0.05)
 
 
-def test_blocks_of_long_prompts_send_for_their_experts(path: Path, expected: Model, cpu: Cpu) -> None:
-    """The first 48 of 50 tokens, however the prompt is cut; each layer's experts are sent once a step."""
+def fix_shares(monkeypatch: pytest.MonkeyPatch, shares: dict[int, int]) -> None:
+    """As if these had been measured for every layer that can be sent."""
+    monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", min(shares))
+    monkeypatch.setattr(Shares, "_measured", lambda self, sent, layer: shares)
+
+
+def test_parts_of_prompts_send_for_a_share_of_their_experts(
+    path: Path, expected: Model, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 48 tokens, however the prompt is cut: no bit depends on that or on who else is read."""
+    fix_shares(monkeypatch, {16: 5, 32: 16})
     model, device = hybrid(path, cpu, 2)
     assert isinstance(model, HybridModel)
     tokens = random_tokens(60)
     bench = Bench(model)
-    model.reserve(64, 50, bench.cache)
-    model._block = 16
-    experts = sum(w.nbytes for w in model._stages[0].sendable[0].blocks)
+    model.reserve(48, 48, bench.cache)
+    each = sum(w.nbytes for w in model._stages[0].sendable[0].blocks) // 16
+
+    def step(start: int, count: int, prompt: int, share: int, launches: int = 0) -> F32:
+        device.passed = device.launches = 0
+        logits = bench.step([Piece(tokens[start : start + count], start, pages, count, prompt)])
+        assert (device.passed, device.launches) == (share * each, launches)
+        return logits
+
     theirs = Bench(expected).logits(tokens)
-    for chunks in ([50], [48, 2], [20, 30], [7, 40, 3]):
-        pages, start, ours = bench.pages(60), 0, []
-        for count in chunks:
-            device.passed = 0
-            part = tokens[start : start + count]
-            ours.append(bench.step([Piece(part, start, pages, count, prompt=50)]))
-            assert device.passed == (experts if start < 48 else 0)
-            start += count
-        if path.stem == "f32":
-            tolerance = TOLERANCE * float(np.abs(theirs).max())
-            np.testing.assert_allclose(np.concatenate(ours), theirs[:50], atol=tolerance, rtol=0)
-    for start, count, prompt, sent in (
-        (0, 7, 7, 0),  # less than half a block
-        (0, 8, 8, experts),
-        (48, 7, 55, 0),
-        (48, 8, 56, experts),
-        (55, 1, 55, 0),  # drawn, though the prompt's last block would reach it
+    pages = bench.pages(60)
+    # Of 60 the first 48 are of the greatest size, the last 12 of the least; both in one step: one after the
+    # other.
+    ours = np.concatenate([step(0, 48, 60, 16), step(48, 12, 60, 5, 1)])
+    if path.stem == "f32":
+        tolerance = TOLERANCE * float(np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0)
+    pages = bench.pages(60)
+    again = np.concatenate([step(0, 7, 60, 16), step(7, 40, 60, 16), step(47, 13, 60, 21, 1)])
+    assert np.array_equal(again, ours)
+    pages, other = bench.pages(60), bench.pages(20)
+    company = [Piece(random_tokens(20, seed=1), 0, other, 1)]
+    beside = [bench.step([Piece(tokens[:24], 0, pages, 24, 60), *company])[:24]]
+    beside += [step(24, 24, 60, 16), bench.step([*company, Piece(tokens[48:], 48, pages, 12, 60)])[1:]]
+    assert np.array_equal(np.concatenate(beside), ours)
+    for start, count, prompt, share in (
+        (0, 11, 11, 0),  # nearer to 8 tokens than to 16
+        (0, 12, 12, 5),
+        (0, 22, 22, 5),
+        (0, 23, 23, 16),
+        (48, 1, 59, 0),
+        (48, 12, 60, 5),
+        (55, 1, 55, 0),  # drawn
     ):
-        device.passed = 0
-        bench.step([Piece(tokens[start : start + count], start, pages, 1, prompt)])
-        assert device.passed == sent
+        step(start, count, prompt, share, int(share == 5) or int(start == 55))
+
+
+def test_the_share_of_the_cpu_may_fail(path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_shares(monkeypatch, {16: 5})
+    model, device = hybrid(path, cpu, 2)
+    bench = Bench(model)
+    model.reserve(16, 2, bench.cache)
+    pieces = [Piece(random_tokens(16), 0, bench.pages(16), 1)]
+    expected, route = bench.step(pieces), device.prompt.route
+
+    def astray(*args: Any) -> None:
+        route(*args)
+        args[-2][0, 0] = 99
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device.prompt, "route", astray, raising=False)
+        with pytest.raises(RuntimeError, match="experts of layer 1 failed: the router chose expert 99"):
+            bench.step(pieces)
+    assert np.array_equal(bench.step(pieces), expected)
+
+
+@pytest.mark.parametrize(
+    ("computing", "sending", "shares"),
+    [
+        ({16: 1.0, 32: 2.0, 64: 4.5}, 3.0, {16: 4, 32: 6, 64: 10, 128: 12}),
+        ({16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0}, 60.0, {}),  # a sixtieth of the experts is none
+        ({16: 5.0}, 1.0, {16: 13, 32: 15, 64: 15, 128: 16}),
+    ],
+)
+def test_as_much_is_sent_as_takes_as_long_as_the_rest(
+    path: Path,
+    cpu: Cpu,
+    monkeypatch: pytest.MonkeyPatch,
+    computing: dict[int, float],
+    sending: float,
+    shares: dict[int, int],
+) -> None:
+    """Times of 16 experts; no number of rows is tried that is known to take the CPU longer."""
+
+    def seconds(self: Shares, experts: Any, layer: Any, n: int) -> float:
+        if isinstance(experts, PromptExperts):
+            return computing[n]
+        share = experts._shares[layer.layer] / 16
+        return max(share * sending, (1 - share) * computing[n])
+
+    computing |= {32: computing.get(32, 0.0)}  # what is sent for is sent for 32 rows
+    monkeypatch.setattr(Shares, "_seconds", seconds)
+    monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", 16)
+    model, _ = hybrid(path, cpu, 2)
+    assert isinstance(model, HybridModel)
+    model.reserve(150, 1, Bench(model).cache)
+    assert {n: split._shares for n, split in model._stages[0].shares.experts.items()} == {
+        n: {1: share} for n, share in shares.items()
+    }
 
 
 def test_experts_pass_through_in_groups(path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(32)
     logits = []
+    fix_shares(monkeypatch, {32: 13})
     for room in (1 << 30, 2_000_000):
         monkeypatch.setattr("ktd.model.streaming.GROUP_BYTES", room)
         model, _ = hybrid(path, cpu)
-        assert isinstance(model, HybridModel)
         bench = Bench(model)
         model.reserve(32, 32, bench.cache)
-        model._block = 32
         logits.append(bench.logits(tokens))
     if path.stem == "f32":
         atol = TOLERANCE * float(np.abs(logits[0]).max())
@@ -265,7 +340,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def streamed(
     path: Path, cpu: Cpu, packer: Cpu | None, *foreign: str
 ) -> tuple[HybridModel, ReferenceDevice, F32]:
-    """A model, its device, and the logits of three blocks of 16 tokens that sent for their experts."""
+    """A model, its device, and the logits of 48 tokens that sent for all experts."""
     device = ReferenceDevice(cpu, foreign)
     with GgufFile.open(path) as gguf:
         source = WeightSource(gguf, lambda fraction: None, packer)
@@ -273,10 +348,15 @@ def streamed(
         model = HybridModel(source, config, cpu, [device], Placement(("cuda:0",)), CONTEXT)
     bench = Bench(model)
     model.reserve(48, 48, bench.cache)
-    device.passed, model._block = 0, 16
     return model, device, bench.logits(random_tokens(48))
 
 
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_shares(monkeypatch, {16: 16, 32: 16})
+
+
+@pytest.mark.usefixtures("sent")
 def test_experts_are_sent_as_the_cpu_has_them(grids: Path, cpu: Cpu) -> None:
     """Packed bytes, locked in their place, and the same logits as from the file's; none of the last layer."""
     plain, file, expected = streamed(grids, cpu, None)
@@ -287,10 +367,10 @@ def test_experts_are_sent_as_the_cpu_has_them(grids: Path, cpu: Cpu) -> None:
     assert device.passed == device.locked == sum(w.nbytes for w in own)
     assert file.passed == file.locked == sum(w.nbytes for e in plain._stages[0].sendable for w in e.blocks)
     assert np.array_equal(logits, expected)
-    assert isinstance(repacked._stages[0]._streamed_experts, StreamedExperts)
-    assert repacked._stages[0]._streamed_experts.file_bytes == sum(in_file)
+    assert SentExperts(device, repacked._stages[0].sendable).file_bytes == sum(in_file)
 
 
+@pytest.mark.usefixtures("sent")
 def test_what_the_device_cannot_read_is_sent_from_the_file(grids: Path, cpu: Cpu) -> None:
     """It is not locked there: that would keep two copies in memory."""
     _, _, expected = streamed(grids, cpu, None)

@@ -3,6 +3,7 @@ and nothing of another's; no bit shows where the layers are parted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ktd.errors import DeviceLost
 from ktd.gguf import GgufFile
 from ktd.model import Batch, GpuNeeds, ModelConfig, Piece, Placement, vram_bytes
 from ktd.model.hybrid import HybridModel
+from ktd.model.shares import Shares
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 
@@ -58,11 +60,18 @@ def staged(
     return model, devices
 
 
-def ready(model: HybridModel, rows: int = 48, sequences: int = 3, block: int = 0) -> Bench:
-    """Prompts of at least half a `block` send for their experts."""
+def ready(
+    model: HybridModel,
+    rows: int = 48,
+    sequences: int = 3,
+    shares: Callable[[int], dict[int, int]] = lambda layer: {},
+) -> Bench:
+    """As if these shares of a layer's experts had been measured."""
     bench = Bench(model)
-    model.reserve(rows, sequences, bench.cache)
-    model._block = block
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ktd.model.shares._LEAST_ROWS", 16)
+        patch.setattr(Shares, "_measured", lambda self, sent, layer: shares(layer.layer))
+        model.reserve(rows, sequences, bench.cache)
     return bench
 
 
@@ -78,34 +87,39 @@ def text(bench: Bench) -> list[F32]:
 
 
 @pytest.mark.parametrize(("cuts", "on_gpu"), PLACEMENTS)
-@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("share", [0, 5, 16])
 def test_no_bit_shows_where_the_layers_are_parted(
-    path: Path, cpu: Cpu, cuts: tuple[int, ...], on_gpu: frozenset[int], block: int
+    path: Path, cpu: Cpu, cuts: tuple[int, ...], on_gpu: frozenset[int], share: int
 ) -> None:
     whole, (device,) = staged(path, cpu, (), on_gpu)
     parted, devices = staged(path, cpu, cuts, on_gpu)
-    benches = ready(whole, block=block), ready(parted, block=block)
+    shares = dict.fromkeys((16, 32), share) if share else {}
+    benches = [ready(model, shares=lambda layer: shares) for model in (whole, parted)]
     for each in (device, *devices):
         each.passed = 0
     for expected, got in zip(*map(text, benches), strict=True):
         assert np.array_equal(got, expected)
     assert sum(d.launches for d in devices) == device.launches
     assert sum(d.passed for d in devices) == device.passed
-    assert (device.passed > 0) is (block > 0 and not on_gpu >= {1, 2})
+    assert (device.passed > 0) is (share > 0 and not on_gpu >= {1, 2})
     assert [d.replays for d in devices] == [device.replays] * len(devices)
     assert [d.captures for d in devices] == [device.captures] * len(devices)
 
 
-@pytest.mark.parametrize(("found", "block"), [((64, 32), 64), ((32, 64), 64), ((32, 0), 0)])
-def test_experts_are_sent_for_where_that_is_faster_for_all(
-    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, found: tuple[int, ...], block: int
-) -> None:
-    """A row's arithmetic is the same in all layers."""
-    blocks = iter(found)
-    monkeypatch.setattr("ktd.model.stage.crossover", lambda *_: next(blocks))
-    model, _ = staged(path, cpu, (2,))
-    model.reserve(8, 1, Bench(model).cache)
-    assert model._block == block
+def test_a_size_for_which_one_device_sends_is_one_for_all(path: Path, cpu: Cpu) -> None:
+    """Layer 1 is sent for 16 rows and for 32, layer 2, on the other device, for 32."""
+    shares = {1: {16: 5, 32: 6}, 2: {32: 4}}
+    model, devices = staged(path, cpu, (2,))
+    bench = ready(model, shares=shares.__getitem__)
+    expert = sum(w.nbytes for w in model._stages[0].sendable[0].blocks) // 16
+    for count, sent in ((32, (6, 4)), (16, (5, 0)), (8, (0, 0))):
+        tokens, pages = random_tokens(count), bench.pages(count)
+        for device in devices:
+            device.passed = 0
+        whole = bench.step([Piece(tokens, 0, pages, 1)])
+        assert [d.passed for d in devices] == [share * expert for share in sent]
+        bench.step([Piece(tokens[:5], 0, pages, 0, count)])
+        assert np.array_equal(bench.step([Piece(tokens[5:], 5, pages, 1, count)]), whole)
 
 
 def test_each_device_waits_for_the_one_before(path: Path, cpu: Cpu) -> None:

@@ -42,6 +42,11 @@ class Exchange:
         flat = self._sent[: n * (self._hidden + 2 * self._used)]
         return *expert_inputs(flat, n, self._hidden, self._used), self._sums[:n]
 
+    def job(self, cpu: Cpu, experts: Experts, n: int, first: int = 0) -> MoeJob:
+        """From the host's n rows to their sums, by the experts from `first` on."""
+        h, ids, weights, sums = (tensor.numpy() for tensor in self.host(n))
+        return MoeJob(cpu, experts.gate, experts.up, experts.down, h, ids, weights, sums, first)
+
     def sums(self, n: int) -> torch.Tensor:
         """On the device, after `fetch`."""
         return self._image[:n]
@@ -81,8 +86,7 @@ class StreamExperts:
     def _job(self, experts: Experts, n: int) -> MoeJob:
         key = (experts.layer, n)
         if key not in self._jobs:
-            arrays = (tensor.numpy() for tensor in self._exchange.host(n))
-            self._jobs[key] = MoeJob(self._cpu, experts.gate, experts.up, experts.down, *arrays)
+            self._jobs[key] = self._exchange.job(self._cpu, experts, n)
         return self._jobs[key]
 
 
@@ -105,3 +109,6 @@ class PromptExperts:
             h, ids, weights, sums = (tensor.numpy() for tensor in self._exchange.host(v.n))
             self._cpu.moe(experts.gate, experts.up, experts.down, h, ids, weights, sums)
         v.x.add_(self._exchange.fetch(v.n))
+
+    def check(self) -> None:
+        """After the step: nothing, as `finish` has raised what went wrong."""

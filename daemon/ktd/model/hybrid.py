@@ -25,7 +25,7 @@ from ktd.model.inputs import table_width
 from ktd.model.placement import Placement
 from ktd.model.source import WeightSource
 from ktd.model.stage import Stage
-from ktd.model.streaming import StreamedExperts
+from ktd.model.streaming import SentExperts
 from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
@@ -78,7 +78,7 @@ class HybridModel:
             with _planned(stage.device), stage.device.work():
                 stage.reserve(self._rows, logit_rows, pages, self._hidden, self._logits)
         self._warm_up(cache)
-        self._prepare_streaming()
+        self._measure_shares()
 
     def forward(self, batch: Batch, cache: LatentCache, tick: Tick | None = None) -> F32:
         """As Model says."""
@@ -108,11 +108,10 @@ class HybridModel:
     def _forward(self, batch: Batch, cache: LatentCache, tick: Tick | None) -> F32:
         wanted = len(batch.logit_rows)
         parts = []
-        streamed, prompt, drawn = self._kinds(batch)
-        for rows, send in ((streamed, True), (prompt, False)):
-            if len(rows):
-                part = batch.take(rows)
-                parts.append((rows[part.logit_rows], self._prompt(part, cache, send, tick)))
+        drawn = np.flatnonzero(batch.positions >= batch.prompt)
+        for rows, size in self._prompts(batch):
+            part = batch.take(rows)
+            parts.append((rows[part.logit_rows], self._prompt(part, cache, size, tick)))
         most = min(_DRAWN_ROWS, self._logit_rows)
         for start in range(0, len(drawn), most):
             rows = drawn[start : start + most]
@@ -126,23 +125,24 @@ class HybridModel:
             result[np.searchsorted(batch.logit_rows, rows)] = logits
         return result
 
-    def _kinds(self, batch: Batch) -> tuple[Ids, Ids, Ids]:
-        """Rows of prompts to the nearest whole block, which stream where that is faster; other rows of
-        prompts; rows that were drawn. Decided by a token's place in its own request alone."""
-        drawn = batch.positions >= batch.prompt
-        streamed = np.zeros_like(drawn)
-        if self._block:
-            blocks = (batch.prompt + self._block // 2) // self._block
-            streamed = (batch.positions < blocks * self._block) & ~drawn
-        return np.flatnonzero(streamed), np.flatnonzero(~(streamed | drawn)), np.flatnonzero(drawn)
+    def _prompts(self, batch: Batch) -> Iterator[tuple[Ids, int]]:
+        """Rows of prompts, by what `Shares.of` says. What comes first in a prompt is taken first: all its
+        parts but the last are of the greatest size."""
+        sizes = np.max([stage.shares.of(batch) for stage in self._stages], axis=0)
+        sizes = np.where(batch.positions < batch.prompt, sizes, -1)
+        for size in np.unique(sizes)[::-1]:
+            if size >= 0:
+                yield np.flatnonzero(sizes == size), int(size)
 
-    def _prompt(self, batch: Batch, cache: LatentCache, streamed: bool, tick: Tick | None = None) -> F32:
+    def _prompt(self, batch: Batch, cache: LatentCache, size: int, tick: Tick | None = None) -> F32:
         """Logits of the wanted rows of a batch of prompts, copied."""
         width = self._fill(batch, cache)
         for stage in self._stages:
             with stage.turn():
-                stage.prompt(batch, width, cache, streamed, tick)
+                stage.prompt(batch, width, cache, size, tick)
         self._synchronize()
+        for stage in self._stages:
+            stage.prompt_experts_of(size).check()
         copied: F32 = self._logits[: len(batch.logit_rows)].numpy().copy()
         return copied
 
@@ -171,20 +171,14 @@ class HybridModel:
         self._cpu.embed(self._embedding, batch.tokens, self._hidden[: len(batch.tokens)].numpy())
         return width
 
-    def _prepare_streaming(self) -> None:
-        """Rows of a prompt's block from which layers are sent faster than computed on the CPU."""
-        self._block = 0
-        sending = [stage for stage in self._stages if stage.sendable]
-        if not sending or not all(layer.blocks for stage in sending for layer in stage.sendable):
-            return
-        streamed = [StreamedExperts(stage.device, stage.sendable, stage.prompt_experts) for stage in sending]
-        if sum(each.file_bytes for each in streamed) > psutil.virtual_memory().available:
+    def _measure_shares(self) -> None:
+        """What part of the experts is sent for prompts."""
+        sent = [SentExperts(stage.device, stage.sendable) for stage in self._stages]
+        if sum(each.file_bytes for each in sent) > psutil.virtual_memory().available:
             return  # what would be read from the disk for every chunk is no faster
-        blocks = []
-        for stage, each in zip(sending, streamed, strict=True):
+        for stage, each in zip(self._stages, sent, strict=True):
             with _planned(stage.device), stage.device.work():
-                blocks.append(stage.stream(each, self._rows))
-        self._block = max(blocks) if all(blocks) else 0
+                stage.shares.measure(each)
 
     def _warm_up(self, cache: LatentCache) -> None:
         """Compiles and allocates all that steps will need, and captures those of few rows."""
@@ -199,7 +193,7 @@ class HybridModel:
             self._synchronize()
             for stage in self._stages:
                 stage.exchange.idle = True
-            self._prompt(batch(self._rows), cache, streamed=False)
+            self._prompt(batch(self._rows), cache, 0)
             for n, width in reversed(shapes):  # scratch memory is taken by the largest
                 self._fill(batch(n), cache)
                 self._drawn_steps(n, width, cache)

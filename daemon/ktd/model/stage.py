@@ -19,12 +19,12 @@ from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Stack, Tick, Wanted
 from ktd.model.device import Device
 from ktd.model.exchange import Exchange, PromptExperts, StreamExperts
-from ktd.model.ffn import Elsewhere
 from ktd.model.inputs import Inputs
 from ktd.model.placement import Placement
 from ktd.model.rope import rope_table
+from ktd.model.shares import Shares
 from ktd.model.source import WeightSource
-from ktd.model.streaming import StreamedExperts, crossover
+from ktd.model.streaming import SplitExperts
 from ktd.model.workspace import Workspace
 from ktd_kernels import Cpu
 
@@ -52,8 +52,9 @@ class Stage:
         )
         self._table = device.upload(rope_table(config, positions))
         self._last = layers.stop == config.layers
-        #: Routed experts on the CPU that have many rows; the last layer has those whose logits are wanted.
-        self.sendable = [e for e in self._stack.elsewhere if e.layer < config.layers - 1]
+        #: Routed experts on the CPU that can be sent and have many rows: the last layer has few, those whose
+        #: logits are wanted.
+        self.sendable = [e for e in self._stack.elsewhere if e.blocks and e.layer < config.layers - 1]
         device.settle()
 
     def reserve(
@@ -71,7 +72,9 @@ class Stage:
         self.exchange = Exchange(device, config, rows)
         self._stream_experts = StreamExperts(self.exchange, self._cpu)
         self.prompt_experts = PromptExperts(self.exchange, self._cpu)
-        self._streamed_experts: Elsewhere = self.prompt_experts
+        self.shares = Shares(
+            device, self._cpu, self.exchange, self._workspace, self.prompt_experts, self.sendable, rows
+        )
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -81,13 +84,13 @@ class Stage:
                 self.device.follow(self.before.device)
             yield
 
-    def prompt(self, batch: Batch, width: int, cache: LatentCache, streamed: bool, tick: Tick | None) -> None:
-        """Rows of prompts. With `streamed`, weights of experts that are not here are sent for."""
+    def prompt(self, batch: Batch, width: int, cache: LatentCache, size: int, tick: Tick | None) -> None:
+        """Rows of prompts, all of one size by `Shares.of`."""
         ops, n = self.device.prompt, len(batch.tokens)
         rows = self.inputs.send(n, width, len(batch.page_table))
         v = self._workspace.rows(n)
         v.x.copy_(self._hidden[:n], non_blocking=True)
-        experts = self._streamed_experts if streamed else self.prompt_experts
+        experts = self.prompt_experts_of(size)
         if not self._last:
             self._stack.forward(ops, rows, cache, self._table, v, None, experts, tick)
             self._hidden[:n].copy_(v.x, non_blocking=True)
@@ -99,6 +102,10 @@ class Stage:
             logits = self._workspace.logits(wanted.v.n)
             self._stack.head(self.device.rows, wanted.v, logits)
             self._logits[: wanted.v.n].copy_(logits, non_blocking=True)
+
+    def prompt_experts_of(self, size: int) -> SplitExperts | PromptExperts:
+        """What computes the experts of such rows that are not here."""
+        return self.shares.experts.get(size, self.prompt_experts)
 
     def drawn(self, n: int, width: int, cache: LatentCache) -> None:
         """n drawn rows, by a captured graph if there is one; awaits nothing."""
@@ -130,10 +137,3 @@ class Stage:
         """Makes graphs of steps of n drawn rows and page tables of a width, which have run once."""
         for shape in shapes:
             self._graphs[shape] = self.device.capture(partial(self._drawn_step, *shape, cache))
-
-    def stream(self, streamed: StreamedExperts, rows: int) -> int:
-        """Prepares to send for experts; returns the least number of rows, up to `rows`, for which that is
-        faster than the CPU, or 0."""
-        streamed.prepare()
-        self._streamed_experts = streamed
-        return crossover(self._cpu, self.exchange, streamed, self.sendable[0], rows)
