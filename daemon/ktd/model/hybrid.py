@@ -186,7 +186,8 @@ class HybridModel:
         shapes = [(n, width) for n in sizes for width in self._widths]
 
         def batch(n: int) -> Batch:
-            return Batch.of([Piece([0], 0, [0], 0)] * n, cache.page_size)
+            wanted = [Piece([0], 0, [0], 1)]  # by a chunk of a prompt, most often one row
+            return Batch.of(wanted + [Piece([0], 0, [0], 0)] * (n - 1), cache.page_size)
 
         with _planned(*(stage.device for stage in self._stages)):
             first_pages = [part[:, 0].clone() for part in cache.parts]  # they are written to
