@@ -1,12 +1,16 @@
 """A device for the hybrid graph that needs no GPU: tensors in ordinary memory, the ops of the CPU kernels,
-and work done as soon as it is asked for. Of several each refuses what belongs to another."""
+and work done as soon as it is asked for, captured work on a thread of its own. Of several each refuses what
+belongs to another."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
@@ -64,10 +68,11 @@ class ReferenceDevice:
         self.device = torch.device("cpu")
         self.rows: Any = ReferenceOps(cpu, self)
         self.prompt: Any = ReferenceOps(cpu, self)
-        self.captures = self.replays = self.launches = self.held = self.allocated = self.passed = (
-            self.locked
-        ) = 0
-        self._aside = self.at_work = False
+        self.captures = self.replays = self.launches = self.posts = 0
+        self.held = self.allocated = self.passed = self.locked = 0
+        self._aside = False
+        self._work = threading.local()
+        self._replay: _Replay | None = None
         self.followed: list[ReferenceDevice] = []
         self._own: dict[int, Any] = {}  # memory, kept so that no other gets its address
         self._all.add(self)
@@ -86,11 +91,16 @@ class ReferenceDevice:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        before, self.at_work = self.at_work, True
+        before, self._work.on = self.at_work, True
         try:
             yield
         finally:
-            self.at_work = before
+            self._work.on = before
+
+    @property
+    def at_work(self) -> bool:
+        """Of the calling thread."""
+        return getattr(self._work, "on", False)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         tensor = torch.empty(tuple(shape), dtype=dtype)
@@ -131,6 +141,22 @@ class ReferenceDevice:
             self.passed += sum(w.nbytes for w in group)
             yield list(group)
 
+    def post(self, source: torch.Tensor, target: torch.Tensor, flag: torch.Tensor) -> None:
+        self.posts += 1
+        self.check(source)
+        target.copy_(source)
+        flag.fill_(1)
+
+    def collect(self, source: torch.Tensor, flag: torch.Tensor, out: torch.Tensor) -> None:
+        self.check(out)
+        word = flag.numpy()
+        while not word[0]:
+            time.sleep(0)
+        out.add_(source)
+
+    def busy(self) -> bool:
+        return self._replay is not None and self._replay.is_alive()
+
     def launch(self, job: MoeJob) -> None:
         assert self._aside, "the graph waits for the experts instead of going on"
         self.launches += 1
@@ -151,15 +177,43 @@ class ReferenceDevice:
     def follow(self, other: ReferenceDevice) -> None:
         assert self.at_work
         self.followed.append(other)
+        if other._replay is not None:
+            other._replay.join()
+
+    def _at_work(self, body: Callable[[], None]) -> None:
+        with self.work():
+            body()
 
     def synchronize(self) -> None:
-        pass
+        replay, self._replay = self._replay, None
+        if replay is not None:
+            replay.join()
+            if replay.error is not None:
+                raise replay.error
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         self.captures += 1
 
         def replay() -> None:
             self.replays += 1
-            body()
+            assert not self.busy(), "captured work was launched beside other"
+            self._replay = _Replay(partial(self._at_work, body))
+            self._replay.start()
 
         return replay
+
+
+class _Replay(threading.Thread):
+    """Runs a captured body while the caller does something else."""
+
+    error: Exception | None = None
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._body = body
+
+    def run(self) -> None:
+        try:
+            self._body()
+        except Exception as error:
+            self.error = error

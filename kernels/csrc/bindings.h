@@ -27,7 +27,7 @@ void bind_pack(nb::class_<Cpu>& cpu);
 // Adds the ops of bindings_ops.cc to class Cpu.
 void bind_ops(nb::class_<Cpu>& cpu);
 
-// Adds class MoeJob.
+// Adds classes MoeJob and MoeSequence.
 void bind_moe_job(nb::module_& m);
 
 }  // namespace ktd

@@ -1,7 +1,9 @@
-// The Python class MoeJob.
+// The Python classes MoeJob and MoeSequence.
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <new>
+#include <vector>
 
 #include "bindings.h"
 #include "moe_job.h"
@@ -46,12 +48,48 @@ void init_job(PyMoeJob* self, Cpu& cpu, const PyWeight& gate, const PyWeight& up
   self->out = std::move(out);
 }
 
+class MoeSequence {
+ public:
+  MoeSequence(std::vector<MoeJob*> jobs, Array<int32_t> flags)
+      : jobs_(std::move(jobs)), held_(std::move(flags)), flags_{held_.data()} {}
+
+  void begin() {
+    next_ = 0;
+    for (int64_t i = 0; i < count(); ++i) {
+      flags_.asked(i).store(0, std::memory_order_relaxed);
+      flags_.done(i).store(0, std::memory_order_relaxed);
+    }
+  }
+  bool serve(double seconds) {
+    next_ = ktd::serve(jobs_, flags_, next_, static_cast<int64_t>(1e9 * seconds));
+    return next_ == count();
+  }
+  void release() {
+    for (int64_t i = 0; i < count(); ++i) flags_.done(i).store(1, std::memory_order_release);
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(jobs_.size()); }
+
+  std::vector<MoeJob*> jobs_;
+  Array<int32_t> held_;
+  MoeFlags flags_;
+  int64_t next_ = 0;
+};
+
+void init_sequence(MoeSequence* self, const std::vector<PyMoeJob*>& jobs, Array<int32_t> flags) {
+  check_array(flags, "flags", {static_cast<int64_t>(jobs.size()), 2, MoeFlags::kLine});
+  new (self) MoeSequence({jobs.begin(), jobs.end()}, std::move(flags));
+}
+
 }  // namespace
 
 void bind_moe_job(nb::module_& m) {
   using namespace nb::literals;
   nb::class_<PyMoeJob>(
-      m, "MoeJob", "Cpu.moe bound to its arguments, for a CUDA stream or graph to run as a host function.")
+      m, "MoeJob",
+      "Cpu.moe bound to its arguments, to be run whenever another device has filled them: by a host "
+      "function of a CUDA stream, or in a MoeSequence.")
       .def("__init__", &init_job, "cpu"_a, "gate"_a, "up"_a, "down"_a, "x"_a.noconvert(), "ids"_a.noconvert(),
            "weights"_a.noconvert(), "out"_a.noconvert(), "first"_a = 0, nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
@@ -64,11 +102,19 @@ void bind_moe_job(nb::module_& m) {
       .def_prop_ro(
           "data", [](PyMoeJob& self) { return reinterpret_cast<uintptr_t>(static_cast<MoeJob*>(&self)); },
           "Address to call `function` with.")
-      .def_prop_ro(
-          "seconds", [](const PyMoeJob& self) { return 1e-9 * static_cast<double>(self.busy()); },
-          "Time spent in all runs so far.")
       .def("take_error", &PyMoeJob::take_error,
            "What went wrong in a run since the last call, and left zeros in `out`; else an empty string.");
+  nb::class_<MoeSequence>(m, "MoeSequence", "Jobs that a device asks for one after the other in each step.")
+      .def("__init__", &init_sequence, "jobs"_a, "flags"_a.noconvert(), nb::keep_alive<1, 2>(),
+           "flags int32 [jobs, 2, 16], which the device reads and writes too: it sets [i, 0, 0] to ask for "
+           "job i "
+           "and waits for [i, 1, 0].")
+      .def("begin", &MoeSequence::begin, "Before a step: none is asked for, none done.")
+      .def("serve", &MoeSequence::serve, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
+           "Runs jobs as they are asked for; True when all are done, False after `seconds` in which the next "
+           "was "
+           "not asked for.")
+      .def("release", &MoeSequence::release, "Calls all jobs done, so that a device that waits goes on.");
 }
 
 }  // namespace ktd

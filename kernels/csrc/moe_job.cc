@@ -1,5 +1,6 @@
 #include "moe_job.h"
 
+#include <immintrin.h>
 #include <string.h>
 
 #include <chrono>
@@ -10,7 +11,6 @@ namespace ktd {
 
 void MoeJob::run(void* job) noexcept {
   MoeJob& self = *static_cast<MoeJob*>(job);
-  const auto start = std::chrono::steady_clock::now();
   try {
     self.compute();
   } catch (const std::exception& error) {
@@ -23,9 +23,6 @@ void MoeJob::run(void* job) noexcept {
     } catch (...) {  // no memory for the sentence: the zeros remain
     }
   }
-  const auto spent = std::chrono::steady_clock::now() - start;
-  self.busy_.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count(),
-                       std::memory_order_relaxed);
 }
 
 void MoeJob::compute() {
@@ -42,6 +39,21 @@ std::string MoeJob::take_error() {
   std::string error = std::move(error_);
   error_.clear();
   return error;
+}
+
+int64_t serve(const std::vector<MoeJob*>& jobs, const MoeFlags& flags, int64_t first, int64_t patience) {
+  using Clock = std::chrono::steady_clock;
+  const int64_t count = static_cast<int64_t>(jobs.size());
+  for (; first < count; ++first) {
+    const Clock::time_point limit = Clock::now() + std::chrono::nanoseconds(patience);
+    while (flags.asked(first).load(std::memory_order_acquire) == 0) {
+      for (int i = 0; i < 16; ++i) _mm_pause();
+      if (Clock::now() > limit) return first;
+    }
+    MoeJob::run(jobs[static_cast<size_t>(first)]);
+    flags.done(first).store(1, std::memory_order_release);
+  }
+  return first;
 }
 
 }  // namespace ktd

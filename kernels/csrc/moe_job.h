@@ -1,16 +1,18 @@
-// A mixture of experts bound to fixed buffers, run by a CUDA stream through a host function.
+// Mixtures of experts bound to fixed buffers, run as another device asks for them: by a host function of its
+// stream, or by flags in memory.
 #pragma once
 
 #include <atomic>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "moe.h"
 
 namespace ktd {
 
-// The buffers are page-locked memory that the stream copies to and from; weights, buffers and Cpu outlive the
-// job. A CUDA graph captures the two addresses, so a job is never moved.
+// The buffers are page-locked memory that the device reads and writes too; weights, buffers and Cpu outlive
+// the job.
 class MoeJob {
  public:
   MoeJob(Cpu& cpu, const MoeArgs& args) : cpu_(cpu), args_(args) {}
@@ -24,17 +26,27 @@ class MoeJob {
   // What went wrong since the last call; empty where nothing did. From any thread.
   std::string take_error();
 
-  // Nanoseconds spent in `run` so far.
-  int64_t busy() const { return busy_.load(std::memory_order_relaxed); }
-
  private:
   void compute();
 
   Cpu& cpu_;
   const MoeArgs args_;
-  std::atomic<int64_t> busy_{0};
   std::mutex lock_;
   std::string error_;
 };
+
+// Words that a device sets when a job's buffers are filled, and waits for when it needs the result: one each
+// to a job, in cache lines of their own.
+struct MoeFlags {
+  static constexpr int64_t kLine = 16;  // words
+  int32_t* words;                       // [jobs][2][kLine]
+
+  std::atomic_ref<int32_t> asked(int64_t job) const { return std::atomic_ref(words[2 * job * kLine]); }
+  std::atomic_ref<int32_t> done(int64_t job) const { return std::atomic_ref(words[(2 * job + 1) * kLine]); }
+};
+
+// Runs jobs first, first + 1, ... in turn, each when it is asked for, until all are done or none was asked
+// for in `patience` nanoseconds. Returns the number of the first that was not run.
+int64_t serve(const std::vector<MoeJob*>& jobs, const MoeFlags& flags, int64_t first, int64_t patience);
 
 }  // namespace ktd

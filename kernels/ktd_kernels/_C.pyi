@@ -140,7 +140,7 @@ class Cpu:
 
 class MoeJob:
     """
-    Cpu.moe bound to its arguments, for a CUDA stream or graph to run as a host function.
+    Cpu.moe bound to its arguments, to be run whenever another device has filled them: by a host function of a CUDA stream, or in a MoeSequence.
     """
 
     def __init__(self, cpu: Cpu, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], first: int = 0) -> None:
@@ -155,11 +155,26 @@ class MoeJob:
     def data(self) -> int:
         """Address to call `function` with."""
 
-    @property
-    def seconds(self) -> float:
-        """Time spent in all runs so far."""
-
     def take_error(self) -> str:
         """
         What went wrong in a run since the last call, and left zeros in `out`; else an empty string.
         """
+
+class MoeSequence:
+    """Jobs that a device asks for one after the other in each step."""
+
+    def __init__(self, jobs: Sequence[MoeJob], flags: Annotated[NDArray[numpy.int32], dict(device='cpu')]) -> None:
+        """
+        flags int32 [jobs, 2, 16], which the device reads and writes too: it sets [i, 0, 0] to ask for job i and waits for [i, 1, 0].
+        """
+
+    def begin(self) -> None:
+        """Before a step: none is asked for, none done."""
+
+    def serve(self, seconds: float) -> bool:
+        """
+        Runs jobs as they are asked for; True when all are done, False after `seconds` in which the next was not asked for.
+        """
+
+    def release(self) -> None:
+        """Calls all jobs done, so that a device that waits goes on."""

@@ -5,6 +5,24 @@ alike. A wrong shape, type or layout raises ValueError or TypeError before anyth
 into `out`.
 """
 
-from ktd_kernels._C import Cpu, MoeJob, Weight, amx_refusal, cpu_features, isa_list, memory_bandwidth
+from ktd_kernels._C import (
+    Cpu,
+    MoeJob,
+    MoeSequence,
+    Weight,
+    amx_refusal,
+    cpu_features,
+    isa_list,
+    memory_bandwidth,
+)
 
-__all__ = ["Cpu", "MoeJob", "Weight", "amx_refusal", "cpu_features", "isa_list", "memory_bandwidth"]
+__all__ = [
+    "Cpu",
+    "MoeJob",
+    "MoeSequence",
+    "Weight",
+    "amx_refusal",
+    "cpu_features",
+    "isa_list",
+    "memory_bandwidth",
+]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ktd_kernels import MoeJob, Weight, cuda, triton
-from ktd_kernels.cuda import GpuWeight, readable
+from ktd_kernels.cuda import GpuWeight, mailbox, readable
 from ktd_kernels.upload import Uploader, WeightStream, stream
 
 
@@ -133,6 +133,13 @@ class Gpu:
         )
         if result:
             raise RuntimeError(f"the CUDA driver refused a host function: error {result}")
+
+    post = staticmethod(mailbox.post)
+    collect = staticmethod(mailbox.collect)
+
+    def busy(self) -> bool:
+        """Whether work is under way. Raises what went wrong on the device."""
+        return not self._main.query()
 
     @contextmanager
     def aside(self) -> Iterator[None]:

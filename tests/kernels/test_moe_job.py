@@ -1,22 +1,30 @@
-"""MoeJob called as a CUDA stream calls it: through its two addresses."""
+"""MoeJob and MoeSequence as a device uses them: through flags in memory."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import threading
+import time
 
 import numpy as np
 import pytest
 from kit_kernels import F32, normal, weight
 from numpy.typing import NDArray
 
-from ktd_kernels import Cpu, MoeJob, Weight
+from ktd_kernels import Cpu, MoeJob, MoeSequence, Weight
 
 EXPERTS, WIDTH, HIDDEN, USED = 8, 256, 512, 3
 
 
 def run(job: MoeJob) -> None:
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(MoeJob.function)(job.data)
+    """As one that was asked for already."""
+    flags = np.ones((1, 2, 16), np.int32)
+    sequence = MoeSequence([job], flags)
+    sequence.begin()
+    assert not flags[0, :, 0].any()
+    flags[0, 0, 0] = 1
+    assert sequence.serve(0.0)
+    assert flags[0, 1, 0] == 1
 
 
 def arguments(n: int) -> tuple[F32, NDArray[np.int32], F32, F32]:
@@ -50,7 +58,6 @@ def test_a_run_gives_the_bits_of_moe_and_reads_its_buffers_anew(cpu: Cpu, n: int
         run(job)
         assert np.array_equal(out, expected)
     assert job.take_error() == ""
-    assert job.seconds > 0
 
 
 def test_what_a_job_needs_lives_as_long_as_the_job() -> None:
@@ -102,3 +109,54 @@ def test_buffers_of_other_sizes_are_refused(cpu: Cpu) -> None:
         MoeJob(cpu, *stacks(), x, ids, scales, out[:1])
     with pytest.raises(ValueError, match="weights has shape"):
         MoeJob(cpu, *stacks(), x, ids, scales[:, :2].copy(), out)
+
+
+def test_jobs_run_in_turn_when_they_are_asked_for(cpu: Cpu) -> None:
+    """A device that asks for each layer with what came of the one before."""
+    weights = stacks()
+    x, ids, scales, out = arguments(1)
+    flags = np.zeros((4, 2, 16), np.int32)
+    sequence = MoeSequence([MoeJob(cpu, *weights, x, ids, scales, out) for _ in flags], flags)
+    expected, results = x.copy(), list[F32]()
+    for _ in range(3):
+        sequence.begin()
+        results.clear()
+
+        def device() -> None:
+            for asked, done in flags[:, :, 0:1]:
+                asked[0] = 1
+                while not done[0]:
+                    time.sleep(0)
+                results.append(out.copy())
+                np.divide(out, np.abs(out).max(), out=x)
+
+        x[:] = expected = normal(1, 1, HIDDEN)
+        thread = threading.Thread(target=device)
+        thread.start()
+        assert sequence.serve(30.0)
+        thread.join()
+        for result in results:
+            mine = np.empty_like(out)
+            cpu.moe(*weights, expected, ids, scales, mine)
+            assert np.array_equal(result, mine)
+            expected = mine / np.abs(mine).max()
+
+
+def test_a_device_that_stops_asking_is_told_and_can_be_released(cpu: Cpu) -> None:
+    x, ids, scales, out = arguments(1)
+    flags = np.zeros((3, 2, 16), np.int32)
+    sequence = MoeSequence([MoeJob(cpu, *stacks(), x, ids, scales, out) for _ in flags], flags)
+    sequence.begin()
+    flags[0, 0, 0] = flags[2, 0, 0] = 1  # not the second
+    assert not sequence.serve(0.01)
+    assert list(flags[:, 1, 0]) == [1, 0, 0]
+    flags[1, 0, 0] = 1
+    assert sequence.serve(0.01)
+    sequence.begin()
+    sequence.release()
+    assert list(flags[:, 1, 0]) == [1, 1, 1]
+
+
+def test_flags_of_another_size_are_refused(cpu: Cpu) -> None:
+    with pytest.raises(ValueError, match="flags has shape"):
+        MoeSequence([], np.zeros((1, 2, 16), np.int32))

@@ -3,13 +3,18 @@ the sum comes back in another, and the GPU computes the shared experts meanwhile
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ktd.model.config import ModelConfig
 from ktd.model.device import Device
 from ktd.model.ffn import Experts
 from ktd.model.workspace import Views, expert_inputs
-from ktd_kernels import Cpu, MoeJob
+from ktd_kernels import Cpu, MoeJob, MoeSequence
+
+# Seconds without a question after which the device is asked whether it still works.
+_PATIENCE = 0.2
 
 
 class Exchange:
@@ -51,47 +56,71 @@ class Exchange:
         """On the device, after `fetch`."""
         return self._image[:n]
 
+    def post(self, v: Views, flag: torch.Tensor) -> None:
+        """Device to host, told by `flag`."""
+        self.device.post(v.to_experts, self._sent[: v.to_experts.numel()], flag)
 
-class StreamExperts:
-    """The stream itself calls the CPU, so that a whole step can be one captured graph."""
+    def collect(self, v: Views, flag: torch.Tensor) -> None:
+        """Adds the sums to v.x once `flag` is set on the host."""
+        self.device.collect(self._sums[: v.n], flag, v.x)
 
-    def __init__(self, exchange: Exchange, cpu: Cpu) -> None:
+
+class MailedExperts:
+    """For captured steps: the device leaves its rows on the host and goes on; the thread that has started the
+    step computes them, layer by layer, and the device takes the sums when it needs them."""
+
+    def __init__(self, exchange: Exchange, cpu: Cpu, layers: Sequence[Experts]) -> None:
         self._exchange = exchange
         self._cpu = cpu
-        self._jobs: dict[tuple[int, int], MoeJob] = {}
+        self._layers = layers
+        self._place = {experts.layer: place for place, experts in enumerate(layers)}
+        self._flags = exchange.device.pinned((len(layers), 2, 16), torch.int32)
+        self._runs: dict[int, tuple[list[MoeJob], MoeSequence]] = {}
 
     def start(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
-        with self._exchange.device.aside():
-            self._exchange.send(v)
-            if not self._exchange.idle:
-                self._exchange.device.launch(self._job(experts, v.n))
-            self._exchange.fetch(v.n)
+        flag = self._flags[self._place[experts.layer], 0, :1]
+        self._exchange.post(v, flag)
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
-        self._exchange.device.join()
-        v.x.add_(self._exchange.sums(v.n))
+        flag = self._flags[self._place[experts.layer], 1, :1]
+        self._exchange.collect(v, flag)
 
-    def check(self) -> None:
-        """After the step: raises RuntimeError where a layer's experts could not be computed."""
-        errors = [(layer, error) for (layer, _), job in self._jobs.items() if (error := job.take_error())]
+    def rehearse(self, v: Views) -> None:
+        """All that a capture must not be the first to do."""
+        self._flags.fill_(1)
+        for experts in self._layers[:1]:
+            self.start(experts, v)
+            self.finish(experts, v)
+
+    def run(self, step: Callable[[], None], n: int) -> None:
+        """Launches a captured step of `n` rows and computes what it asks for. Raises RuntimeError where a
+        layer's experts could not be computed, or the device stopped asking."""
+        jobs, sequence = self._runs.get(n) or self._prepare(n)
+        sequence.begin()
+        step()
+        try:
+            while not sequence.serve(_PATIENCE):
+                if not self._exchange.device.busy():
+                    raise RuntimeError("the device ended the step before all its experts were asked for")
+        finally:
+            sequence.release()
+        errors = [
+            (e.layer, error) for e, job in zip(self._layers, jobs, strict=True) if (error := job.take_error())
+        ]
         if errors:
             raise RuntimeError("the experts of layer {} failed: {}".format(*errors[0]))
 
-    def seconds(self) -> float:
-        """Time that the CPU has spent on experts in all steps so far."""
-        return sum(job.seconds for job in self._jobs.values())
-
-    def _job(self, experts: Experts, n: int) -> MoeJob:
-        key = (experts.layer, n)
-        if key not in self._jobs:
-            self._jobs[key] = self._exchange.job(self._cpu, experts, n)
-        return self._jobs[key]
+    def _prepare(self, n: int) -> tuple[list[MoeJob], MoeSequence]:
+        jobs = [self._exchange.job(self._cpu, experts, n) for experts in self._layers]
+        self._runs[n] = jobs, MoeSequence(jobs, self._flags.numpy())
+        return self._runs[n]
 
 
 class PromptExperts:
-    """The calling thread computes; for chunks of a prompt, whose progress is told layer by layer."""
+    """The calling thread computes and launches in turns; for chunks of a prompt, whose progress is told layer
+    by layer, and for drawn rows too many for a captured step."""
 
     def __init__(self, exchange: Exchange, cpu: Cpu) -> None:
         self._exchange = exchange

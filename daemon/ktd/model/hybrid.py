@@ -152,13 +152,11 @@ class HybridModel:
         width = self._fill(batch, cache)
         self._drawn_steps(n, width, cache)
         self._synchronize()
-        for stage in self._stages:
-            stage.check()
         logits: F32 = self._logits[:n].numpy()
         return logits
 
     def _drawn_steps(self, n: int, width: int, cache: LatentCache) -> None:
-        """From the inputs on the host to the logits there; not awaited."""
+        """From the inputs on the host to the logits there; what the last device does is not awaited."""
         for stage in self._stages:
             with stage.turn():
                 stage.drawn(n, width, cache)

@@ -18,7 +18,8 @@ from ktd.model.batch import Batch
 from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Stack, Tick, Wanted
 from ktd.model.device import Device
-from ktd.model.exchange import Exchange, PromptExperts, StreamExperts
+from ktd.model.exchange import Exchange, MailedExperts, PromptExperts
+from ktd.model.ffn import Elsewhere
 from ktd.model.inputs import Inputs
 from ktd.model.placement import Placement
 from ktd.model.rope import rope_table
@@ -70,7 +71,7 @@ class Stage:
         self._workspace = Workspace(config, device)
         self._workspace.reserve(rows, logit_rows if self._last else 0)
         self.exchange = Exchange(device, config, rows)
-        self._stream_experts = StreamExperts(self.exchange, self._cpu)
+        self._mailed_experts = MailedExperts(self.exchange, self._cpu, self._stack.elsewhere)
         self.prompt_experts = PromptExperts(self.exchange, self._cpu)
         self.shares = Shares(
             device, self._cpu, self.exchange, self._workspace, self.prompt_experts, self.sendable, rows
@@ -108,20 +109,22 @@ class Stage:
         return self.shares.experts.get(size, self.prompt_experts)
 
     def drawn(self, n: int, width: int, cache: LatentCache) -> None:
-        """n drawn rows, by a captured graph if there is one; awaits nothing."""
+        """n drawn rows, by a captured graph if there is one. Returns when the CPU's part is done; raises
+        RuntimeError where a layer's experts could not be computed."""
         step = self._graphs.get((n, width))
         if step is None:
-            self._drawn_step(n, width, cache)
+            self._drawn_step(n, width, cache, self.prompt_experts)
         else:
-            step()
+            self._mailed_experts.run(step, n)
 
-    def _drawn_step(self, n: int, width: int, cache: LatentCache) -> None:
-        """From the inputs on the host to what goes out; awaits and allocates nothing."""
+    def _drawn_step(self, n: int, width: int, cache: LatentCache, experts: Elsewhere) -> None:
+        """From the inputs on the host to what goes out; allocates nothing, and awaits nothing that `experts`
+        do not."""
         ops = self.device.rows
         rows = self.inputs.send(n, width)
         v = self._workspace.rows(n)
         v.x.copy_(self._hidden[:n], non_blocking=True)
-        self._stack.forward(ops, rows, cache, self._table, v, elsewhere=self._stream_experts)
+        self._stack.forward(ops, rows, cache, self._table, v, elsewhere=experts)
         if self._last:
             logits = self._workspace.logits(n)
             self._stack.head(ops, v, logits)
@@ -129,11 +132,10 @@ class Stage:
         else:
             self._hidden[:n].copy_(v.x, non_blocking=True)
 
-    def check(self) -> None:
-        """After drawn rows: raises RuntimeError where a layer's experts could not be computed."""
-        self._stream_experts.check()
-
     def capture(self, shapes: Sequence[tuple[int, int]], cache: LatentCache) -> None:
         """Makes graphs of steps of n drawn rows and page tables of a width, which have run once."""
+        self._mailed_experts.rehearse(self._workspace.rows(1))
+        self.device.synchronize()
         for shape in shapes:
-            self._graphs[shape] = self.device.capture(partial(self._drawn_step, *shape, cache))
+            step = partial(self._drawn_step, *shape, cache, self._mailed_experts)
+            self._graphs[shape] = self.device.capture(step)

@@ -78,6 +78,11 @@ def unpack_cubin(ggml_type: int, arch: int) -> bytes:
     return _cubin(f"unpack-{kind.name}", "unpack.cu", arch, (f"KTD_TYPE={kind.name}", *entries))
 
 
+def mailbox_cubin(arch: int) -> bytes:
+    """Exchange of words with the host for sm_`arch`."""
+    return _cubin("mailbox", "mailbox.cu", arch)
+
+
 def activation_cubin(arch: int) -> bytes:
     """Quantisation of activations and SwiGLU for sm_`arch`."""
     return _cubin("activations", "activations.cu", arch)

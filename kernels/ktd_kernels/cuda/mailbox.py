@@ -1,0 +1,77 @@
+"""Words that a stream leaves for a thread of the host and takes back from it, by flags in page-locked
+memory.
+
+A host function would do the same through the driver, which wakes a thread of its own for it: some 60 µs more
+for each exchange than a thread that watches the flag.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from ktd_kernels.cuda import kernels
+from ktd_kernels.cuda.driver import Module
+from ktd_kernels.cuda.weight import architecture
+
+_THREADS = 256
+# A block for so many words: enough on their way at a time for the latency of the bus, no more blocks than fit
+# beside the work that goes on meanwhile.
+_WORDS, _MOST_BLOCKS = 1024, 32
+
+
+class PostArgs(ctypes.Structure):
+    """PostArgs of mailbox.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("source", "target", "flag", "arrived")),
+        ("count", ctypes.c_int),
+    )
+
+
+class CollectArgs(ctypes.Structure):
+    """CollectArgs of mailbox.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("source", "flag", "out")),
+        ("count", ctypes.c_int),
+    )
+
+
+def post(source: torch.Tensor, target: torch.Tensor, flag: torch.Tensor) -> None:
+    """Copies 4-byte words [n] of the device to the host, then sets `flag`, int32 [1] of the host, to 1."""
+    words = _words(source)
+    args = PostArgs(source.data_ptr(), target.data_ptr(), flag.data_ptr(), count=words)
+    args.arrived = _arrived(source.device.index).data_ptr()
+    _module(source.device.index).function("post").launch((_blocks(words), 1), _THREADS, args)
+
+
+def collect(source: torch.Tensor, flag: torch.Tensor, out: torch.Tensor) -> None:
+    """Once the host has set `flag`, int32 [1], adds its floats `source` to `out`, as many, of the device."""
+    words = _words(out)
+    args = CollectArgs(source.data_ptr(), flag.data_ptr(), out.data_ptr(), words)
+    _module(out.device.index).function("collect").launch((_blocks(words), 1), _THREADS, args)
+
+
+def _words(x: torch.Tensor) -> int:
+    if not x.is_contiguous() or x.dtype.itemsize != 4:
+        raise ValueError("what is exchanged must be contiguous words of four bytes")
+    return x.numel()
+
+
+def _blocks(words: int) -> int:
+    return min(-(-words // _WORDS), _MOST_BLOCKS)
+
+
+@functools.cache
+def _module(device: int) -> Module:
+    with torch.cuda.device(device):
+        return Module(kernels.mailbox_cubin(architecture(device)))
+
+
+@functools.cache
+def _arrived(device: int) -> torch.Tensor:
+    """Blocks of a `post` that have arrived; one post at a time runs on a device."""
+    return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
