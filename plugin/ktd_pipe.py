@@ -1262,7 +1262,32 @@ def read_options(body: Mapping[str, Any]) -> Json:
             int(read_number("logit_bias", token, int)): read_number("logit_bias", value, float)
             for token, value in bias.items()
         }
+    wanted = body.get("response_format")
+    if isinstance(wanted, str) and wanted.lstrip().startswith("{"):  # a custom parameter is typed as text
+        with contextlib.suppress(ValueError, RecursionError):
+            wanted = json.loads(wanted)
+    if wanted not in (None, "", {}):
+        options["response_format"] = wanted
     return options
+
+
+def grpc_format(wanted: object) -> Json:
+    """The field of ktd.v1.ChatRequest for OpenAI's response_format; no field for plain text."""
+    kind = wanted.get("type") if isinstance(wanted, dict) else wanted
+    if kind == "text":
+        return {}
+    if isinstance(wanted, dict):
+        given = wanted.get("json_schema", wanted)
+        schema = given.get("schema") if isinstance(given, dict) else None
+        if isinstance(schema, dict) and kind in ("json_object", "json_schema"):
+            lenient = given.get("strict") is False
+            return {"json_schema": {"schema_json": json.dumps(schema), "lenient": lenient}}
+        if kind == "json_object":
+            return {"json_object": {}}
+    expected = 'text, json_object, or json_schema with a "schema"'
+    raise PipeError(
+        "bad_value", name="response_format", value=wanted, wanted=expected, code="invalid_request"
+    )
 
 
 def read_thinking(body: Mapping[str, Any], *choices: str) -> bool | None:
@@ -1399,41 +1424,43 @@ async def paced(
 
 # >>> embedded by plugin/embed.py: proto/ktd_proto/v1/engine.proto as a FileDescriptorProto, base85
 SCHEMA = (
-    "3K?s3WM6P{Z**@jb}=tyZf9w3WiD`XZ**@G25WR=E_N{@`~eCJLug@iQe|;<Wpi{A4GINqZ)9a`7y%#wC<ziF3J7gwb8}&5Wpfw;"
-    "AOk21G7m0mbYw1eF)mGIb8}&5WfCF^2y<a=aBOLAXBYz@0VoSH5H4$UWG;3wE>mG`aBOLAXA%_(2y|#^Zfj|7XBY$^0VoJa0Ehtr"
+    "3K?s3WM6P{Z**@jb}=tyZf9w3WiD`XZ**@G25WR=E_N{@<pK%|Lug@iQe|;<Wpi{A4GINqZ)9a`7y%#wC<ziF3J7gwb8}&5Wpfw;"
+    "AOk21G7m0mbYw1eF)mGIb8}&5WfCF^2y<a=aBOLAXBYz@0VoSH5H4$UWG;3wE>mG`aBOLAXA%_(2y|#^Zfj|7XBY$^0VoJa0f+$s"
     "5*`W`V{dMBX>N68UuJ1;VQgP*Wpi_3XJr@#AOR={5)ujua%FLKWpi|2X=E4%AOR=|5+Vu+aB^vHa%psV7zZE$C=N0ZE^BmTE_N|4"
-    "P;zN+a%psV5*rEybZ>8La~KF911JkJ3@&SQWG;3wE>v%CY(fhP314(*X>Mz2Zf7EY3I|PPb8}&5WfBYu1afa|Wf%b<0VoL)4+;lk"
-    "Z*FvDZgdy|AOR=|5*Z2+a%Ew2Z*FOBXJ2D)ZggdCbQl950VoL)Bnk?2Z*Od0V_|G;a~K3511JkJ5H4$UWG;3wE>v%CY(rseY!Va-"
-    "40LaAY+qwxY;0d?WEce?0VoL~LJ9;_Z*Oc83<?BpVQpm?0U!Y=2@(?u3uI+;V{&P5bZKvH7y=*xC<zi53J-8$a$#*{bY*gLUutu2"
-    "ZWsd~0VoL~O9}{7Z*OcvVQg#?3JL;gWEcS;0VoL)3<?BpVQpm?0w4h>2@)0x4q<X<b!}yCbaP*7b8l`K10Vq?2@(wo1!-<%Wq23_"
-    "AOR>1BIyGP2vcEgaBOLAXA&3+3v^{|aAk5~bairN7y%#wC;~_Thyei-5())$Z*X657y=*xC;~_Uhyei-5())$Z*X607y}>yC=Eyg"
-    "hyei-5())vX>MO|7z7{zC;~_Whyei-9|{t3WpHJ5X>@6CZeMU^ZeeV6c^CyC0Vo1U1c(6v5*-Q<aB^jHWo~0-UvOn^VQh4H7zQ8#"
-    "C;~_Yhyei-9tsg=a%FLKWo~16UvOn^VQh4H7zZE$C;~_Zhyei-5efuzWo2X-2p|C{1V{&n0Ra*h3JPsucwcmHYh`Y87zrQ&C<90c"
-    "hyei-3<?BubZ>AN3Lpb02@*333T$s@X>?y=X<>613m^k13o;)rYjk8Tb}=qfVQp}1X>MmOOmAmtbV6xib46}+a(Nms3Jy$fXK8do"
-    "X<>6kZgg^a5(^3gYh`&D0U!Y=4H69s1$JR<b!8X=AOR=>Is!NWLJkTHUvy<{aAk5~bairNLI?^5UvzJ9UvNSQ3I<<vZ*X60LI?^5"
-    "Uu|h_UvNSd3KL&)WpHJ5X>@6CZeMU^ZeeV6c|sEk5npg}Wpib2V`X1(Wo}_?ba_G)3KCyta%FLKWo~16UvOn^VQh4HLI(;3Uvp(;"
-    "WI_!J3tw$vcwcmHYh`Y8BDVqx2}5XMbVYV$Zgdh73JP*%adl;LbYE#?7y%#wC<zh}3J7y$adl;GV`UfuAOR=@5+Di&adl;NWn>rw"
-    "AOR=~G7c_lbYw1eF)mScWp!m_NB|Nd3I}j<WoBt?Y#0O}0VoSH4=!tTWG;3wE>Lo1W@&6}NB|Nh3JG#$VRLV8X>Mm21t0+^3o;Qd"
-    "Yjk8Tb}=qeWnpt~ZfS03NB|Nb3I<_rb9ZHO7zQ8#C<`(UE^BmTE_N|4L2h$*WpYRW5+w==bZ>8LUt?ixY#0Y10VoSH5H4$UWG;3w"
-    "E>v%CY(rseY)AkS9ts6@b75y?7ziK%C<`(TE^BmTE_N|4RdZoyWk>)LBnk*-X>MtAXk}y=2_OL|3o;NcYjk8Tb}=qSX>MtAXk}zb"
-    "073@}1!Z<+Zge6V3I<ViWp!m_5)cXqaBp*IbZKvH7y%#wC=DV(3I|YfWoBt?Y!VC#1Y~b+Wf%b<0VoX;4GINxZ**a77y=*xC=C)B"
-    "3K4W~Yh`Y8UvOn|Uvp(+Z*F8510Vq?0U{X+2~uTYb8l{GZf6n<3Iudzcyt&6AOR=|A{Gh;L2h$*WpWY>3Iudzcyt&6AOR=|BC-Jr"
-    "1yyrlXJrx<3Jq{_Z*6dNUvzJ4Wo~mA0U!Y=4H6X!4P#+rXk}zybZ={AZgUs{AOR>15*Z2+V{dJ6Y-Mz5Z*E_7Z);_4a~K040VoX;"
-    "7zz+_Wnpt~ZfS03UvzJ4Wo~mA1Rwz@4H6X!4RLj4b!A_3Wn*t{WOEn=AOR==5*G>&aB^j4X>4p?b7f<1Ze(*91|R__0TLDp4rFCx"
-    "Z)9a(b7f<1Ze(*92Ot3`0U|I82u5jcX>(|0WD+C_26AO#b8l`K0U!Y=4l)!jYjk8Tb}=qSX>MtAXi{Zib8l`U6ABSbX>)W<Z)9a`"
-    "b5dn-b!BsOA~OmSOlfm;O>bmnY;#g&b8v5Nb7c}83I=U&WMyn~7y%#yC<`(TE^BmTE_N|4O>bmnY$A^V3I$DXWMym;3JL;gWEcS;"
-    "0VoL)5ef-rX>4U*ZeeX@7y=*xC<zi23JhU#V`yn~Wn*-8a%C6;AOR=|5)ujuaA9&`ZDn+2a&s62AOR=@5*7*$V{dMBWq5R7Y-Mg|"
-    "bZ8g_AOR>15)=vyadlyCbZK*8bZKvH7zQ8#C<zh|3I}6yWnpw>WEck^0Vo3^5(*GUWpq<?VRUtKQe|;<Wpi{Q=K=~5M`d(VbYXOL"
-    "b5dn<aBpsNWfCq51#@&^bY&O;AOR>2G9NB$bYw1eF)l}CbW?O;baiu5Wpi+EZgXWWQ*>c;WfBhx2X<w0b7^mG7y=*xC<zh^3Il0#"
-    "VHg7-0VoL)4+;l#XmVv?WOEn<AOR>15)TRoa&>NQX>Mm21t0+^4H6Fu2X|p<bZKs97zQ8#C=C)53JY*yXJvC=bZ>NFY#0Y10VoX;"
-    "5()}%VP|D?UuJS;Wf%w`0VoX;777k^aCB*HWnXh;V{dL`a~KIA0Vn|y6$%Y(Z((F#aB^>Fa%FRK7z!W(C;<`=3I}avb8}&5Wf%(}"
-    "0VoL~XbJ^WbYXO55)}#&Q&d4zMPF4;Q&2@iNk&OUL=XTH5ef}cR6$flUrbLyL`hCZ5CIYo3JX(IK~zOwQbj>TSr7se5(*AeR6$fl"
-    "Uqn(tNlr;lM-T%N5DE-aR6$flUq(SmOhrTx1S(4k2vBlqZ*pmLc@h{36i`x0Pf|%#SzlF7Q&2@iNk&OUL=XTH6ABMdQb|uzNmN;1"
-    "PES%zK}-+<5)cXuP*O=xQb|-<UrbL|5CSTF3JgYRZfSF9Qe|OtZ*CGD3K>R8PDxWpUs6RuQ%_D`RZde-MMFtONkv2u01_4o5=Kc*"
-    "NmEE)Qbj>iPflM`R8LS40TLJr6h=u-NmEE)Qbj>iPflM<MNUUlNDu-N910jlNlr;qNMBM#K~qmoUsO*|OkYDmOiWV{12Vw@3I;`P"
-    "XK8L_5-<t`Lug@i5)&?KbYw1eF)l-BVRTYuadl;LbQ%#ZYjk8Tb}=qPXkm0kc4cmKFaZ)n3JOeVb97B_WMyn~5*aRQbYw1eF)mDL"
-    "b97B_WMyn~Qe|;<Wpi{I8ZK*eWG;3wE=*~2bWLw$Wo&a&Wpi+EZgXW4Kne**Wpq<?VRUtK5*RLPbYw1eF)l}CbW?O;baiu5WpQ<7"
-    "b95RRE^BmTE_N|4M`d(VbYXOLb5dn<aBpsNWnu<!a&L5RGX"
+    "P;zN+a%psV5*rEybZ>8La~KF911JkJ3@&SQWG;3wE>v%CY!WF73u<$3ZeMR=YGq?|7zrQ&C<`(YE^BmTE_N|4N^@^+Phx6iV{}LW"
+    "5-AD`YIARHUvpz<Wo=;?3LpU}3o;TeYjk8Tb}=qWb8l`_V`yb<VMqW%5eg4-Wpi+EZgXW{W^ZzBVRS+Z3JG6yXlZV1X>MmC3<?TL"
+    "b8l`>Vrpe$bRsee3QBWtZc}4uWo=;+6ABA+V`yb<VP9%<Z*CX?AOR=|5)TRoY-Mg~Wo~pB0w4h>2qJ$92Tf&jb75y?5)29ia&K&9"
+    "7y%#wC<zh|3I}6vZggdCbQl640VoL)843|{Wnpt~ZfS03Ut@1>bY*UI7y}>yC<ziI3JP>@Z){&<VQg%37z7{#C<`(WE^BmTE_N|4"
+    "RBvx=Lt$)e5)=vybZ>8LUt?ixY+q?)7zH2!C<!7$3ItSdZ)_3_3IuLpZDkk%AOR=|5)%pwWMy+>a%pgMX>V>A0w4h>2@)3y4{%{}"
+    "VQpn}WpZ<0YIARH7y}>yC<!7<3J6qhZ)`(hY-|z=3Ib_l7y%#wC<zh_3IuLpZDkk&AOR=|5*7*$VRC16ZDnqBb6;w6Z*CX^AOR=|"
+    "5)BFkX>Md?co+mA0VoY3=>rM~Q(<jzY-w(15*P{#bY*RDWpZJ3b#i4G0U!Y=0!RRe0Ra*c3I%j;a9?m30w4h>0!RUf0Ra*c3I%j;"
+    "a9?W}10Vq?4M+lr0Ra*c3I%OxZeMU11Rwz@0!Rah0Ra*p3KDW<aAkC9bZKvHUvOn^VQh4H7zH2!C;~_Xhyei-9SRU|a%FR6ZewL%"
+    "aAj^`Y;<`T1|R__0!Rgj0Ra*o3K3><WpQ<7Zew|0aAj^`Y;<`T2Ot3`0!Rjk0Ra*b3IuayWn>r#AOR=@NC$`k0TLGq3T<I{UvzJ4"
+    "Wo~mA2_OL|14syn0Ra*W3Iua>Z*Uk2AOk1~5;F=4Y;R|2bYEg=VRIM@AOk21G9NB$bYw1eF)mYKZE$R9Zf7n`Z)a(ALTO=hMQ(I*"
+    "c^WVZ4oq)nX>>wqVRJ=pbaHtT3km~kWqB9@AOR>15)BFkc42IFWf%e=0Vo1G0yqIe4hjrkbY*RDWpZJ3b#i4w2nq&YbZ>B9a6$+Q"
+    "248e<a9?Xe2nq&YZE0>_a6%Od6JK&=aAkC9bZKvHUvOn^VQh4HLK6xRUvP3|b7gL0WnXY*ZeeV6c|sHl5?^L=WpQ<7Zew|0aAj^`"
+    "Y;<`-2MPsWb7f^@LJbNFUu|J{UvzJ4Wo~mKw*m?YLug@iMRsLwbP^H@3UXy}b!BsOUuk3*0U!Y=2@((r2y<m|b!Bd2Wf%e=0Vo6#"
+    "APNR?b!ByBWEcY=0VoSH4lZkSWG;3wE>U%5b!B8o01_e!2XJy_W@&6}7z7{zC<`(VE^BmTE_N|4P;zBvX>4pr01_q&336p&b8l{G"
+    "Zf6(;AOR=~G7&CobYw1eF)mVNVRLV8X>Mmo01_Yy24QY<cV%)I1|R__3o;HaYjk8Tb}=qNZgY2Ka!3FYB?<|2Z*Od0V_|G;7zZE$"
+    "C<`(WE^BmTE_N|4RBvx=Lt$)eNB|NZ3I%m@VP|C+2p|C{3o;EZYjk8Tb}=qhb75y?NB|Nf3J7LtZfSF9Wn>r$AOR=~G7v6nbYw1e"
+    "F)l`FZfSF9Wn@SILI(;3Wp-t5bRrrG22piob!B7{5DExzZ*ysMX>V>A0U!Y=4I)7b2T*clW@&6}5)29iWN&U|7y%#wC=C(~3I%j;"
+    "bYW~50w4h>4H6j&5p-{BWo~m{aAk5|b7f<1Ze$n(AOR==A{hz^Qe|OtZ*FOBXA%qw1axJ1bQl330VoL~777MIZgY2KauN&*1axJ1"
+    "bQl330VoL~vH=PORdZoyWfBz%4RCUAZE$p7bZ={AZgUs`AOR>15)}#!V_{=xWn^D;Z);_4a~J|30VoX;843|&Z*6dFWprt8ZeMh7"
+    "Yh`Y87y}>yC=C)A3J`K-VRLV8X>Mm<bZ={AZgUs}AOR>15)}#!adl;NWnXh;V{dL`a~K660Vn|y7YYw>a%E;|Y;0e1Wn*t{WOEn>"
+    "AOR==5*7*$WMyM-WMyA-Wn*t{WOEn?AOR==A}|UFMrm$ob7*B`5+n)+a%Ew2Z*CX?AOR>2G88UrbYw1eF)l`FZfSF9Qe|OtZ*C$J"
+    "3K2|cb97B_WMyn~Qe|;<Wpi{QGYS$+X>)W<Z)9a`b5dn<aBpsNWfC0<25oO-Wo&a80U!e?3o;EZYjk8Tb}=qZZ)9a`B98$I1x;^c"
+    "Wo!}(3Ib_l7y%#wC<zh~3JGRuY-L|=VQpm?0w4h>2@(_v3}JF(XlZn1V{~<LWf%h>0VoL)5()}%VRB(@Wprh7a~K350Vo6#777ky"
+    "Z*FvDcywQEWo~D5Xcz?`0VoX;6bcM+bzyFFX>(z8X>V>A1|R__2@($q2V-(&VRU6=7zZE$C<7uA3J^zSbW?O;baiu5WpQ<7b95r-"
+    "0tyjFWpq<?VRUtKQe|^+Z*FsC5-th_b97;JWf%b<0VobKA1-TjWG;3wE=Of_Q*>c;b#qc>b8v5Nb7d}5bYXO55)TRoc4cyNX>V>A"
+    "0w4h>2@(qm18H+%7y}>yC<zh|3I}v(a%Ev;a~K350VoX;4+;lzb#88HZf6(;AOR>15)TRocVTICX>Mm21|R__4H6Ry3vgj)WpiJ2"
+    "Z**a77zZE$C=C)43JP#xXJvC=W^!d^7ziK%C=C)83J!H}bZKp6Uvp(+Z*F9B7zrQ&C;<``3Jq*;VPs!$a&KpHWpi^F3LpU}0TK@i"
+    "2W@3@b75y?7z-c)C<!8H3I$ViVRU5@6$%kkR6$flUsX<1P(?#YMoC3P5C9Sp3Jp_KK~zOwOiw{XNlr%)0TK@i3sY1<R7GD>ML|Sa"
+    "5CRes3Jz0LK~zOwL{dRXPDxHj5Cakr3Jg<JK~zOwMnOqTMMMw;DoY9oP;zN+a%psV5*P{;P*O=xQb|-<UsX<1P(?#YMoC3P5C9Sr"
+    "3J*|HNl#KqR9Rn6Pf|@mOb`JQ5DE-XQb|uzNmN;1Oix!30xEq93`S{gX>({&Wnpt~ZW0{|8AeG?NmEE)Qbj>iPflM|PE$}tLrF$S"
+    "MMMw)5*7*)MoCUdQ%GM@ML|<fPG3`0Pf!p65*P{;MoCUdQ%GM@ML|<fPG3w#PDfNo5CRe$3K&L7PDxWpUs6RuQ%_D`R8LP#UqeAm"
+    "Oj8g8GQj}~21RaXX>Mf_FbV`iXkl~`6E16XWG;3wE<<QxbW&w;b!BsO8WApQbYw1eF)l-BVRS`yWo~pZ0TM$B3QTEpbWLw$Wo&a2"
+    "87^ydWG;3wE=*~2bWLw$Wo&a&WpQ<7b95RSE^BmTE_N|4Olfm;O>bmnY;#g&b8v5Nb7c}h3JFJLbW?O;baitQ7%ppcWG;3wE=Of_"
+    "Q*>c;b#qc>adl;LbQ&2hYjk8Tb}=qTWpq<?VRUtKQe|^+Z*FsCVg_(>Z**@n"
 )
 # <<< embedded
 
@@ -1514,6 +1541,7 @@ def _authorization(target: Target) -> tuple[tuple[str, str], ...]:
 def grpc_request(job: Job, wire: Wire) -> Any:
     """The ktd.v1.ChatRequest of a job."""
     request = wire["ChatRequest"](
+        **grpc_format(job.options.get("response_format", "text")),
         model=job.model,
         continue_final_message=job.continues,
         request_id=f"owui-{uuid.uuid4().hex[:12]}",
@@ -1543,6 +1571,8 @@ def grpc_request(job: Job, wire: Wire) -> Any:
     request.sampling.SetInParent()
     for name, value in job.options.items():
         try:
+            if name == "response_format":
+                continue
             if name == "stop":
                 request.sampling.stop.extend(value)
             elif name == "logit_bias":

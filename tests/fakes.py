@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import cast
 
 from ktd.chat import ServedModel
 from ktd.errors import Busy, EngineFailure, Unavailable
 from ktd.types import (
+    ChatRequest,
+    Constraint,
     Ended,
     EngineEvent,
     EngineStatus,
@@ -70,6 +73,10 @@ class FakeText:
     ) -> FakePrompt:
         text = "\n" * (len(messages) - 1) + messages[-1].content
         return FakePrompt(self.encode(text), opens_thought=thinking is True)
+
+    def constraint(self, request: ChatRequest, ids: Sequence[int], opens_thought: bool) -> Constraint:
+        """The request itself: FakeEngine says what its script says."""
+        return cast(Constraint, request)
 
     def detokenizer(self) -> FakeDetokenizer:
         return FakeDetokenizer()

@@ -152,6 +152,7 @@ class Terminal:
             continue_final_message=False,
             priority=Priority.NORMAL,
             tools=[],
+            schema=None,
             defaults=self._defaults,
         )
         async with aclosing(self._chat(request)) as events:

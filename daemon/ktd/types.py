@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 
 class Priority(Enum):
@@ -72,6 +76,17 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerSchema:
+    """The answer, not the thought before it, must be JSON that `schema` allows, a JSON schema as text.
+
+    `lenient`: what of the schema cannot be enforced is ignored instead of refused.
+    """
+
+    schema: str
+    lenient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A checked chat request. `max_tokens` counts thought and answer; None means what the context leaves."""
 
@@ -84,14 +99,29 @@ class ChatRequest:
     continue_final_message: bool = False
     priority: Priority = Priority.NORMAL
     tools: Sequence[Tool] = ()
+    schema: AnswerSchema | None = None
+
+
+class Constraint(Protocol):
+    """Which tokens one request may draw next. Used by the engine thread alone; raises EngineFailure."""
+
+    def mask(self, logits: npt.NDArray[np.float32]) -> None:
+        """Sets `logits` [vocab] of the tokens that may not come next to -inf."""
+
+    def accept(self, token: int) -> None:
+        """`token` was drawn."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether only the end may follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What the engine is asked for: token ids in, token ids out.
 
-    `max_tokens` is at least 1 and prompt + max_tokens fits in the context. Drawing one of `stop_ids` ends the
-    request with FinishReason.STOP; the stop token itself is not published.
+    `max_tokens` is at least 1 and prompt + max_tokens fits in the context. Drawing one of `stop_ids`, or what
+    makes the `constraint` complete, ends the request with FinishReason.STOP; a stop token is not published.
     """
 
     request_id: str
@@ -100,6 +130,7 @@ class GenerationRequest:
     sampling: SamplingParams
     stop_ids: frozenset[int]
     priority: Priority = Priority.NORMAL
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

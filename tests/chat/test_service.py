@@ -14,10 +14,12 @@ import pytest
 from fakes import SERVED, FakeEngine, FakeText, echo
 
 from ktd.chat import ChatService
+from ktd.chat import service as service_module
 from ktd.chat.service import RENDERERS
 from ktd.errors import Busy, ContextExceeded, EngineFailure, RequestError
 from ktd.types import (
     Answer,
+    AnswerSchema,
     ChatEvent,
     ChatRequest,
     Finished,
@@ -261,3 +263,29 @@ async def test_few_prompts_are_rendered_at_once(monkeypatch: pytest.MonkeyPatch)
     async with service() as (chat, _):
         await asyncio.gather(*(events_of(chat, ask(str(n))) for n in range(8)))
     assert most == RENDERERS
+
+
+async def test_a_schema_that_compiles_for_long_is_refused_and_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(service_module, "COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr(FakeText, "constraint", lambda *args: gate.wait(10))
+    async with service() as (chat, engine):
+        schema = AnswerSchema("{}")
+        slow = [asyncio.create_task(events_of(chat, ask("x", schema=schema))) for _ in range(RENDERERS + 1)]
+        assert joined(await events_of(chat, ask("2+2")), Answer)
+        assert not any(task.done() for task in slow)
+        for refused in slow:
+            with pytest.raises(
+                RequestError, match=r"takes longer than 0.05 s to compile: make it simpler\.$"
+            ):
+                await refused
+        gate.set()
+    assert len(engine.requests) == 1
+
+
+async def test_where_the_answer_must_be_json_a_quoted_tag_ends_the_thought() -> None:
+    async with service(lambda prompt: 'I write `</think>{"a": "`"}') as (chat, _):
+        events = await events_of(chat, ask("x", thinking=True, schema=AnswerSchema("{}")))
+    assert (joined(events, Reasoning), joined(events, Answer)) == ("I write `", '{"a": "`"}')

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ktd.chat.plain_splitter import PlainSplitter
 from ktd.chat.splitter import MOST_HELD, ReasoningSplitter
 from ktd.types import Answer, Reasoning
 
@@ -137,3 +138,14 @@ def test_a_fence_left_open_in_the_thought_holds_the_answer_up_no_longer_than_a_b
     assert splitter.push("\n</think>\n") == []
     assert splitter.push("\n") == []
     assert splitter.push("So") == [Answer("So")]
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 1000])
+@pytest.mark.parametrize("thought", ["a `code", "x\n```\n<think> {", "plain </thin"])
+def test_a_plain_thought_ends_at_the_first_tag(thought: str, step: int) -> None:
+    text = f"{thought}\n</think>\n\n{{}} ``` </think>"
+    splitter = PlainSplitter(opened=True)
+    events = [e for at in range(0, len(text), step) for e in splitter.push(text[at : at + step])]
+    events += splitter.flush()
+    assert "".join(e.text for e in events if isinstance(e, Reasoning)) == thought
+    assert "".join(e.text for e in events if isinstance(e, Answer)) == "{} ``` </think>"

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from ktd.errors import SettingsError
 from ktd.server.grpc_service import SERVICE, GrpcServer
 from ktd.server.host import Host, State
+from ktd.types import AnswerSchema
 from ktd_proto.v1 import engine_pb2 as pb
 from ktd_proto.v1 import engine_pb2_grpc
 
@@ -102,6 +103,11 @@ WRONG = [
     (ask("x", sampling=pb.Sampling(stop=[""])), "stop string is empty"),
     (ask("x", sampling=pb.Sampling(logit_bias={1: 200})), "logit_bias of token 1 is 200"),
     (ask("x", sampling=pb.Sampling(logit_bias={2**31: 1})), "logit_bias names token 2147483648"),
+    (ask("x", json_schema=pb.JsonSchema()), "schema of response_format is not a JSON schema object"),
+    (ask("x", json_schema=pb.JsonSchema(schema_json="[]")), "is not a JSON schema object"),
+    (ask("x", json_schema=pb.JsonSchema(schema_json='{"a":' * 70 + "{}" + "}" * 70)), "deeper than 64"),
+    (ask("x", json_schema=pb.JsonSchema(schema_json='{"a":' * 9999 + "{}" + "}" * 9999)), "deeper than 64"),
+    (ask("x", json_schema=pb.JsonSchema(schema_json=" " * 2**16 + "{}")), "has 65538 characters"),
 ]
 
 
@@ -297,3 +303,17 @@ def test_the_script_prints_an_address_that_answers() -> None:
             answer = "".join(event.answer.text for event in stub.Chat(ask("hello")))
         process.terminate()
     assert answer == "You said [citation:1]: hello"
+
+
+async def test_what_the_answer_must_be(daemon: FakeDaemon) -> None:
+    schema = pb.JsonSchema(schema_json='{"type": "array"}', lenient=True)
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        stub: Any = engine_pb2_grpc.EngineStub(channel)
+        for request in (ask("x"), ask("x", json_object=pb.JsonObject()), ask("x", json_schema=schema)):
+            assert [event async for event in stub.Chat(request)][-1].HasField("finished")
+    free, *asked = (request.constraint for request in daemon.engine.requests)
+    assert free is None  # the fake tokenizer's constraint is what it was asked for
+    assert [each.schema for each in asked] == [  # type: ignore[union-attr]
+        AnswerSchema('{"type": "object"}'),
+        AnswerSchema('{"type": "array"}', lenient=True),
+    ]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import grpc
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from ktd import launch
 from ktd.engine import Engine
@@ -19,6 +23,7 @@ from ktd.server.grpc_service import GrpcServer
 from ktd.server.host import Host, Loaded
 from ktd.server.http_app import HttpServer
 from ktd.settings import Settings
+from ktd.text.grammar import ReplyConstraint
 from ktd_proto.v1 import engine_pb2 as pb
 from ktd_proto.v1 import engine_pb2_grpc
 
@@ -78,6 +83,21 @@ async def answer_of(daemon: Daemon, request: pb.ChatRequest) -> tuple[str, str, 
         "".join(event.answer.text for event in events),
         events[-2].usage,
     )
+
+
+class Sum(BaseModel, extra="forbid"):
+    """Small, so that a model that draws at random reaches the end."""
+
+    result: int
+    words: Annotated[str, Field(max_length=10)]
+    unit: Literal["none", "metres"]
+    parts: Annotated[list[Annotated[int, Field(ge=0, le=99)]], Field(max_length=3)]
+
+
+def ask_for(schema: object, text: str = QUESTION, **sampling: float) -> pb.ChatRequest:
+    request = ask(text, **sampling)
+    request.json_schema.schema_json = json.dumps(schema)
+    return request
 
 
 async def idle(daemon: Daemon) -> None:
@@ -167,3 +187,85 @@ async def test_the_model_can_be_a_folder_under_another_name(tmp_path: Path) -> N
     prepared = launch.prepare(Settings(gguf_path=tmp_path, model_name="mine", context=256))
     assert (prepared.served.name, prepared.served.file_name) == ("mine", "model.gguf")
     assert prepared.served.context == 256
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+async def test_the_official_client_gets_what_its_class_describes(
+    daemon: Daemon, thinking: bool | None
+) -> None:
+    async with openai.AsyncOpenAI(base_url=daemon.url, api_key="none") as client:
+        asked = [
+            client.chat.completions.parse(
+                model="ktransformers",
+                messages=[{"role": "user", "content": QUESTION}],
+                response_format=Sum,
+                temperature=1.5 if seed else 0,
+                seed=seed,
+                extra_body={"thinking": thinking},
+            )
+            for seed in range(5)
+        ]
+        answers = [each.choices[0] for each in await asyncio.gather(*asked)]
+    assert all(isinstance(answer.message.parsed, Sum) for answer in answers)
+    assert [answer.finish_reason for answer in answers] == ["stop"] * len(answers)
+    thoughts = [getattr(answer.message, "reasoning_content", "") for answer in answers]
+    assert all(map(bool, thoughts)) is (thinking is not False)
+    if thinking is not False:
+        assert "42" in thoughts[0]
+        assert answers[0].message.parsed is not None
+        assert answers[0].message.parsed.result == 42
+
+
+async def test_json_is_the_same_beside_others(daemon: Daemon) -> None:
+    mixed = [ask_for(Sum.model_json_schema(), temperature=1.5, seed=seed) for seed in range(3)]
+    mixed += [ask(QUESTION, temperature=1.5, seed=7, max_tokens=60), ask_for({"type": "boolean"})]
+    alone = [(await answer_of(daemon, request))[:2] for request in mixed]
+    together = await asyncio.gather(*(answer_of(daemon, request) for request in mixed))
+    assert [answer[:2] for answer in together] == alone
+    assert json.loads(alone[4][1]) in (True, False)
+
+
+async def test_json_that_is_cut_off_by_its_length(daemon: Daemon) -> None:
+    request = ask_for({"type": "array", "items": {"type": "integer"}, "minItems": 50}, max_tokens=12)
+    request.thinking = False
+    events = [event async for event in daemon.stub.Chat(request)]
+    assert events[-1].finished.reason == pb.FINISH_REASON_LENGTH
+    assert "".join(event.answer.text for event in events).startswith("[")
+    assert events[-2].usage.completion_tokens == 12
+
+
+def constraints() -> int:
+    return sum(type(each) is ReplyConstraint for each in gc.get_objects())
+
+
+async def test_a_client_that_leaves_takes_its_constraint_along(daemon: Daemon) -> None:
+    before = constraints()
+    call = daemon.stub.Chat(ask_for({"type": "string", "minLength": 900}))
+    while not (await call.read()).HasField("reasoning"):
+        pass
+    assert constraints() == before + 1
+    call.cancel()
+    await idle(daemon)
+    for _ in range(200):
+        if constraints() == before:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the constraint is still there")
+
+
+async def test_a_schema_that_cannot_be_enforced_is_refused(daemon: Daemon) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=r'cannot be enforced: .*"uniqueItems".*\.') as caught:
+        await answer_of(daemon, ask_for({"type": "array", "uniqueItems": True}))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    async with openai.AsyncOpenAI(base_url=daemon.url, api_key="none") as client:
+        with pytest.raises(openai.BadRequestError, match="Invalid type: foo"):
+            await client.chat.completions.create(
+                model="ktransformers",
+                messages=[{"role": "user", "content": QUESTION}],
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "foo"}},
+                },
+                stream=True,
+            )
+    await idle(daemon)

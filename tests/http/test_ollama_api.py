@@ -15,6 +15,7 @@ from fake_daemon import FakeDaemon, fake_daemon
 from ktd.chat.ollama_request import from_chat
 from ktd.chat.request import RequestDefaults
 from ktd.server.host import State
+from ktd.types import AnswerSchema
 
 NAME = "ktd-fake:latest"
 
@@ -197,6 +198,23 @@ async def test_what_clients_list(client: ollama.AsyncClient, daemon: FakeDaemon)
     assert (await client.ps()).models == []
 
 
+@pytest.mark.parametrize(
+    ("wanted", "schema"),
+    [
+        ("", None),
+        ("json", AnswerSchema('{"type": "object"}')),
+        ({"type": "array"}, AnswerSchema('{"type": "array"}', lenient=True)),
+    ],
+)
+async def test_formats(client: ollama.AsyncClient, daemon: FakeDaemon, wanted: Any, schema: Any) -> None:
+    await client.chat("ktd-fake", user("x"), format=wanted)
+    await client.generate("ktd-fake", "x", format=wanted)
+    for request in daemon.engine.requests:
+        asked: Any = request.constraint  # the fake tokenizer's constraint is what it was asked for
+        assert (asked and asked.schema) == schema
+    assert len(daemon.engine.requests) == 2
+
+
 WRONG: list[tuple[str, Any, str]] = [
     ("chat", b"{", "not JSON"),
     ("chat", {"messages": "x"}, "messages must be a list"),
@@ -214,7 +232,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("chat", {"messages": user("x"), "options": []}, "options must be a JSON object"),
     ("chat", {"messages": user("x"), "think": "hard"}, "think must be true, false or one of"),
     ("chat", {"messages": user("x"), "stream": "yes"}, "stream must be true or false"),
-    ("chat", {"messages": user("x"), "format": "json"}, "format is not supported"),
+    ("chat", {"messages": user("x"), "format": "xml"}, 'format must be "json" or a JSON schema'),
+    ("chat", {"messages": user("x"), "format": [1]}, "format must be a JSON schema, which is an object"),
     ("chat", {"messages": user("x"), "logprobs": True}, "logprobs are not supported"),
     ("chat", {"messages": user("x"), "tools": [{}]}, "tools[0] is no function"),
     ("chat", {"messages": user("a" * 9000)}, "9000 tokens and the context holds 8192"),

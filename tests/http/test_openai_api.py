@@ -194,7 +194,13 @@ WRONG: list[tuple[Any, str]] = [
     ({"logprobs": True}, "logprobs are not supported"),
     ({"logit_bias": {"the": 1}}, "no token id"),
     ({"logit_bias": {"9999999": 1}}, "vocabulary ends at"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "regex"}}, 'type of response_format is not supported'),
+    ({"response_format": "json_object"}, "response_format must be a JSON object"),
+    ({"response_format": {"type": "json_schema"}}, "response_format has no schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": "x"}}}, "must be a JSON schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": 1}}, "json_schema must be a JSON object"),
+    ({"response_format": {"type": "json_object", "schema": nested(65)}}, "nested deeper than 64 levels"),
+    ({"response_format": {"type": "json_object", "schema": {"const": "x" * 2**16}}}, "65536 at most"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [{"type": "function"}]}, "tools[0] is no function"),
     ({"temprature": 1}, "did you mean temperature?"),
@@ -226,6 +232,35 @@ async def test_a_wrong_request_is_told_so(daemon: FakeDaemon) -> None:
                 assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), said
                 assert said in error["message"]
     assert not daemon.engine.requests
+
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "schema", "lenient"),
+    [
+        ({"type": "text"}, None, False),
+        ({}, None, False),
+        (None, None, False),
+        ({"type": "json_object"}, {"type": "object"}, False),
+        ({"type": "json_object", "schema": POINT}, POINT, False),  # llama-server's
+        ({"type": "json_schema", "schema": POINT}, POINT, False),
+        ({"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}}, POINT, False),
+        ({"type": "json_schema", "json_schema": {"schema": POINT, "strict": True}}, POINT, False),
+        ({"type": "json_schema", "json_schema": {"schema": POINT, "strict": False}}, POINT, True),
+    ],
+)
+async def test_response_formats(daemon: FakeDaemon, wanted: Any, schema: Any, lenient: bool) -> None:
+    async with httpx.AsyncClient() as http:
+        body = {"messages": user("x"), "response_format": wanted}
+        assert (await http.post(f"{daemon.url}/v1/chat/completions", json=body)).status_code == 200
+    (request,) = daemon.engine.requests
+    if schema is None:
+        assert request.constraint is None
+    else:
+        asked: Any = request.constraint  # the fake tokenizer's constraint is what it was asked for
+        assert (json.loads(asked.schema.schema), asked.schema.lenient) == (schema, lenient)
 
 
 async def test_unknown_fields_of_other_servers_are_passed_over(daemon: FakeDaemon) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import grpc
@@ -49,6 +50,27 @@ async def test_every_sampling_parameter_reaches_the_daemon() -> None:
     assert (first.repetition_penalty, list(first.stop), dict(first.logit_bias)) == (1.25, ["\n"], {5: -100})
     known = {*numbers, "repetition_penalty", "stop", "logit_bias"}
     assert {field.name for field in first.DESCRIPTOR.fields} == known, "a new field has no way in"
+
+
+async def test_the_format_of_the_answer_reaches_the_daemon() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    wanted: list[Any] = [
+        None,
+        "",
+        {"type": "text"},
+        {"type": "json_object"},
+        '{"type": "json_object"}',  # a custom parameter of Open WebUI is text
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}},
+        {"type": "json_schema", "json_schema": {"schema": schema, "strict": False}},
+    ]
+    async with scripted_pipe(*[[text("x"), STOP]] * len(wanted)) as (pipe, daemon):
+        for each in wanted:
+            assert (await ask(pipe, browser_body("q", response_format=each))).text == "x"
+    kinds = [request.WhichOneof("response_format") for request in daemon.requests]
+    assert kinds == [None, None, None, "json_object", "json_object", "json_schema", "json_schema"]
+    strict, lenient = (request.json_schema for request in daemon.requests[-2:])
+    assert json.loads(strict.schema_json) == json.loads(lenient.schema_json) == schema
+    assert (strict.lenient, lenient.lenient) == (False, True)
 
 
 async def test_not_streaming_gives_one_completion() -> None:
@@ -135,6 +157,9 @@ async def test_keys(valves: dict[str, Any], words: list[str]) -> None:
         ({"top_k": 1.5}, "top_k"),
         ({"seed": True}, "seed"),
         ({"max_tokens": -5}, "max_tokens"),
+        ({"response_format": {"type": "regex"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": "{broken"}, "response_format"),
         ({"messages": []}, "no message"),
         ({"model": "ktd.other"}, "other"),
         (

@@ -68,6 +68,16 @@ def list_of(body: Mapping[str, Any], name: str) -> list[Any]:
     return value
 
 
+def schema_of(value: object, name: str) -> str:
+    """The JSON schema `value`, an object, as text. Raises RequestError."""
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} must be a JSON schema, which is an object.")
+    try:
+        return text_of(json.dumps(value, ensure_ascii=False), name)
+    except RecursionError:
+        raise RequestError(f"{name} is nested too deeply.") from None
+
+
 def stop_of(body: Mapping[str, Any]) -> list[str]:
     """The stop strings: one text or a list of them. Raises RequestError."""
     stop = body.get("stop", [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ktd.types import EngineEvent, GenerationRequest, Message, Tool
+from ktd.types import ChatRequest, Constraint, EngineEvent, GenerationRequest, Message, Tool
 
 
 class Generator(Protocol):
@@ -51,4 +51,5 @@ class Text(Protocol):
         continue_final_message: bool,
         tools: Sequence[Tool],
     ) -> Prompt: ...
+    def constraint(self, request: ChatRequest, ids: Sequence[int], opens_thought: bool) -> Constraint: ...
     def detokenizer(self) -> Detokenizer: ...

@@ -7,10 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktd.chat.fields import flag_of, json_object, list_of, number_of, object_of, stop_of, text_of, tools_of
-from ktd.chat.request import RANGES, RequestDefaults, checked, new_request_id
+from ktd.chat.fields import (
+    flag_of,
+    json_object,
+    list_of,
+    number_of,
+    object_of,
+    schema_of,
+    stop_of,
+    text_of,
+    tools_of,
+)
+from ktd.chat.request import ANY_OBJECT, RANGES, RequestDefaults, checked, new_request_id
 from ktd.errors import RequestError
-from ktd.types import ChatRequest, Message, Priority, Tool, ToolCall
+from ktd.types import AnswerSchema, ChatRequest, Message, Priority, Tool, ToolCall
 
 _TAG = ":latest"
 # Options that have a counterpart here, by its name. Others are of Ollama's own runner: they change nothing.
@@ -64,8 +74,6 @@ def from_generate(data: bytes, defaults: RequestDefaults) -> OllamaRequest:
 def _request(
     body: Mapping[str, Any], messages: Sequence[Message], tools: Sequence[Tool], defaults: RequestDefaults
 ) -> OllamaRequest:
-    if body.get("format"):
-        raise RequestError("format is not supported: leave it out and ask for JSON in words.")
     if body.get("logprobs"):
         raise RequestError("logprobs are not supported: leave the field out.")
     model, stream = model_name(body), flag_of(body, "stream", True)
@@ -83,6 +91,7 @@ def _request(
         continue_final_message=messages[-1].role == "assistant",
         priority=Priority.NORMAL,
         tools=tools,
+        schema=_schema(body),
         defaults=defaults,
     )
     return OllamaRequest(model, chat, stream)
@@ -96,6 +105,16 @@ def _sampling(options: Mapping[str, Any]) -> dict[str, float]:
             if name != "seed" or value != -1:  # which is Ollama's "any"
                 sampling[to] = RANGES[to].check(name, value)
     return sampling
+
+
+def _schema(body: Mapping[str, Any]) -> AnswerSchema | None:
+    """Without a switch for it, what cannot be enforced is ignored, as in Ollama."""
+    wanted = body.get("format")
+    if isinstance(wanted, str):
+        if wanted not in ("", "json"):
+            raise RequestError('format must be "json" or a JSON schema.')
+        return ANY_OBJECT if wanted else None
+    return AnswerSchema(schema_of(wanted, "format"), lenient=True) if wanted else None
 
 
 def _num_predict(options: Mapping[str, Any]) -> int | None:

@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ktd.chat.fields import flag_of, json_object, list_of, number_of, object_of, stop_of, text_of, tools_of
-from ktd.chat.request import RANGES, RequestDefaults, checked, new_request_id
+from ktd.chat.fields import (
+    flag_of,
+    json_object,
+    list_of,
+    number_of,
+    object_of,
+    schema_of,
+    stop_of,
+    text_of,
+    tools_of,
+)
+from ktd.chat.request import ANY_OBJECT, RANGES, RequestDefaults, checked, new_request_id
 from ktd.errors import RequestError
-from ktd.types import ChatRequest, Message, Priority, ToolCall
+from ktd.types import AnswerSchema, ChatRequest, Message, Priority, ToolCall
 
 # Fields that change nothing here, and that clients send all the same.
 _WITHOUT_EFFECT = {
@@ -65,6 +75,7 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
             continue_final_message=flag_of(body, "continue_final_message", continued),
             priority=Priority.NORMAL,
             tools=[] if body.get("tool_choice") == "none" else tools_of(body),
+            schema=_schema(object_of(body, "response_format")),
             defaults=defaults,
         ),
         stream=flag_of(body, "stream", False),
@@ -92,9 +103,6 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise RequestError("functions is OpenAI's old form, which is not supported: send them as tools.")
     if body.get("logprobs"):
         raise RequestError("logprobs are not supported: leave the field out.")
-    kind = object_of(body, "response_format").get("type", "text")
-    if kind != "text":
-        raise RequestError(f'The response_format "{kind}" is not supported: only "text" is.')
     if body.get("tool_choice", "auto") not in ("auto", "none"):
         raise RequestError('tool_choice must be "auto" or "none": the model cannot be forced to call a tool.')
 
@@ -140,6 +148,24 @@ def _tool_call(index: int, call: object, where: str) -> ToolCall:
         arguments=text_of(function.get("arguments"), f"{where}.tool_calls[{index}].function.arguments"),
         index=index,
     )
+
+
+def _schema(wanted: Mapping[str, Any]) -> AnswerSchema | None:
+    """OpenAI's response_format, or llama-server's with the schema beside the type."""
+    kind = wanted.get("type", "text")
+    if kind == "text":
+        return None
+    if kind not in ("json_object", "json_schema"):
+        raise RequestError(
+            'The type of response_format is not supported: it must be "text", "json_object" or "json_schema".'
+        )
+    given = object_of(wanted, "json_schema") if "json_schema" in wanted else wanted
+    schema = given.get("schema")
+    if schema is None and kind == "json_object":
+        return ANY_OBJECT
+    if schema is None:
+        raise RequestError("response_format has no schema: send it as json_schema.schema, a JSON object.")
+    return AnswerSchema(schema_of(schema, "The schema of response_format"), given.get("strict") is False)
 
 
 def _thinking(body: Mapping[str, Any]) -> bool | None:

@@ -11,12 +11,14 @@ from typing import Any
 
 from ktd.errors import RequestError
 from ktd.text.conversation import MOST_NESTED
-from ktd.types import ChatRequest, Message, Priority, SamplingParams, Tool, ToolCall
+from ktd.types import AnswerSchema, ChatRequest, Message, Priority, SamplingParams, Tool, ToolCall
 from ktd_proto.v1 import engine_pb2 as pb
 
 ROLES = ("system", "user", "assistant", "tool")
 MOST_STOPS = 16
 MOST_REQUEST_ID = 128
+MOST_SCHEMA = 64 << 10
+ANY_OBJECT = AnswerSchema('{"type": "object"}')
 # As a 32-bit float, which is what gRPC carries. Less would overflow the logits.
 _LEAST_PENALTY = 0.009999999776482582
 
@@ -86,8 +88,18 @@ def from_proto(request: pb.ChatRequest, defaults: RequestDefaults) -> ChatReques
         continue_final_message=request.continue_final_message,
         priority=Priority.LOW if request.priority == pb.PRIORITY_LOW else Priority.NORMAL,
         tools=[Tool(tool.name, tool.description, tool.parameters_json) for tool in request.tools],
+        schema=_schema(request),
         defaults=defaults,
     )
+
+
+def _schema(request: pb.ChatRequest) -> AnswerSchema | None:
+    match request.WhichOneof("response_format"):
+        case "json_object":
+            return ANY_OBJECT
+        case "json_schema":
+            return AnswerSchema(request.json_schema.schema_json, request.json_schema.lenient)
+    return None
 
 
 def new_request_id(prefix: str) -> str:
@@ -107,6 +119,7 @@ def checked(
     continue_final_message: bool,
     priority: Priority,
     tools: Sequence[Tool],
+    schema: AnswerSchema | None,
     defaults: RequestDefaults,
 ) -> ChatRequest:
     """The rules that hold for requests from anywhere. `sampling` holds the fields that were given.
@@ -117,6 +130,8 @@ def checked(
         raise RequestError(f"The request id must be at most {MOST_REQUEST_ID} printable characters.")
     _check_messages(messages, continue_final_message)
     _check_tools(tools)
+    if schema:
+        _check_schema(schema.schema)
     if max_tokens is not None and max_tokens < 1:
         raise RequestError(f"max_tokens is {max_tokens}, but must be at least 1; leave it out for no limit.")
     if len(stop) > MOST_STOPS:
@@ -133,6 +148,7 @@ def checked(
         continue_final_message=continue_final_message,
         priority=priority,
         tools=tools,
+        schema=schema,
     )
 
 
@@ -179,19 +195,36 @@ def _check_tools(tools: Sequence[Tool]) -> None:
     for tool in tools:
         if not tool.name:
             raise RequestError("A tool has no name.")
-        try:
-            schema = json.loads(tool.parameters or "{}")
-            nested = _nested(schema)
-        except ValueError:
-            schema, nested = None, False
-        except RecursionError:
-            schema, nested = {}, True
-        if not isinstance(schema, dict):
+        is_object, nested = _object(tool.parameters or "{}")
+        if not is_object:
             raise RequestError(f'The parameters of the tool "{tool.name}" are not a JSON schema object.')
         if nested:
             raise RequestError(
                 f'The parameters of the tool "{tool.name}" are nested deeper than {MOST_NESTED} levels.'
             )
+
+
+def _check_schema(schema: str) -> None:
+    if len(schema) > MOST_SCHEMA:
+        raise RequestError(
+            f"The schema of response_format has {len(schema)} characters, but may have {MOST_SCHEMA} at most."
+        )
+    is_object, nested = _object(schema)
+    if not is_object:
+        raise RequestError("The schema of response_format is not a JSON schema object.")
+    if nested:
+        raise RequestError(f"The schema of response_format is nested deeper than {MOST_NESTED} levels.")
+
+
+def _object(text: str) -> tuple[bool, bool]:
+    """Whether `text` is a JSON object, and whether it is nested too deeply."""
+    try:
+        value = json.loads(text)
+        return isinstance(value, dict), _nested(value)
+    except ValueError:
+        return False, False
+    except RecursionError:
+        return True, True
 
 
 def _nested(value: object) -> bool:

@@ -15,6 +15,7 @@ from ktd.errors import ContextExceeded, RequestError
 from ktd.types import (
     ChatEvent,
     ChatRequest,
+    Constraint,
     Ended,
     Failed,
     Finished,
@@ -29,6 +30,8 @@ from ktd.types import (
 PROGRESS_SECONDS = 1.0
 # Prompts rendered and encoded at once; threads of its own, as a cancelled render goes on to its end.
 RENDERERS = 2
+# A schema that takes longer is refused; one of 500 properties takes a tenth of a second.
+COMPILE_SECONDS = 10.0
 
 
 class ChatService:
@@ -40,13 +43,14 @@ class ChatService:
         self._text = text
         self._numbers = itertools.count(1)
         self._renderers = ThreadPoolExecutor(RENDERERS, "render")
+        self._compilers = ThreadPoolExecutor(RENDERERS, "compile")  # a slow schema holds up no other prompt
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Events of one answer: Queued*, Prefill*, Reasoning*, (Answer | ToolCall)*, Usage, Finished.
 
         Closing the generator, or cancelling the task that waits in it, frees the sequence before the next
         decode step ends. Stop strings are looked for in the answer, not in the thought: they are about what
-        the reader sees. `max_tokens` beyond what the context leaves ends at the context, with
+        the reader sees, also in JSON. `max_tokens` beyond what the context leaves ends at the context, with
         FinishReason.LENGTH.
 
         Raises: ContextExceeded when the prompt leaves no room for an answer; RequestError for what only the
@@ -69,6 +73,7 @@ class ChatService:
             sampling=request.sampling,
             stop_ids=self._text.stop_ids,
             priority=request.priority,
+            constraint=await self._constraint(request, prompt) if request.schema else None,
         )
         mailbox = Mailbox(asyncio.get_running_loop())
         turn = Turn(
@@ -77,6 +82,7 @@ class ChatService:
             opens_thought=prompt.opens_thought,
             stop=request.stop,
             parse_tools=bool(request.tools),
+            constrained=request.schema is not None,
         )
         self._engine.submit(generation, mailbox.put)
         running = True
@@ -106,6 +112,19 @@ class ChatService:
                 self._engine.abort(generation.request_id)
         yield turn.usage()
         yield Finished(turn.finish_reason(FinishReason.STOP))
+
+    async def _constraint(self, request: ChatRequest, prompt: Prompt) -> Constraint:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await loop.run_in_executor(
+                    self._compilers, self._text.constraint, request, prompt.ids, prompt.opens_thought
+                )
+        except TimeoutError:
+            raise RequestError(
+                f"The schema of response_format takes longer than {COMPILE_SECONDS:g} s to compile: make it "
+                "simpler."
+            ) from None
 
     def _refuse_overlong(self, request: ChatRequest) -> None:
         """Without encoding it. Templates may leave an assistant's old thoughts out, so those do not count."""

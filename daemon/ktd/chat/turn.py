@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from ktd.chat.interfaces import Detokenizer
+from ktd.chat.plain_splitter import PlainSplitter
 from ktd.chat.splitter import ReasoningSplitter
 from ktd.chat.stops import StopStrings
 from ktd.chat.tool_calls import ToolCallParser
@@ -34,9 +35,10 @@ class Turn:
         opens_thought: bool,
         stop: Sequence[str],
         parse_tools: bool,
+        constrained: bool,
     ) -> None:
         self._detokenizer = detokenizer
-        self._splitter = ReasoningSplitter(opens_thought)
+        self._splitter = PlainSplitter(opens_thought) if constrained else ReasoningSplitter(opens_thought)
         self._stops = StopStrings(stop)
         self._may_stop = bool(stop)
         self._tools = ToolCallParser() if parse_tools else None

@@ -265,7 +265,9 @@ class Engine:
             return
         self._completion_tokens += 1
         live.tell(Tokens((token,)))
-        if live.sequence.drawn == live.request.max_tokens:
+        if live.sampler.complete:
+            self._end(live, Ended(FinishReason.STOP, live.timings()))
+        elif live.sequence.drawn == live.request.max_tokens:
             self._end(live, Ended(FinishReason.LENGTH, live.timings()))
 
     def _tick(self, work: list[Work], fraction: float) -> None:

@@ -21,6 +21,7 @@ class Sampler:
 
     def __init__(self, request: GenerationRequest) -> None:
         p = self._params = request.sampling
+        self._constraint = request.constraint
         seed = None if p.seed is None else p.seed % 2**64
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._bias_ids = np.fromiter(p.logit_bias.keys(), np.int64, len(p.logit_bias))
@@ -30,14 +31,17 @@ class Sampler:
         self._seen = set(request.prompt) if p.repetition_penalty != 1.0 else set()
 
     def draw(self, logits: F32) -> int:
-        """The next token id. `logits` [vocab] is overwritten. Raises EngineFailure where it holds no numbers.
+        """The next token id. `logits` [vocab] is overwritten. Raises EngineFailure where it holds no numbers,
+        or where the constraint allows none.
 
-        Order of the rules: bias, penalties, temperature, top-k, top-p of what top-k left, min-p. Of equal
-        logits the lowest id counts as the larger.
+        Order of the rules: bias, penalties, constraint, temperature, top-k, top-p of what top-k left, min-p.
+        Of equal logits the lowest id counts as the larger.
         """
         logits[self._bias_ids] += self._bias
         if self._penalised:
             self._penalise(logits)
+        if self._constraint:
+            self._constraint.mask(logits)
         top = logits.max()
         if not np.isfinite(top):
             raise EngineFailure("The model gave no usable probabilities for this request.")
@@ -46,7 +50,14 @@ class Sampler:
             self._drawn[token] = self._drawn.get(token, 0) + 1
             if self._params.repetition_penalty != 1.0:
                 self._seen.add(token)
+        if self._constraint:
+            self._constraint.accept(token)
         return token
+
+    @property
+    def complete(self) -> bool:
+        """Whether the constraint lets nothing follow what was drawn."""
+        return self._constraint is not None and self._constraint.complete
 
     def _penalise(self, logits: F32) -> None:
         """Repetition counts the prompt too (as Hugging Face), presence and frequency only the answer (as

@@ -81,6 +81,13 @@ def opened_turn(message: Message, guard: Guard, *, thinks: bool) -> tuple[str, b
     return (f"{OPEN}\n{guard.mark(thought)}", True) if opened else (guard.mark(message.content), False)
 
 
+def begun_answer(message: Message, *, thinks: bool) -> str:
+    """What an assistant message that is to be continued holds of its answer, after any thought."""
+    if message.reasoning_content or not thinks or CLOSE not in message.content:
+        return message.content
+    return message.content.partition(CLOSE)[2]
+
+
 def template_message(turn: Turn, guard: Guard, *, parsed_arguments: bool) -> dict[str, object]:
     """The message as a template reads it; keys without a value are left out."""
     message: dict[str, object] = {"role": turn.role, "content": turn.content}

@@ -12,13 +12,23 @@ from pathlib import Path
 from ktd.errors import GgufError, RequestError
 from ktd.gguf import GgufFile
 from ktd.text.chat_template import THINKING_SWITCHES, ChatTemplate, load_template
-from ktd.text.conversation import CLOSE, OPEN, Turn, opened_turn, template_message, template_tool, turns
+from ktd.text.conversation import (
+    CLOSE,
+    OPEN,
+    Turn,
+    begun_answer,
+    opened_turn,
+    template_message,
+    template_tool,
+    turns,
+)
 from ktd.text.detokenizer import IncrementalDetokenizer
+from ktd.text.grammar import Grammars, ReplyConstraint
 from ktd.text.guard import Guard
 from ktd.text.tokenizer import BpeTokenizer
 from ktd.text.tools import CALLS_BEGIN, DeepSeekTools
 from ktd.text.vocabulary import Vocabulary
-from ktd.types import Message, Tool, ToolCall
+from ktd.types import ChatRequest, Message, Tool, ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +53,7 @@ class TextModel:
         self.vocabulary = vocabulary
         self.template = template
         self._tokenizer = BpeTokenizer(vocabulary)
+        self._grammars = Grammars(vocabulary, self._tokenizer.encode)
         #: whether thoughts mean anything to this model
         self.thinks = OPEN in vocabulary.structural or OPEN in template.source
         self._parsed_arguments = False
@@ -102,6 +113,26 @@ class TextModel:
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh detokenizer, one per answer."""
         return IncrementalDetokenizer(self.vocabulary)
+
+    def constraint(self, request: ChatRequest, ids: Sequence[int], opens_thought: bool) -> ReplyConstraint:
+        """What keeps the reply to the prompt `ids` to the request's schema; compiling it may take seconds.
+
+        Raises RequestError for a schema that cannot be enforced.
+        """
+        if request.schema is None:
+            raise ValueError("the request has no schema")
+        grammars, last = self._grammars, request.messages[-1]
+        begun = ""
+        if request.continue_final_message and not opens_thought:
+            begun = begun_answer(last, thinks=self.thinks)
+        if request.tools and not grammars.calls:
+            raise RequestError("This model takes no tools beside a response_format: send one of the two.")
+        matcher = grammars.matcher(request.schema, begun)
+        beside = set(grammars.calls) if request.tools and not begun else set()
+        may_think = not request.continue_final_message and request.thinking is not False
+        if may_think and grammars.opens is not None and not grammars.closed_thought(ids):
+            beside.add(grammars.opens)
+        return ReplyConstraint(grammars, matcher, thinking=opens_thought, beside=beside)
 
     def render(
         self,
