@@ -188,7 +188,7 @@ tests-peers: $(VENV)/.dev $(VENV)/.built peers
 	$(BIN)/python -m pytest -q -m peers
 
 tests-webui: $(VENV)/.dev $(VENV)/.built webui-env
-	$(BIN)/python -m pytest -q -m webui
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m webui
 
 # The README's table: our kernels and llama.cpp's on the same blocks, in turns.
 bench: $(VENV)/.built peers

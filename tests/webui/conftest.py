@@ -77,6 +77,7 @@ def daemon(admin: Any) -> Iterator[Daemon]:
 def admin_browser(server: Any, daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     token = sign_in(server.url, server.login.email, server.login.password)
     opened = Browser(server.url, token, tmp_path_factory.mktemp("admin"))
+    opened.new_chat()  # says what is new, on whichever page comes first
     yield opened
     opened.close()
 
