@@ -35,15 +35,15 @@ SANITIZE := build/sanitize
 AVX2_TYPES := Q4_0,Q4_1,Q5_0,Q5_1,Q8_0,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ1_S,IQ1_M,IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ4_NL,IQ4_XS,TQ1_0,TQ2_0,MXFP4
 SOURCES := $(shell find kernels/csrc -type f) CMakeLists.txt pyproject.toml
 
-# Seconds a stage of `make test` is meant to take on two quiet cores: 28 minutes together, 68 with a cold set-up.
+# Seconds a stage of `make test` is meant to take on two quiet cores: 20 minutes together, 57 with a cold set-up.
 # What takes longer is told; what takes three times as long is stopped as hung.
 BUDGET_SETUP := 2400
-BUDGET_LINT := 100
-BUDGET_TESTS := 600
-BUDGET_SANITIZE := 150
-BUDGET_QEMU := 240
-BUDGET_PEERS := 60
-BUDGET_WEBUI := 300
+BUDGET_LINT := 70
+BUDGET_TESTS := 480
+BUDGET_SANITIZE := 130
+BUDGET_QEMU := 140
+BUDGET_PEERS := 30
+BUDGET_WEBUI := 165
 
 .PHONY: help proto stub up down webui test lint bench wheel clean tests tests-sanitize tests-qemu tests-peers tests-webui peers peers-avx2 bench-avx2 webui-env format bench-pipe pictures
 
