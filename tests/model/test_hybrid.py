@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,32 @@ def test_a_device_that_stops_within_a_step_is_not_waited_for(
         with pytest.raises(DeviceLost, match="ended the step before all its experts were asked for"):
             bench.step([Piece([2], 1, pages, 1, prompt=0)])
     bench.step([Piece([2], 1, pages, 1, prompt=0)])
+
+
+def test_a_step_interrupted_at_its_start_leaves_no_device_waiting(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, device = hybrid(path, cpu)
+    assert isinstance(model, HybridModel)
+    bench = Bench(model)
+    model.reserve(8, 1, bench.cache)
+    pages, graphs = bench.pages(4), model._stages[0]._graphs
+    (shape,) = graphs
+    replay = graphs[shape]
+
+    def interrupted() -> None:
+        replay()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(graphs, shape, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench.step([Piece([1], 0, pages, 1, prompt=0)])
+    for _ in range(100):
+        if device.busy():
+            time.sleep(0.05)
+    assert not device.busy()
+    bench.step([Piece([1], 0, pages, 1, prompt=0)])
 
 
 def test_progress_and_giving_up_within_a_prompt(path: Path, cpu: Cpu) -> None:

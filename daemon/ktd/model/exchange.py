@@ -99,8 +99,8 @@ class MailedExperts:
         layer's experts could not be computed, or the device stopped asking."""
         jobs, sequence = self._runs.get(n) or self._prepare(n)
         sequence.begin()
-        step()
-        try:
+        try:  # whatever ends the step, the device is not left waiting
+            step()
             while not sequence.serve(_PATIENCE):
                 if not self._exchange.device.busy():
                     raise RuntimeError("the device ended the step before all its experts were asked for")
