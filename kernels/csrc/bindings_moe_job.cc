@@ -107,13 +107,11 @@ void bind_moe_job(nb::module_& m) {
   nb::class_<MoeSequence>(m, "MoeSequence", "Jobs that a device asks for one after the other in each step.")
       .def("__init__", &init_sequence, "jobs"_a, "flags"_a.noconvert(), nb::keep_alive<1, 2>(),
            "flags int32 [jobs, 2, 16], which the device reads and writes too: it sets [i, 0, 0] to ask for "
-           "job i "
-           "and waits for [i, 1, 0].")
+           "job i and waits for [i, 1, 0].")
       .def("begin", &MoeSequence::begin, "Before a step: none is asked for, none done.")
       .def("serve", &MoeSequence::serve, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Runs jobs as they are asked for; True when all are done, False after `seconds` in which the next "
-           "was "
-           "not asked for.")
+           "was not asked for.")
       .def("release", &MoeSequence::release, "Calls all jobs done, so that a device that waits goes on.");
 }
 
