@@ -39,9 +39,9 @@ SOURCES := $(shell find kernels/csrc -type f) CMakeLists.txt pyproject.toml
 # What takes longer is told; what takes three times as long is stopped as hung.
 BUDGET_SETUP := 2400
 BUDGET_LINT := 70
-BUDGET_TESTS := 480
-BUDGET_SANITIZE := 130
-BUDGET_QEMU := 140
+BUDGET_TESTS := 470
+BUDGET_SANITIZE := 140
+BUDGET_QEMU := 150
 BUDGET_PEERS := 30
 BUDGET_WEBUI := 165
 
