@@ -328,6 +328,10 @@ class Browser:
         return bool((self.answer() or {"done": False})["done"])
 
     def wait_finished(self, seconds: float = 60) -> dict[str, Any]:
+        """The whole last answer. The page draws its last words a frame after it shows the answer's end."""
+        self.wait_answer(lambda shown: shown["done"], "the answer is finished", seconds)
+        drawn = "const drawn = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(drawn))"
+        self.driver.execute_async_script(drawn)
         return self.wait_answer(lambda shown: shown["done"], "the answer is finished", seconds)
 
     def stop(self) -> None:
