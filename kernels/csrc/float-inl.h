@@ -32,11 +32,11 @@ void float_rows(const MatmulArgs& a, int64_t first) {
   const int64_t whole = a.cols / kRowLanes * kRowLanes;
   for (int64_t r = 0; r < a.rows; r += kRows) {
     const FourRows rows = four_rows(a, r);
-    VecF acc[kRows][kTokens];
+    VecF acc[kTokens][kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i)
+    for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) acc[i][t] = zero_f();
+      for (int i = 0; i < kRows; ++i) acc[t][i] = zero_f();
     for (int64_t k = 0; k < whole; k += kRowLanes) {
       VecF xs[kTokens];
 #pragma GCC unroll 4
@@ -45,15 +45,15 @@ void float_rows(const MatmulArgs& a, int64_t first) {
       for (int i = 0; i < kRows; ++i) {
         const VecF w = load_weights<F>(rows.w[i], k);
 #pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t) acc[i][t] = fma_f(w, xs[t], acc[i][t]);
+        for (int t = 0; t < kTokens; ++t) acc[t][i] = fma_f(w, xs[t], acc[t][i]);
       }
     }
+#pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
       float value[kRows];
-      for (int i = 0; i < kRows; ++i) {
-        value[i] = sum_f(acc[i][t]);
-        for (int64_t k = whole; k < a.cols; ++k) value[i] += load_weight<F>(rows.w[i], k) * x[t][k];
-      }
+      _mm_storeu_ps(value, sum_four(acc[t]));
+      for (int64_t k = whole; k < a.cols; ++k)
+        for (int i = 0; i < kRows; ++i) value[i] += load_weight<F>(rows.w[i], k) * x[t][k];
       store_rows(a, rows, first + t, _mm_loadu_ps(value));
     }
   }

@@ -10,6 +10,8 @@ constexpr int64_t kInlineValues = 1 << 16;
 
 // Rows of the tile path's panel on the widest instruction set; chunks of rows are whole panels.
 constexpr int64_t kPanel = 32;
+// Tokens whose heads are quantised together.
+constexpr int64_t kQuantizeTokens = 8;
 // Up to this many tokens take the fused path, which reads the file's blocks four rows at a time.
 constexpr int64_t kFusedTokens = 4, kFusedRows = 8;
 
@@ -25,8 +27,12 @@ Activations quantize(Cpu& cpu, QuantizedRows& to, int64_t block, Rows<const floa
   int16_t* sums = to.sums.get<int16_t>(rows * groups);
   const auto quantize_row = block == 256 ? cpu.table.quantize_256 : cpu.table.quantize_32;
   const auto body = [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t head = row / n, token = row % n;
+    for (int64_t i = begin; i < end; ++i) {
+      // All heads of some tokens, then of the next: a token's heads are neighbours in x, a head's tokens in
+      // q.
+      const int64_t first = i / (heads * kQuantizeTokens) * kQuantizeTokens,
+                    tokens = std::min(kQuantizeTokens, n - first), at = i - first * heads;
+      const int64_t head = at / tokens, token = first + at % tokens, row = head * n + token;
       quantize_row(x.data + token * x.stride + head * x.head_stride, cols, q + row * cols,
                    scales + row * blocks, sums + row * groups);
     }

@@ -68,10 +68,16 @@ inline VecF load_bf16(const void* p) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
 }
-inline float sum_f(VecF v) {
-  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
-  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+
+// The sums of four vectors' lanes: of each, upper half and lower half are added until one lane is left.
+inline __m128 sum_four(const VecF (&v)[4]) {
+  const VecF a =
+      _mm256_add_ps(_mm256_permute2f128_ps(v[0], v[2], 0x20), _mm256_permute2f128_ps(v[0], v[2], 0x31));
+  const VecF b =
+      _mm256_add_ps(_mm256_permute2f128_ps(v[1], v[3], 0x20), _mm256_permute2f128_ps(v[1], v[3], 0x31));
+  const VecF c = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const VecF d = _mm256_add_ps(c, _mm256_permute_ps(c, 0x4e));
+  return _mm_movelh_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
 }
 
 // From int16 pairs: the low or high one twice.

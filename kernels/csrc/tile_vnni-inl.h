@@ -258,6 +258,22 @@ inline void multiply_vnni(int tokens, const VnniTile& tile, const TileX<F, kPlan
 template <Format F, class Rows>
 struct VnniPanel;
 
+// Panels of [token][row] -> rows [first, last) of out. A token's outputs are written one after the other:
+// panel by panel, every 128 bytes of a far-apart row would wait for memory.
+inline void store_panels(const MatmulArgs& a, int64_t first, int64_t last, int64_t t0, int64_t n,
+                         const float* sums) {
+  for (int64_t t = 0; t < n; ++t) {
+    float* out = a.out + (t0 + t) * a.out_stride + first;
+    for (int64_t r = 0; r < last - first; r += kRowLanes) {
+      const int64_t left = last - first - r;
+      const __mmask16 mask = static_cast<__mmask16>(left >= kRowLanes ? 0xffff : (1 << left) - 1);
+      VecF value = load_f(sums + (r / kPanel * n + t) * kPanel + r % kPanel);
+      if (a.accumulate) value = add_f(_mm512_maskz_loadu_ps(mask, out + r), value);
+      _mm512_mask_storeu_ps(out + r, mask, value);
+    }
+  }
+}
+
 // Rows [first, last) times tokens [t0, t0 + n), at most kVnniRows and kVnniTokens.
 template <Format F, class Rows>
 void matmul_vnni_part(const MatmulArgs& a, int64_t first, int64_t last, int64_t t0, int64_t n) {
@@ -296,14 +312,9 @@ void matmul_vnni_part(const MatmulArgs& a, int64_t first, int64_t last, int64_t 
           t += tokens;
         }
       }
-      if (end < blocks) continue;
-      for (int64_t t = 0; t < n; ++t) {
-        float* out = a.out + (t0 + t) * a.out_stride + r0;
-        const float* from = panel_sums + t * kPanel;
-        for (int64_t r = 0; r < rows; ++r) out[r] = a.accumulate ? out[r] + from[r] : from[r];
-      }
     }
   }
+  store_panels(a, first, last, t0, n, sums);
 }
 
 template <Format F, class Rows = FileRows<F>>

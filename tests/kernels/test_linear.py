@@ -148,7 +148,7 @@ def test_strides_and_accumulation(cpu: Cpu, name: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F32"])
-@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("n", [1, 11])
 def test_heads(cpu: Cpu, name: str, n: int) -> None:
     heads, rows, cols = 5, 40, 256
     w = weight(name, heads, rows, cols)
