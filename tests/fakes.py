@@ -23,6 +23,7 @@ from ktd.types import (
     Message,
     Prefilled,
     Queued,
+    Score,
     Timings,
     Tokens,
     Tool,
@@ -81,6 +82,11 @@ class FakeText:
     def detokenizer(self) -> FakeDetokenizer:
         return FakeDetokenizer()
 
+    def token_bytes(self, token: int) -> bytes:
+        return chr(token).encode()
+
+    token_name = token_bytes
+
 
 def echo(prompt: str) -> str:
     """The default script: a thought about the last message, then the message, with a citation marker.
@@ -112,6 +118,11 @@ class _Sequence:
         now = time.monotonic()
         first = self.first_token or now
         return Timings(self.admitted - self.submitted, first - self.admitted, now - first)
+
+
+def fake_score(token: int, count: int) -> Score:
+    """The token is the likeliest; the characters behind it follow, each less likely than the one before."""
+    return Score(-0.5, [(token + n, -0.5 - n) for n in range(count)])
 
 
 class FakeEngine:
@@ -249,7 +260,8 @@ class FakeEngine:
         sequence.written += len(text)
         self._completion_tokens += len(text)
         if text:
-            yield Tokens(list(map(ord, text)))
+            ids, count = list(map(ord, text)), sequence.request.sampling.top_logprobs
+            yield Tokens(ids, [] if count is None else [fake_score(token, count) for token in ids])
         if sequence.written >= len(sequence.answer):
             yield Ended(FinishReason.STOP, sequence.timings())
         elif sequence.written >= sequence.request.max_tokens:

@@ -26,6 +26,7 @@ from ktd.types import (
     Priority,
     Queued,
     SamplingParams,
+    Score,
     Tokens,
 )
 
@@ -124,6 +125,10 @@ class Recorder:
     @property
     def tokens(self) -> list[int]:
         return [token for event in self.events if isinstance(event, Tokens) for token in event.ids]
+
+    @property
+    def scores(self) -> list[Score]:
+        return [score for event in self.events if isinstance(event, Tokens) for score in event.scores]
 
     @property
     def reason(self) -> FinishReason | None:

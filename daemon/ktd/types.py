@@ -31,7 +31,8 @@ class SamplingParams:
     """How the next token is drawn. Ranges are checked where requests enter (`ktd.chat.request`).
 
     Defaults are DeepSeek's recommendation for R1. temperature 0 is greedy. top_k 0, min_p 0 and
-    repetition_penalty 1 switch the rule off.
+    repetition_penalty 1 switch the rule off. top_logprobs: every token comes with its log probability and
+    with those of so many of the likeliest at its place; None: with none.
     """
 
     temperature: float = 0.6
@@ -43,6 +44,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +170,26 @@ class Prefilled:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a drawn token was, and the likeliest at its place: (id, log probability), likeliest first.
+
+    Natural logarithms of the model's own probabilities: at temperature 1, before biases, penalties, filters
+    and constraints. Float32 values, none below -9999.
+    """
+
+    logprob: float
+    top: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids drawn in one step, the end-of-turn token not among them."""
+    """Token ids drawn in one step, the end-of-turn token not among them.
+
+    `scores` has one for each id where SamplingParams.top_logprobs asks for them, and is empty otherwise.
+    """
 
     ids: Sequence[int]
+    scores: Sequence[Score] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,17 +232,33 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of a text, or (with an empty `top`) one that might have stood there; `logprob` as in Score.
+
+    `data` are its UTF-8 bytes, at times a part of a character. Of a token that a tag or a stop string cuts
+    it is what the text holds of it.
+    """
+
+    id: int
+    data: bytes
+    logprob: float
+    top: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of the thought, without tags."""
+    """A piece of the thought, without tags. The `tokens`, if they are asked for, make up the text."""
 
     text: str
+    tokens: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A piece of the answer."""
+    """A piece of the answer. The `tokens`, if they are asked for, make up the text."""
 
     text: str
+    tokens: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)

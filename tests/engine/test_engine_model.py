@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from time import sleep
 
+import numpy as np
 import pytest
 from kit_engine import Recorder, generation, until
 from kit_model import (
     CONTEXT,
+    Bench,
     family_config,
     load_gguf_model,
     mix,
@@ -66,13 +69,14 @@ def request(i: int) -> GenerationRequest:
         SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.2, frequency_penalty=0.3, seed=i),
         SamplingParams(temperature=1.0, min_p=0.05, presence_penalty=0.5, logit_bias={7: -100.0}, seed=i),
     ][i % 5]
+    sampling = replace(sampling, top_logprobs=[None, 0, 5, 20][i % 4])
     return generation(str(i), prompt, 8 + i % 30, sampling)
 
 
-def alone(engine: Engine, i: int) -> list[int]:
+def alone(engine: Engine, i: int) -> Recorder:
     heard = Recorder()
     engine.submit(request(i), heard)
-    return heard.wait().tokens
+    return heard.wait()
 
 
 def test_company_preemption_and_cached_prefixes_do_not_change_a_text(roomy: Engine, crowded: Engine) -> None:
@@ -83,7 +87,8 @@ def test_company_preemption_and_cached_prefixes_do_not_change_a_text(roomy: Engi
         crowded.submit(request(i), recorder)
     for i, recorder in enumerate(heard):
         recorder.wait().check_order()
-        assert recorder.tokens == expected[i], f"request {i}"
+        assert recorder.tokens == expected[i].tokens, f"request {i}"
+        assert recorder.scores == expected[i].scores, f"request {i}"
         assert recorder.reason is FinishReason.LENGTH
     assert any(e.cached for r in heard for e in r.events if isinstance(e, Prefilled)), "no prefix was reused"
 
@@ -113,7 +118,28 @@ def test_hundred_submissions_with_interleaved_aborts(roomy: Engine, crowded: Eng
     until(lambda: crowded.status().running == 0)
     assert crowded.status().pages_free == 36
     for i in (1, 42, 97):
-        assert heard[i].tokens == alone(roomy, i)
+        assert heard[i].tokens == alone(roomy, i).tokens
+
+
+def test_scores_are_the_models_own_probabilities(model: Model, roomy: Engine) -> None:
+    """Whatever was asked of sampling, against float64 over the logits of the whole text read at once."""
+    for i in range(20):
+        asked, heard = request(i), alone(roomy, i)
+        count = asked.sampling.top_logprobs
+        if count is None:
+            assert heard.scores == []
+            continue
+        text = [*asked.prompt, *heard.tokens]
+        logits = (
+            Bench(model, kind="bf16").logits(text, chunk=16)[len(asked.prompt) - 1 : -1].astype(np.float64)
+        )
+        expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        for row, token, score in zip(expected, heard.tokens, heard.scores, strict=True):
+            assert score.logprob == pytest.approx(row[token], abs=1e-5)
+            likeliest = np.argsort(-row, kind="stable")[:count].tolist()
+            assert [token for token, _ in score.top] == likeliest
+            assert [logprob for _, logprob in score.top] == pytest.approx(row[likeliest], abs=1e-5)
+            assert dict(score.top).get(token, score.logprob) == score.logprob
 
 
 def test_a_second_turn_reads_only_what_is_new(roomy: Engine) -> None:

@@ -137,6 +137,46 @@ async def test_the_official_client(daemon: Daemon) -> None:
     assert limited.usage.completion_tokens == 3
 
 
+async def test_log_probabilities(daemon: Daemon) -> None:
+    """The same from either door, streamed or not, with the prompt cached or not, alone or beside others."""
+    question = "25 - 8 等于多少?"
+    request = ask(question, temperature=1.2, seed=3, top_logprobs=4, presence_penalty=1.0)
+
+    async def tokens_of(request: pb.ChatRequest) -> list[pb.TokenLogprob]:
+        tokens: list[pb.TokenLogprob] = []
+        async for event in daemon.stub.Chat(request):
+            for piece in (event.reasoning, event.answer):
+                if request.sampling.HasField("top_logprobs"):
+                    assert b"".join(token.text for token in piece.tokens).decode() == piece.text
+                tokens += piece.tokens
+        return tokens
+
+    alone = await tokens_of(request)
+    assert len(alone) > 10
+    for token in alone:
+        assert [top.logprob for top in token.top] == sorted((top.logprob for top in token.top), reverse=True)
+        assert len(token.top) == 4
+        assert token.top[0].logprob >= token.logprob > -9999
+        assert {top.id: top.logprob for top in token.top}.get(token.id, token.logprob) == token.logprob
+    *beside, again = await asyncio.gather(
+        *(tokens_of(ask(QUESTION, seed=n)) for n in range(5)), tokens_of(request)
+    )
+    assert again == alone
+    assert beside == [[]] * 5, "nobody asked"
+    async with openai.AsyncOpenAI(base_url=daemon.url, api_key="none") as client:
+        answer = await client.chat.completions.create(
+            model="ktransformers", messages=[{"role": "user", "content": question}], temperature=1.2, seed=3,
+            presence_penalty=1.0, logprobs=True, top_logprobs=4,
+        )  # fmt: skip
+    (choice,) = answer.choices
+    assert choice.logprobs is not None
+    told = choice.logprobs.content or []
+    assert b"".join(bytes(token.bytes or []) for token in told).decode() == choice.message.content
+    assert [(token.logprob, [top.logprob for top in token.top_logprobs]) for token in told] == [
+        (token.logprob, [top.logprob for top in token.top]) for token in alone[-len(told) :]
+    ]
+
+
 async def test_a_thought_can_be_forced_and_forbidden(daemon: Daemon) -> None:
     request = ask(QUESTION)
     request.thinking = False

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from dataclasses import dataclass, field
 
-from ktd.types import EngineEvent, Prefilled, Queued, Tokens
+from ktd.types import EngineEvent, Prefilled, Queued, Score, Tokens
+
+
+@dataclass(slots=True)
+class _Joined:
+    ids: list[int] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
 
 
 class Mailbox:
     """Events of one request, in order.
 
     Bounded without ever blocking the engine: when the reader is slow, a newer Queued or Prefilled replaces
-    the one that still waits, and Tokens join. What waits is never more than the token ids of one answer.
+    the one that still waits, and Tokens join. What waits is never more than the tokens of one answer.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._events: deque[EngineEvent | list[int]] = deque()
+        self._events: deque[EngineEvent | _Joined] = deque()
         self._ready = asyncio.Event()
 
     def put(self, event: EngineEvent) -> None:
@@ -28,10 +35,11 @@ class Mailbox:
             wake = not self._events
             last = None if wake else self._events[-1]
             if isinstance(event, Tokens):
-                if isinstance(last, list):
-                    last.extend(event.ids)
-                else:
-                    self._events.append(list(event.ids))
+                if not isinstance(last, _Joined):
+                    last = _Joined()
+                    self._events.append(last)
+                last.ids.extend(event.ids)
+                last.scores.extend(event.scores)
             elif isinstance(event, Queued | Prefilled) and type(last) is type(event):
                 self._events[-1] = event
             else:
@@ -51,4 +59,4 @@ class Mailbox:
             event = self._events.popleft()
             if not self._events:
                 self._ready.clear()
-        return Tokens(event) if isinstance(event, list) else event
+        return Tokens(event.ids, event.scores) if isinstance(event, _Joined) else event

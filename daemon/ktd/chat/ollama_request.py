@@ -25,6 +25,7 @@ from ktd.types import AnswerSchema, ChatRequest, Message, Priority, Tool, ToolCa
 _TAG = ":latest"
 # Options that have a counterpart here, by its name. Others are of Ollama's own runner: they change nothing.
 _OPTIONS = {**{name: name for name in RANGES}, "repeat_penalty": "repetition_penalty"}
+del _OPTIONS["top_logprobs"]  # which stands beside them
 _WHOLE = {"top_k", "seed"}
 _LEVELS = ("low", "medium", "high", "max")
 # What a prompt of /api/generate may come with in Ollama, and why it cannot here.
@@ -74,8 +75,6 @@ def from_generate(data: bytes, defaults: RequestDefaults) -> OllamaRequest:
 def _request(
     body: Mapping[str, Any], messages: Sequence[Message], tools: Sequence[Tool], defaults: RequestDefaults
 ) -> OllamaRequest:
-    if body.get("logprobs"):
-        raise RequestError("logprobs are not supported: leave the field out.")
     model, stream = model_name(body), flag_of(body, "stream", True)
     options = {name: value for name, value in object_of(body, "options").items() if value is not None}
     if not messages:
@@ -83,7 +82,7 @@ def _request(
     chat = checked(
         request_id=new_request_id("ollama"),
         messages=messages,
-        sampling=_sampling(options),
+        sampling=_sampling(options) | _logprobs(body),
         logit_bias={},
         max_tokens=_num_predict(options),
         stop=stop_of(options),
@@ -105,6 +104,12 @@ def _sampling(options: Mapping[str, Any]) -> dict[str, float]:
             if name != "seed" or value != -1:  # which is Ollama's "any"
                 sampling[to] = RANGES[to].check(name, value)
     return sampling
+
+
+def _logprobs(body: Mapping[str, Any]) -> dict[str, float]:
+    count = number_of(body, "top_logprobs", whole=True) if "top_logprobs" in body else 0
+    RANGES["top_logprobs"].check("top_logprobs", count)
+    return {"top_logprobs": count} if flag_of(body, "logprobs", False) else {}
 
 
 def _schema(body: Mapping[str, Any]) -> AnswerSchema | None:

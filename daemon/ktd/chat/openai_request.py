@@ -25,14 +25,14 @@ from ktd.types import AnswerSchema, ChatRequest, Message, Priority, ToolCall
 # Fields that change nothing here, and that clients send all the same.
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort",
-    "safety_identifier", "prompt_cache_key", "verbosity", "num_ctx", "logprobs", "top_logprobs", "modalities",
+    "safety_identifier", "prompt_cache_key", "verbosity", "num_ctx", "modalities",
 }  # fmt: skip
 _NUMBERS = {**{name: name for name in RANGES}, "repeat_penalty": "repetition_penalty"}
-_WHOLE = {"top_k", "seed"}
+_WHOLE = {"top_k", "seed", "top_logprobs"}
 _KNOWN = {
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "n",
     "logit_bias", "tools", "tool_choice", "response_format", "thinking", "chat_template_kwargs",
-    "continue_final_message", "return_speed", "functions", *_NUMBERS, *_WITHOUT_EFFECT,
+    "continue_final_message", "return_speed", "functions", "logprobs", *_NUMBERS, *_WITHOUT_EFFECT,
 }  # fmt: skip
 # Looking for what a name may have meant takes time in the event loop, which is everybody's.
 _MOST_UNKNOWN = 100
@@ -65,9 +65,7 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
         chat=checked(
             request_id=new_request_id("chatcmpl"),
             messages=messages,
-            sampling={
-                to: number_of(body, name, whole=to in _WHOLE) for name, to in _NUMBERS.items() if name in body
-            },
+            sampling=_sampling(body),
             logit_bias=_logit_bias(body),
             max_tokens=_max_tokens(body),
             stop=stop_of(body),
@@ -101,10 +99,17 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise RequestError("n must be 1: ask several times for several answers.")
     if body.get("functions"):
         raise RequestError("functions is OpenAI's old form, which is not supported: send them as tools.")
-    if body.get("logprobs"):
-        raise RequestError("logprobs are not supported: leave the field out.")
     if body.get("tool_choice", "auto") not in ("auto", "none"):
         raise RequestError('tool_choice must be "auto" or "none": the model cannot be forced to call a tool.')
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, float]:
+    given = {to: number_of(body, name, whole=to in _WHOLE) for name, to in _NUMBERS.items() if name in body}
+    if flag_of(body, "logprobs", False):
+        given.setdefault("top_logprobs", 0)
+    elif given.pop("top_logprobs", 0):
+        raise RequestError("top_logprobs is set without logprobs: set logprobs to true.")
+    return given
 
 
 def _message(number: int, item: object) -> Message:

@@ -57,6 +57,7 @@ RANGES = {
     "presence_penalty": _Range(-2, 2),
     "frequency_penalty": _Range(-2, 2),
     "seed": _Range(0, 2**64 - 1),
+    "top_logprobs": _Range(0, 20),
 }
 _LOGIT_BIAS = _Range(-100, 100)
 
@@ -158,6 +159,7 @@ def _sampling(
     values = {name: RANGES[name].check(name, value) for name, value in given.items()}
     bias = {int(t): _LOGIT_BIAS.check(f"logit_bias of token {t}", b) for t, b in logit_bias.items()}
     seed = values.get("seed", defaults.seed)
+    top_logprobs = values.get("top_logprobs", defaults.top_logprobs)
     return SamplingParams(
         temperature=values.get("temperature", defaults.temperature),
         top_p=values.get("top_p", defaults.top_p),
@@ -168,6 +170,7 @@ def _sampling(
         frequency_penalty=values.get("frequency_penalty", defaults.frequency_penalty),
         seed=None if seed is None else int(seed),
         logit_bias=bias,
+        top_logprobs=None if top_logprobs is None else int(top_logprobs),
     )
 
 

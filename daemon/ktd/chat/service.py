@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ktd.chat.interfaces import Generator, Prompt, Text
 from ktd.chat.mailbox import Mailbox
 from ktd.chat.served import ServedModel
+from ktd.chat.teller import Teller, TokenTeller
 from ktd.chat.turn import Turn
 from ktd.errors import ContextExceeded, RequestError
 from ktd.types import (
@@ -78,6 +79,7 @@ class ChatService:
         mailbox = Mailbox(asyncio.get_running_loop())
         turn = Turn(
             self._text.detokenizer(),
+            Teller() if request.sampling.top_logprobs is None else TokenTeller(self._text),
             prompt_tokens=len(prompt.ids),
             opens_thought=prompt.opens_thought,
             stop=request.stop,
@@ -90,7 +92,7 @@ class ChatService:
             while True:
                 event = await mailbox.get(PROGRESS_SECONDS if turn.reading else None)
                 if isinstance(event, Tokens):
-                    for told in turn.write(event.ids):
+                    for told in turn.write(event.ids, event.scores):
                         yield told
                     if turn.stopped:
                         break

@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass
 
 from ktd.chat.splitter import overlap
-from ktd.types import Answer, ToolCall
+from ktd.types import ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,14 @@ _FAMILIES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A piece of the answer, which begins `start` characters behind the beginning of all that was pushed."""
+
+    text: str
+    start: int
+
+
 class ToolCallParser:
     """Takes tool calls out of the answer's text, each as soon as it is complete.
 
@@ -59,24 +67,26 @@ class ToolCallParser:
 
     def __init__(self) -> None:
         self._held = ""
+        self._seen = 0  # characters
         self._inside: _Markers | None = None
         self._opening = ""  # the section's marker, until something of the section was told
         self._count = 0
 
-    def push(self, text: str) -> list[Answer | ToolCall]:
+    def push(self, text: str) -> list[Said | ToolCall]:
         """What `text` makes certain, in order."""
         self._held += text
-        events: list[Answer | ToolCall] = []
+        self._seen += len(text)
+        events: list[Said | ToolCall] = []
         while self._read(self._inside, events) if self._inside else self._enter(events):
             pass
         return events
 
-    def flush(self) -> list[Answer | ToolCall]:
+    def flush(self) -> list[Said | ToolCall]:
         """The text that was held back for a marker or a call that never came."""
         held, self._held = self._opening + self._held, ""
-        return [Answer(held)] if held.strip() or (held and not self._inside) else []
+        return [Said(held, self._seen - len(held))] if held.strip() or (held and not self._inside) else []
 
-    def _enter(self, events: list[Answer | ToolCall]) -> bool:
+    def _enter(self, events: list[Said | ToolCall]) -> bool:
         found = [(at, family) for family in _FAMILIES if (at := self._held.find(family.begin)) >= 0]
         if not found:
             keep = max(overlap(self._held, family.begin) for family in _FAMILIES)
@@ -88,7 +98,7 @@ class ToolCallParser:
         self._inside, self._opening = family, family.begin
         return True
 
-    def _read(self, markers: _Markers, events: list[Answer | ToolCall]) -> bool:
+    def _read(self, markers: _Markers, events: list[Said | ToolCall]) -> bool:
         """Takes the next call, or the end of the section, off what is held."""
         end, call_end = self._held.find(markers.end), self._held.find(markers.call_end)
         if call_end >= 0 or end >= 0:
@@ -96,12 +106,16 @@ class ToolCallParser:
         if call_end >= 0 and (end < 0 or call_end < end):
             call = self._parse(markers, self._held[:call_end])
             taken = call_end + len(markers.call_end)
-            events.append(call or Answer(self._held[:taken]))
-            self._held = self._held[taken:]
+            if call:
+                events.append(call)
+                self._held = self._held[taken:]
+            else:
+                self._tell(events, taken)
             return True
         if end >= 0:
             if self._held[:end].strip():
-                events.append(Answer(self._held[:end]))
+                self._tell(events, end)
+                end = 0
             self._held = self._held[end + len(markers.end) :]
             self._inside = None
             return True
@@ -122,7 +136,7 @@ class ToolCallParser:
                     )
         return None
 
-    def _tell(self, events: list[Answer | ToolCall], length: int) -> None:
+    def _tell(self, events: list[Said | ToolCall], length: int) -> None:
         if length:
-            events.append(Answer(self._held[:length]))
+            events.append(Said(self._held[:length], self._seen - len(self._held)))
             self._held = self._held[length:]

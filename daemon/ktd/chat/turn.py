@@ -9,7 +9,8 @@ from ktd.chat.interfaces import Detokenizer
 from ktd.chat.plain_splitter import PlainSplitter
 from ktd.chat.splitter import ReasoningSplitter
 from ktd.chat.stops import StopStrings
-from ktd.chat.tool_calls import ToolCallParser
+from ktd.chat.teller import Teller
+from ktd.chat.tool_calls import Said, ToolCallParser
 from ktd.types import (
     Answer,
     ChatEvent,
@@ -18,6 +19,7 @@ from ktd.types import (
     Prefilled,
     Queued,
     Reasoning,
+    Score,
     Timings,
     ToolCall,
     Usage,
@@ -30,6 +32,7 @@ class Turn:
     def __init__(
         self,
         detokenizer: Detokenizer,
+        teller: Teller,
         *,
         prompt_tokens: int,
         opens_thought: bool,
@@ -37,11 +40,14 @@ class Turn:
         parse_tools: bool,
         constrained: bool,
     ) -> None:
+        """`teller`: a TokenTeller where the tokens come with scores, otherwise a Teller."""
         self._detokenizer = detokenizer
+        self._teller = teller
         self._splitter = PlainSplitter(opens_thought) if constrained else ReasoningSplitter(opens_thought)
         self._stops = StopStrings(stop)
         self._may_stop = bool(stop)
         self._tools = ToolCallParser() if parse_tools else None
+        self._answered = 0  # characters of the answer, tool calls included
         self._prompt_tokens = prompt_tokens
         self._cached_tokens = 0
         self._completion_tokens = 0
@@ -68,8 +74,9 @@ class Turn:
             self._prefill = Prefill(event.done, event.total, event.tokens_per_second)
         return self._prefill
 
-    def write(self, ids: Sequence[int]) -> Iterator[ChatEvent]:
-        """Events of the tokens `ids`; sets `stopped` at a stop string, which ends the answer."""
+    def write(self, ids: Sequence[int], scores: Sequence[Score] = ()) -> Iterator[ChatEvent]:
+        """Events of the tokens `ids` with their `scores`; sets `stopped` at a stop string, which ends the
+        answer."""
         if self._first_token is None:
             self._first_token = time.monotonic()
             last = self._prefill
@@ -79,49 +86,58 @@ class Turn:
         at = 0
         while at < len(ids) and not self.stopped:
             # Tokens go one by one while the end of the thought, or a stop string, may be anywhere in `ids`:
-            # what comes behind a stop string is neither shown nor counted.
+            # what comes behind a stop string is neither shown nor counted. So they do where each is told.
             was_thinking = self._splitter.thinking
-            whole = self._splitter.answering and not self._may_stop
+            whole = self._splitter.answering and not self._may_stop and not scores
             piece = ids[at:] if whole else ids[at : at + 1]
+            if scores:
+                self._teller.drew(ids[at], scores[at])
             at += len(piece)
             self._completion_tokens += len(piece)
-            yield from self._split(self._splitter.push(self._detokenizer.push(piece)))
+            yield from self._split(self._splitter.push(self._decoded(self._detokenizer.push(piece))))
             if was_thinking or self._splitter.thinking:
                 self._reasoning_tokens += len(piece)
 
     def end(self) -> Iterator[ChatEvent]:
         """Events of everything that was held back."""
-        rest = self._splitter.push(self._detokenizer.flush()) + self._splitter.flush()
-        yield from self._split(rest)
-        if self.stopped:
-            return
+        yield from self._split(self._splitter.push(self._decoded(self._detokenizer.flush())))
+        yield from self._split(self._splitter.flush())
         if self._tools:
             yield from self._cut(self._tools.flush())
-        if not self.stopped and (text := self._stops.flush()):
-            yield Answer(text)
+        if not self.stopped:
+            yield from self._teller.answer(self._stops.flush())
+            yield from self._teller.rest()
+
+    def _decoded(self, text: str) -> str:
+        self._teller.decoded(text)
+        return text
 
     def _split(self, pieces: Sequence[Reasoning | Answer]) -> Iterator[ChatEvent]:
         for piece in pieces:
             if isinstance(piece, Reasoning):
-                yield piece
-            elif self._tools:
-                yield from self._cut(self._tools.push(piece.text))
-            else:
-                yield from self._cut([piece])
+                yield from self._teller.thought(piece.text)
+                continue
+            if not self._answered:
+                yield from self._teller.begin_answer(piece.text)
+            said = Said(piece.text, self._answered)
+            self._answered += len(piece.text)
+            yield from self._cut(self._tools.push(piece.text) if self._tools else [said])
 
-    def _cut(self, pieces: Sequence[Answer | ToolCall]) -> Iterator[ChatEvent]:
+    def _cut(self, pieces: Sequence[Said | ToolCall]) -> Iterator[ChatEvent]:
         for piece in pieces:
+            if self.stopped:
+                return
             if isinstance(piece, ToolCall):
-                if text := self._stops.flush():
-                    yield Answer(text)
+                yield from self._teller.answer(self._stops.flush())
+                yield from self._teller.rest()
                 self._called_tools = True
                 yield piece
                 continue
+            self._teller.place(piece.text, piece.start)
             text, self.stopped = self._stops.push(piece.text)
-            if text:
-                yield Answer(text)
+            yield from self._teller.answer(text)
             if self.stopped:
-                return
+                yield from self._teller.rest()
 
     def usage(self, timings: Timings | None = None) -> Usage:
         """Counts so far; the engine's `timings`, or those seen from here when the engine was stopped

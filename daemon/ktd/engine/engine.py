@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ktd.cache import BlockPool, LatentCache
 from ktd.engine.config import EngineConfig
 from ktd.engine.live import Listener, LiveRequest
+from ktd.engine.logprobs import RowScores, score_rows
 from ktd.engine.runner import Runner
 from ktd.errors import Busy, ContextExceeded, DeviceLost, EngineFailure, KtdError, RequestError, Unavailable
 from ktd.model import Model
@@ -241,15 +242,20 @@ class Engine:
         with self._books:
             self._scheduler.commit(work)
             self._steps += 1
-        rows = iter(logits)
+        wanted = [
+            live.request.sampling.top_logprobs
+            for item, live in zip(work, requests, strict=True)
+            if item.draws
+        ]
+        rows = zip(logits, score_rows(logits, wanted), strict=True)  # drawing overwrites the logits
         for item, live in zip(work, requests, strict=True):
             if item.draws:
                 live.prefilled(live.sequence.prompt_tokens)
-                self._draw(live, next(rows))
+                self._draw(live, *next(rows))
             else:
                 live.prefilled(live.sequence.computed, every=_PREFILL_EVERY)
 
-    def _draw(self, live: LiveRequest, logits: F32) -> None:
+    def _draw(self, live: LiveRequest, logits: F32, scores: RowScores | None) -> None:
         """Draws, publishes and perhaps ends; a fault here is this request's alone."""
         try:
             token = live.sampler.draw(logits)
@@ -264,7 +270,7 @@ class Engine:
             self._end(live, Ended(FinishReason.STOP, live.timings()))
             return
         self._completion_tokens += 1
-        live.tell(Tokens((token,)))
+        live.tell(Tokens((token,), (scores.of(token),) if scores else ()))
         if live.sampler.complete:
             self._end(live, Ended(FinishReason.STOP, live.timings()))
         elif live.sequence.drawn == live.request.max_tokens:

@@ -27,6 +27,7 @@ from ktd.types import (
     Prefill,
     Queued,
     Reasoning,
+    TokenLogprob,
     ToolCall,
     Usage,
 )
@@ -113,10 +114,12 @@ def to_proto(event: ChatEvent, request_id: str, sequence: int) -> pb.ChatEvent:
     """One event as it goes over the wire."""
     out = pb.ChatEvent(request_id=request_id, sequence=sequence)
     match event:
-        case Reasoning(text):
+        case Reasoning(text, tokens):
             out.reasoning.text = text
-        case Answer(text):
+            out.reasoning.tokens.extend(map(_token, tokens))
+        case Answer(text, tokens):
             out.answer.text = text
+            out.answer.tokens.extend(map(_token, tokens))
         case Queued(position):
             out.queued.SetInParent()
             out.queued.position = position
@@ -139,6 +142,11 @@ def to_proto(event: ChatEvent, request_id: str, sequence: int) -> pb.ChatEvent:
         case Finished(reason):
             out.finished.reason = _REASONS[reason]
     return out
+
+
+def _token(token: TokenLogprob) -> pb.TokenLogprob:
+    top = [pb.TokenLogprob.Alternative(id=t.id, text=t.data, logprob=t.logprob) for t in token.top]
+    return pb.TokenLogprob(id=token.id, text=token.data, logprob=token.logprob, top=top)
 
 
 class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic at run time

@@ -17,12 +17,13 @@ from ktd.chat.fields import json_object
 from ktd.chat.ollama_request import OllamaRequest, from_chat, from_generate, model_name
 from ktd.chat.request import RequestDefaults
 from ktd.server.host import Host, State
+from ktd.server.logprobs_json import token_objects
 from ktd.server.responses import Json, WholeAnswer, body_of, guarded, respond
 from ktd.server.status import sentence_of, status_of
-from ktd.types import Answer, ChatEvent, Finished, FinishReason, Reasoning, ToolCall, Usage
+from ktd.types import Answer, ChatEvent, Finished, FinishReason, Reasoning, TokenLogprob, ToolCall, Usage
 
 # The release whose API this is: clients ask, and refuse to talk to one that is too old for them.
-API_VERSION = "0.12.6"
+API_VERSION = "0.12.11"
 _NOT_HERE = {
     "/api/embed": "This model writes text and gives no embeddings.",
     "/api/embeddings": "This model writes text and gives no embeddings.",
@@ -157,6 +158,11 @@ def _said_in_generate(text: str, thought: str, calls: Sequence[ToolCall]) -> Jso
     return {"response": text, "thinking": thought} if thought else {"response": text}
 
 
+def _logprobs(tokens: Sequence[TokenLogprob]) -> Json:
+    """Ollama has one list for thought and answer, and none where it would be empty."""
+    return {"logprobs": token_objects(tokens)} if tokens else {}
+
+
 _Say = Callable[[str, str, Sequence[ToolCall]], Json]
 
 
@@ -178,6 +184,7 @@ class _Writer:
     def whole(self, answer: WholeAnswer) -> Json:
         """The answer as one object."""
         said = self._say(answer.answer, answer.reasoning, answer.calls)
+        said |= _logprobs([*answer.reasoning_tokens, *answer.answer_tokens])
         return self._last(said, answer.reason, self._figures(answer.usage))
 
     def opening(self) -> str:
@@ -187,10 +194,10 @@ class _Writer:
     def frame(self, event: ChatEvent) -> str:
         """A line, the last one with the counts."""
         match event:
-            case Reasoning(text):
-                return self._line(self._say("", text, ()))
-            case Answer(text):
-                return self._line(self._say(text, "", ()))
+            case Reasoning(text, tokens):
+                return self._line(self._say("", text, ()) | _logprobs(tokens))
+            case Answer(text, tokens):
+                return self._line(self._say(text, "", ()) | _logprobs(tokens))
             case ToolCall():
                 return self._line(self._say("", "", [event]))
             case Usage():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -11,9 +12,10 @@ from starlette.responses import JSONResponse, Response
 from ktd.chat.openai_request import Completion, from_openai
 from ktd.errors import UnknownModel
 from ktd.server.host import Host
+from ktd.server.logprobs_json import token_objects
 from ktd.server.responses import Json, WholeAnswer, body_of, respond
 from ktd.server.status import sentence_of, status_of
-from ktd.types import Answer, ChatEvent, Finished, Prefill, Queued, Reasoning, ToolCall, Usage
+from ktd.types import Answer, ChatEvent, Finished, Prefill, Queued, Reasoning, TokenLogprob, ToolCall, Usage
 
 
 class OpenAiApi:
@@ -67,7 +69,11 @@ class _Writer:
             message["reasoning_content"] = answer.reasoning
         if answer.calls:
             message["tool_calls"] = [_tool_call(call) for call in answer.calls]
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.reason.value}
+        logprobs = None
+        if self._completion.chat.sampling.top_logprobs is not None:
+            logprobs = _logprobs(answer.answer_tokens, answer.reasoning_tokens)
+        reason = answer.reason.value
+        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
         usage = self._usage(answer.usage)
         return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage}
 
@@ -78,16 +84,17 @@ class _Writer:
     def frame(self, event: ChatEvent) -> str:
         """A server-sent event, and the last three together."""
         match event:
-            case Reasoning(text):
-                return self._frame({"content": None, "reasoning_content": text})
-            case Answer(text):
-                return self._frame({"content": text})
+            case Reasoning(text, tokens):
+                logprobs = _logprobs(None, tokens) if tokens else None
+                return self._frame({"content": None, "reasoning_content": text}, logprobs=logprobs)
+            case Answer(text, tokens):
+                return self._frame({"content": text}, logprobs=_logprobs(tokens) if tokens else None)
             case ToolCall(index=index):
                 return self._frame({"tool_calls": [{"index": index, **_tool_call(event)}]})
             case Usage() if self._completion.include_usage:
                 self._usage_frame = self._chunk([], usage=self._usage(event))
             case Finished(reason):
-                return f"{self._frame({}, reason.value)}{self._usage_frame}data: [DONE]\n\n"
+                return f"{self._frame({}, finish_reason=reason.value)}{self._usage_frame}data: [DONE]\n\n"
         return ""
 
     def quiet(self, event: ChatEvent) -> str:
@@ -98,8 +105,9 @@ class _Writer:
         """An error object in the place of a chunk."""
         return f"data: {json.dumps(error_body(error), ensure_ascii=False)}\n\n"
 
-    def _frame(self, delta: Json, finish_reason: str | None = None) -> str:
-        return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
+    def _frame(self, delta: Json, *, logprobs: Json | None = None, finish_reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._chunk([choice])
 
     def _chunk(self, choices: list[Json], **more: Json) -> str:
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices, **more}
@@ -117,6 +125,16 @@ class _Writer:
             counts["prefill_time"] = usage.timings.prefill_seconds
             counts["decode_time"] = usage.timings.decode_seconds
         return counts
+
+
+def _logprobs(
+    content: Sequence[TokenLogprob] | None, reasoning: Sequence[TokenLogprob] | None = None
+) -> Json:
+    """OpenAI's object, with the thought's tokens where DeepSeek puts them."""
+    logprobs: Json = {"content": None if content is None else token_objects(content), "refusal": None}
+    if reasoning:
+        logprobs["reasoning_content"] = token_objects(reasoning)
+    return logprobs
 
 
 def _tool_call(call: ToolCall) -> Json:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ktd.errors import RequestError
-from ktd.types import Answer, ChatEvent, Finished, FinishReason, Reasoning, ToolCall, Usage
+from ktd.types import Answer, ChatEvent, Finished, FinishReason, Reasoning, TokenLogprob, ToolCall, Usage
 
 # As the gRPC door: a long conversation with documents in it.
 MOST_BYTES = 64 * 2**20
@@ -53,29 +53,35 @@ async def body_of(request: Request) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class WholeAnswer:
-    """Everything that was said in one answer."""
+    """Everything that was said in one answer; the tokens of it where they are asked for."""
 
     reasoning: str
     answer: str
     calls: list[ToolCall]
     usage: Usage
     reason: FinishReason
+    reasoning_tokens: list[TokenLogprob]
+    answer_tokens: list[TokenLogprob]
 
 
 async def gather(events: AsyncGenerator[ChatEvent, None]) -> WholeAnswer:
     """The answer of `events`, which are closed. Raises what they raise."""
     reasoning: list[str] = []
     answer: list[str] = []
+    reasoning_tokens: list[TokenLogprob] = []
+    answer_tokens: list[TokenLogprob] = []
     calls: list[ToolCall] = []
     usage: Usage | None = None
     reason: FinishReason | None = None
     async with aclosing(events):
         async for event in events:
             match event:
-                case Reasoning(text):
+                case Reasoning(text, tokens):
                     reasoning.append(text)
-                case Answer(text):
+                    reasoning_tokens += tokens
+                case Answer(text, tokens):
                     answer.append(text)
+                    answer_tokens += tokens
                 case ToolCall():
                     calls.append(event)
                 case Usage():
@@ -84,7 +90,9 @@ async def gather(events: AsyncGenerator[ChatEvent, None]) -> WholeAnswer:
                     reason = event.reason
     assert usage  # an answer that does not end with both raises
     assert reason
-    return WholeAnswer("".join(reasoning), "".join(answer), calls, usage, reason)
+    return WholeAnswer(
+        "".join(reasoning), "".join(answer), calls, usage, reason, reasoning_tokens, answer_tokens
+    )
 
 
 class Writer(Protocol):

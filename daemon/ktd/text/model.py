@@ -22,7 +22,7 @@ from ktd.text.conversation import (
     template_tool,
     turns,
 )
-from ktd.text.detokenizer import IncrementalDetokenizer
+from ktd.text.detokenizer import IncrementalDetokenizer, token_bytes
 from ktd.text.grammar import Grammars, ReplyConstraint
 from ktd.text.guard import Guard
 from ktd.text.tokenizer import BpeTokenizer
@@ -113,6 +113,15 @@ class TextModel:
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh detokenizer, one per answer."""
         return IncrementalDetokenizer(self.vocabulary)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to an answer: UTF-8, at times a part of a character, or nothing."""
+        return token_bytes(self.vocabulary, token)
+
+    def token_name(self, token: int) -> bytes:
+        """As `token_bytes`, and for one that adds nothing the name it has in the vocabulary."""
+        known = 0 <= token < self.vocab_size
+        return self.token_bytes(token) or (self.vocabulary.tokens[token].encode() if known else b"")
 
     def constraint(self, request: ChatRequest, ids: Sequence[int], opens_thought: bool) -> ReplyConstraint:
         """What keeps the reply to the prompt `ids` to the request's schema; compiling it may take seconds.
