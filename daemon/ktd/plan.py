@@ -24,7 +24,7 @@ PAGE_SIZE = 64
 _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 # Tokens of a step unless asked otherwise. On a GPU experts may be sent there for a step: the more tokens
 # share the sending, the better, as far as their buffers fit.
-_CHUNK, _CHUNK_ON_GPU = 512, 2048
+_CHUNK, _CHUNKS_ON_GPU = 512, (4096, 2048)
 # A default context is never planned below this where the model itself allows it (design: "at least 16,384").
 _LEAST_CONTEXT = 16_384
 _ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
@@ -148,10 +148,10 @@ def make_plan(
     )
     if not budget.vram:
         return _on_cpu(sizes, budget, asked, grow=context is None)
-    if chunk_tokens is None:
+    for large in _CHUNKS_ON_GPU if chunk_tokens is None else ():
         with suppress(SettingsError):
-            large = replace(sizes, chunk_tokens=max(_CHUNK_ON_GPU, sequences))
-            return _on_gpus(large, budget, asked, grow=context is None)
+            larger = replace(sizes, chunk_tokens=max(large, sequences))
+            return _on_gpus(larger, budget, asked, grow=context is None)
     try:
         return _on_gpus(sizes, budget, asked, grow=context is None)
     except SettingsError:

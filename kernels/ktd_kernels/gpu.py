@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +18,19 @@ from ktd_kernels.upload import Uploader, WeightStream, stream
 
 
 class GpuOps:
-    """The ops of a layer. `prompt` chooses the arithmetic for the many rows of a prompt where an op has
-    two."""
+    """The ops of a layer. `prompt` chooses the arithmetic for the many rows of a prompt, however few they
+    are, where an op has two."""
 
-    linear = staticmethod(cuda.linear)
-    linear_heads = staticmethod(cuda.linear_heads)
-    mlp = staticmethod(cuda.mlp)
-    moe = staticmethod(cuda.moe)
     rms_norm = staticmethod(triton.rms_norm)
     rope = staticmethod(triton.rope)
     route = staticmethod(triton.route)
 
     def __init__(self, prompt: bool) -> None:
         self._prompt = prompt
+        self.linear = partial(cuda.linear, prompt=prompt)
+        self.linear_heads = partial(cuda.linear_heads, prompt=prompt)
+        self.mlp = partial(cuda.mlp, prompt=prompt)
+        self.moe = partial(cuda.moe, prompt=prompt)
 
     def store_normed(
         self,

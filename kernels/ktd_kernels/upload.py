@@ -24,6 +24,8 @@ _PIECES = 8
 _THREADS = 8
 _PART = 1 << 20
 _ALIGNMENT = 256
+#: Groups that a WeightStream has on their way or in use; some are sent while a layer's attention is computed.
+ROOMS = 4
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: what the pages of a mapped file need
 
 
@@ -103,21 +105,21 @@ def _unlock(driver: ctypes.CDLL, locked: list[tuple[int, int]]) -> None:
 
 
 class WeightStream:
-    """Weights that pass through the device: room for two groups of up to `nbytes`."""
+    """Weights that pass through the device: room for ROOMS groups of up to `nbytes`."""
 
     def __init__(self, uploader: Uploader, device: torch.device, nbytes: int) -> None:
         self._uploader = uploader
-        self._rooms = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._rooms = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(ROOMS)]
         self._free = [event() for _ in self._rooms]
         self._arrived = event()
         self._stream = stream()
 
     def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[GpuWeight]]:
-        """Each group on the device, for work on the current stream until the next is asked for. The next is
-        sent while that work is done."""
+        """Each group on the device, for work on the current stream until the next is asked for. The next are
+        sent while that work, and what the stream was given before, is done."""
         work = torch.cuda.current_stream()
         for number, group in enumerate(groups):
-            room, free = self._rooms[number % 2], self._free[number % 2]
+            room, free = self._rooms[number % ROOMS], self._free[number % ROOMS]
             places: list[torch.Tensor] = []
             start = 0
             free.synchronize()  # no further ahead, so that a step that is given up ends soon

@@ -105,6 +105,24 @@ def test_linear_against_float64(name: str, rows: int, cols: int) -> None:
         assert (np.abs(got - want[:n]) <= many_bound(name, values, x[:n])).all()
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F16", "F32"])
+@pytest.mark.parametrize("n", [1, 3, 64, 300, 512])
+def test_rows_of_a_prompt_have_the_same_bits_in_any_company(name: str, n: int) -> None:
+    w, _ = gpu_weight(name, 300, 1536)
+    heads, _ = gpu_weight(name, 6, 40, 256)
+    x = torch.from_numpy(normal(14, 1100, 1536)).cuda()
+    split, first = x.view(1100, 6, 256), 1100 - n
+    together, several = torch.full((1100, 300), 0.5, device="cuda"), poisoned(1100, 6, 40)
+    alone, some = torch.full((n, 300), 0.5, device="cuda"), poisoned(n, 6, 40)
+    for accumulate in (False, True):
+        ops.linear(w, x, together, accumulate, prompt=True)
+        ops.linear(w, x[first:], alone, accumulate, prompt=True)
+        assert torch.equal(alone, together[first:])
+    ops.linear_heads(heads, split, several, prompt=True)
+    ops.linear_heads(heads, split[first:], some, prompt=True)
+    assert torch.equal(some, several[first:])
+
+
 @pytest.mark.parametrize("name", QUANTIZED_TYPES)
 def test_linear_is_what_the_cpu_computes(name: str) -> None:
     """Both quantise activations alike and sum exact integers: they differ by the order of float additions."""

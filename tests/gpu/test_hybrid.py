@@ -174,6 +174,20 @@ def test_company_changes_no_bit(hybrid: Model, size: int) -> None:
         assert np.array_equal(b.step(pieces)[size // 2], expected[i])
 
 
+@pytest.mark.parametrize("before", [1, 40, 300])
+def test_company_changes_no_bit_of_a_prompt(hybrid: Model, before: int) -> None:
+    tokens, _ = prompt(QUESTIONS[0])
+    b, count = bench(hybrid), len(tokens)
+    whole = b.step([Piece(tokens, 0, b.pages(count), count)])
+    others = [Piece(tokens[:n] * (n // count + 1), 0, b.pages(2 * n + count), 0) for n in (before, 2)]
+    beside = b.step([others[0], Piece(tokens, 0, b.pages(count), count), others[1]])
+    assert np.array_equal(beside, whole)
+    pages = b.pages(count)
+    cut = [b.step([Piece(tokens[:5], 0, pages, 5, count)])]
+    cut += [b.step([Piece(tokens[5:], 5, pages, count - 5, count), others[0]])]
+    assert np.array_equal(np.concatenate(cut), whole)
+
+
 def test_a_thousand_tokens_without_drift(hybrid: Model, plain: Model) -> None:
     """Teacher-forced: the error of the last hundred rows is that of the first."""
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, hybrid.config.vocab_size, 1100)]

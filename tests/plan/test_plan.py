@@ -165,7 +165,7 @@ def test_weights_are_repacked_where_there_is_room(tmp_path: Path) -> None:
 def test_a_gpu_computes_more_tokens_in_a_step_where_their_buffers_fit(model: Path) -> None:
     assert plan_of(model, ram=1024 * MIB, chunk_tokens=None).chunk_tokens == 512
     assert plan_of(model, ram=1024 * MIB, sequences=600, chunk_tokens=None).chunk_tokens == 600
-    for rows in (512, 2048):
+    for rows in (512, 2048, 4096):
         vram = vram_of(model, Placement(("cuda:0",)), 64, rows) + MIB
         plan = plan_of(model, ram=1024 * MIB, vram=vram, context=64, sequences=1, chunk_tokens=None)
         assert plan.chunk_tokens == rows

@@ -18,13 +18,15 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 
 # The driver's context, the kernels' code and the libraries' own workspaces, before anything of the model.
 _RUNTIME_BYTES = 640 << 20
-# Bytes of weights that are sent at once to experts of long prompts; twice as they lie in memory, twice
-# rearranged.
+# Bytes of weights that are sent at once to experts of long prompts; so many times as they lie in memory
+# (ktd_kernels.upload.ROOMS) and rearranged.
 GROUP_BYTES = 192 << 20
+_GROUPS = 4 + 2
 # What a captured decode step keeps on the device for each layer: the nodes of its kernels.
 _GRAPH_BYTES_A_LAYER = 192 << 10
-# Dequantised tiles, split-context partial results and the like, which the kernels keep between calls.
-_SCRATCH_BYTES = 512 << 20
+# Dequantised tiles, values of feed-forwards, split-context partial results and the like, which the kernels
+# keep between calls: products of many tokens are cut so that they stay within it.
+_SCRATCH_BYTES = 704 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class GpuNeeds:
             + (4 * self._logit_rows * config.vocab_size if last else 0)
             + min(self._logit_rows, 64) * len(layers) * _GRAPH_BYTES_A_LAYER
             + _SCRATCH_BYTES
-            + (4 * GROUP_BYTES if elsewhere else 0)
+            + (_GROUPS * GROUP_BYTES if elsewhere else 0)
         )
         return VramBytes(
             dense=sum(self.dense[layer] for layer in layers) + (self._head if last else 0),
@@ -171,9 +173,6 @@ def _attention_values(config: ModelConfig) -> int:
 
 
 def _row_values(config: ModelConfig) -> int:
-    """Float32 values that a row has elsewhere: those of Workspace, what the experts send back, and the widest
-    feed-forward between."""
+    """Float32 values that a row has elsewhere: those of Workspace, and what the experts send back."""
     moe = config.moe
-    routed = moe.experts + 2 * moe.used + config.hidden if moe else 0
-    widest = 3 * max(config.dense_width, (moe.used + moe.shared) * moe.width if moe else 0)
-    return 2 * config.hidden + routed + widest
+    return 2 * config.hidden + (moe.experts + 2 * moe.used + config.hidden if moe else 0)

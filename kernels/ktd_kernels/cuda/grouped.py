@@ -17,7 +17,9 @@ from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over
 
 _THREADS, _ROWS = 256, 128  # kThreads and kRows of grouped.cu
 _HIDDEN = 1 << 26  # bfloat16 values between up and down that are kept at a time
-_PARTIAL = 1 << 24  # float32 results of pairs that wait for their sum
+_PARTIAL = 1 << 25  # float32 results of pairs that wait for their sum
+#: Experts of a token at most (kMostUsed of activations.cu).
+MOST_USED = 64
 
 
 class GroupedArgs(ctypes.Structure):
@@ -27,8 +29,8 @@ class GroupedArgs(ctypes.Structure):
         ("w", ctypes.c_void_p * 2),
         ("matrix_bytes", ctypes.c_uint64),
         ("blocks", ctypes.c_uint64),
-        *((name, ctypes.c_void_p) for name in ("x", "order", "starts", "tiles", "out")),
-        *((name, ctypes.c_int) for name in ("rows", "cols", "experts", "share", "first", "count")),
+        *((name, ctypes.c_void_p) for name in ("x", "order", "starts", "tiles", "out", "slots")),
+        *((name, ctypes.c_int) for name in ("rows", "cols", "experts", "share", "first")),
     )
 
 
@@ -36,9 +38,10 @@ class CombineArgs(ctypes.Structure):
     """CombineArgs of activations.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("partial", "ids", "weights", "out")),
+        *((name, ctypes.c_void_p) for name in ("partial", "ids", "slots", "tiles", "weights", "out")),
         ("out_token", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ("tokens", "used", "cols", "experts", "accumulate")),
+        *((name, ctypes.c_int) for name in ("tokens", "used", "cols", "experts", "tile")),
+        *((name, ctypes.c_int) for name in ("first", "count", "accumulate")),
     )
 
 
@@ -98,24 +101,35 @@ def _piece(
     places = (order, starts, tiles, used)
 
     hidden = x.new_empty((pairs, gate.rows))
+    slots = torch.empty_like(order)
     args = _arguments((gate, up), x, hidden, *places)
+    args.slots = slots.data_ptr()
     rows = -(-2 * gate.rows // _ROWS)
     _module(gate.ggml_type, gate.index).function(f"gated_{tile}").launch((rows, most), _THREADS, args)
 
-    # Results of pairs wait for their sum; rows of the down projections are taken in slices, so that few do.
-    width = min(max(_PARTIAL // pairs // _ROWS, 1) * _ROWS, down.rows)
-    partial = x.new_empty((pairs, width), dtype=torch.float32)
+    # Results of pairs wait for their sum, so many tiles at a time. All pairs may have met these experts: most
+    # often only the first launches find any.
+    window = min(max(_PARTIAL // down.rows // tile, 1), most)
+    partial = x.new_empty((window * tile, down.rows), dtype=torch.float32)
     plain = _module(down.ggml_type, down.index).function(f"plain_{tile}")
-    for first in range(0, down.rows, width):
-        args = _arguments((down,), hidden, partial, *places)
-        args.first, args.count = first, min(width, down.rows - first)
-        plain.launch((-(-args.count // _ROWS), most), _THREADS, args)
-        target = out[:, first:]
-        sums = CombineArgs(partial.data_ptr(), ids.data_ptr(), weights.data_ptr(), target.data_ptr())
-        sums.out_token, sums.tokens, sums.used, sums.cols = out.stride(0), n, used, args.count
-        sums.experts, sums.accumulate = experts, accumulate
-        combine = activation_module(down.index).function("combine")
-        launch_over(combine, down.index, n * args.count, sums)
+    combine = activation_module(down.index).function("combine")
+    args = _arguments((down,), hidden, partial, *places)
+    sums = CombineArgs(
+        partial.data_ptr(),
+        ids.data_ptr(),
+        slots.data_ptr(),
+        tiles.data_ptr(),
+        weights.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+    )
+    sums.tokens, sums.used, sums.cols, sums.experts, sums.tile = n, used, down.rows, experts, tile
+    sums.accumulate, sums.count = accumulate, window * tile
+    for first in range(0, most, window):
+        args.first, sums.first = first, first * tile
+        plain.launch((-(-down.rows // _ROWS), min(window, most - first)), _THREADS, args)
+        launch_over(combine, down.index, n * _THREADS, sums)
+        sums.accumulate = 1
 
 
 def _arguments(

@@ -1,9 +1,10 @@
 """The ops of a layer on quantised weights, with the names and meaning of the methods of ktd_kernels.Cpu.
 
-Activations and results are float32 CUDA tensors, contiguous in the last dimension. Up to MAX_ROWS tokens are
-multiplied straight from the blocks: each token's result has the same bits whatever shares its call, nothing
-is allocated after a first call of the same shape, nothing synchronises, so a CUDA graph can capture it. More
-tokens take tiles of bfloat16 weights through tensor cores (many.py).
+Activations and results are float32 CUDA tensors, contiguous in the last dimension. There are two arithmetics,
+in each of which a token's result has the same bits whatever shares its call. Up to MAX_ROWS tokens are
+multiplied straight from the blocks: nothing is allocated after a first call of the same shape, nothing
+synchronises, so a CUDA graph can capture it. More tokens, and however many with `prompt`, take tiles of
+bfloat16 weights through tensor cores (many.py).
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from ktd_kernels.cuda.weight import GpuWeight
 MAX_ROWS = 64
 
 
-def linear(w: GpuWeight, x: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
+def linear(
+    w: GpuWeight, x: torch.Tensor, out: torch.Tensor, accumulate: bool = False, *, prompt: bool = False
+) -> None:
     """out[n, rows] (+)= x[n, cols] @ w[rows, cols].T."""
     _matrix(w, "w")
     n = _rows(x, "x")
     _floats(w, x, "x", (n, w.cols))
     _floats(w, out, "out", (n, w.rows))
-    if n > MAX_ROWS:
+    if n > MAX_ROWS or (prompt and n):
         many.linear(w, x, out, accumulate)
     elif n:
         product((w,), activations(w, x[None]), out[None, None], slots=1, tokens=n, accumulate=accumulate)
 
 
-def linear_heads(w: GpuWeight, x: torch.Tensor, out: torch.Tensor) -> None:
+def linear_heads(w: GpuWeight, x: torch.Tensor, out: torch.Tensor, *, prompt: bool = False) -> None:
     """out[n, h, :] = w[h] @ x[n, h, :] for a stack w[H, rows, cols]; outer dimensions may be strided."""
     _stack(w, "w")
     n = _rows(x, "x")
     _floats(w, x, "x", (n, w.matrices, w.cols))
     _floats(w, out, "out", (n, w.matrices, w.rows))
-    if n > MAX_ROWS:
+    if n > MAX_ROWS or (prompt and n):
         many.linear_heads(w, x, out)
     elif n:
         heads = activations(w, x.transpose(0, 1))
@@ -51,6 +54,8 @@ def mlp(
     x: torch.Tensor,
     out: torch.Tensor,
     accumulate: bool = False,
+    *,
+    prompt: bool = False,
 ) -> None:
     """out[n, d] (+)= down(silu(gate x) * (up x)) for gate, up [f, d] and down [d, f]."""
     for w, name in ((gate, "gate"), (up, "up"), (down, "down")):
@@ -59,7 +64,7 @@ def mlp(
     n = _rows(x, "x")
     _floats(gate, x, "x", (n, gate.cols))
     _floats(gate, out, "out", (n, down.rows))
-    if n > MAX_ROWS:
+    if n > MAX_ROWS or (prompt and n):
         many.mlp(gate, up, down, x, out, accumulate)
     elif n:
         hidden = scratch("hidden", (2, 1, n, gate.rows), torch.float32, x.device)
@@ -77,6 +82,8 @@ def moe(
     weights: torch.Tensor,
     out: torch.Tensor,
     accumulate: bool = False,
+    *,
+    prompt: bool = False,
 ) -> None:
     """Sum over j of weights[n, j] * expert ids[n, j] of x[n], added in the order of j.
 
@@ -97,7 +104,7 @@ def moe(
     if not used:
         if not accumulate:
             out.zero_()
-    elif n > MAX_ROWS:
+    elif n > MAX_ROWS or (prompt and n):
         many.moe(gate, up, down, x, ids, weights, out, accumulate)
     elif n:
         pairs = n * used

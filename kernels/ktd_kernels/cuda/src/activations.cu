@@ -98,28 +98,60 @@ extern "C" __global__ void quantize_256(const ActivationArgs a) { quantize<32>(a
 extern "C" __global__ void quantize_32(const ActivationArgs a) { quantize<4>(a); }
 
 struct CombineArgs {
-  const float* partial;  // [tokens][used][cols]
+  const float* partial;  // [count][cols] products of the slots from `first` on
   const int* ids;        // [tokens][used]; outside 0 ... experts - 1: nothing was computed
+  const int* slots;      // [tokens][used]; ascending with the experts
+  const int* tiles;      // its last of experts + 1: tiles of `tile` slots that there are
   const float* weights;
   float* out;
   i64 out_token;
-  int tokens, used, cols, experts, accumulate;
+  int tokens, used, cols, experts, tile, first, count, accumulate;
 };
 
-// The sum over a token's experts in the order of its ids.
+constexpr int kMostUsed = 64;
+
+// Adds a token's weighted products one after the other in the order of its experts, whatever the windows of
+// slots are that they come in; a thread block takes a token at a time, a thread four columns.
 extern "C" __global__ void combine(const CombineArgs a) {
+  __shared__ int slots[kMostUsed], sorted[kMostUsed];
+  __shared__ float weights[kMostUsed];
   wait_for_previous();
-  const i64 total = static_cast<i64>(a.tokens) * a.cols;
-  for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
-       i += static_cast<i64>(gridDim.x) * blockDim.x) {
-    const i64 token = i / a.cols, col = i % a.cols;
-    float sum = 0.0f;
-    for (int j = 0; j < a.used; ++j) {
-      const i64 pair = token * a.used + j;
-      if (a.ids[pair] < 0 || a.ids[pair] >= a.experts) continue;
-      sum = fmaf(a.weights[pair], a.partial[pair * a.cols + col], sum);
+  if (a.accumulate && a.first >= a.tiles[a.experts] * a.tile) return;
+  const int thread = threadIdx.x;
+  for (int token = blockIdx.x; token < a.tokens; token += gridDim.x) {
+    bool mine = false;
+    if (thread < a.used) {
+      const i64 pair = static_cast<i64>(token) * a.used + thread;
+      const bool computed = a.ids[pair] >= 0 && a.ids[pair] < a.experts;
+      const int slot = computed ? a.slots[pair] - a.first : -1;
+      mine = slot >= 0 && slot < a.count;
+      slots[thread] = mine ? slot : -1;
     }
-    float* out = a.out + token * a.out_token + col;
-    *out = a.accumulate ? *out + sum : sum;
+    const int found = __syncthreads_count(mine);
+    if (mine) {
+      int place = 0;
+      for (int j = 0; j < a.used; ++j) place += slots[j] >= 0 && slots[j] < slots[thread];
+      sorted[place] = slots[thread];
+      weights[place] = a.weights[static_cast<i64>(token) * a.used + thread];
+    }
+    __syncthreads();
+    if (found == 0 && a.accumulate) continue;
+    float* out = a.out + token * a.out_token;
+    for (int col = 4 * thread; col < a.cols; col += 4 * blockDim.x) {
+      float sum[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = a.accumulate ? out[col + i] : 0.0f;
+      for (int j = 0; j < found; ++j) {
+        const float4 p =
+            *reinterpret_cast<const float4*>(a.partial + static_cast<i64>(sorted[j]) * a.cols + col);
+        sum[0] = fmaf(weights[j], p.x, sum[0]);
+        sum[1] = fmaf(weights[j], p.y, sum[1]);
+        sum[2] = fmaf(weights[j], p.z, sum[2]);
+        sum[3] = fmaf(weights[j], p.w, sum[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[col + i] = sum[i];
+    }
+    __syncthreads();  // before the lists of the next token
   }
 }

@@ -13,9 +13,10 @@ struct GroupedArgs {
   const int* order;                // [pairs] the pairs sorted by expert
   const int* starts;               // [experts + 1] an expert's first place in `order`
   const int* tiles;                // [experts + 1] an expert's first tile of N pairs
-  void* out;                       // gated: bfloat16 [place][rows]; else float [pair][count]
+  void* out;                       // gated: bfloat16 [place][rows]; else float [slot - N * first][rows]
+  int* slots;                      // [pairs] gated: where a pair stands in the tiles, N to each, is left here
   int rows, cols, experts, share;  // x row of a gated pair: pair / share; else its place
-  int first, count;                // rows of the matrices that a launch which is not gated computes
+  int first;                       // tile of the launch
 };
 
 constexpr int kThreads = 256, kRows = 128, kCols = 64;
@@ -85,7 +86,7 @@ KTD_FN void grouped(const GroupedArgs& a) {
   __shared__ uint4 weights[kRows * 8], tokens[N * 8];
   __shared__ u32 table[F::kTable ? F::kTable : 1];
   wait_for_previous();
-  const int tile = blockIdx.y;
+  const int tile = a.first + blockIdx.y;
   if (tile >= a.tiles[a.experts]) return;
 #ifdef KTD_GRID
   for (int i = threadIdx.x; i < F::kTable; i += kThreads) table[i] = KTD_GRID[i];
@@ -97,6 +98,8 @@ KTD_FN void grouped(const GroupedArgs& a) {
   const int count = min(N, a.starts[expert + 1] - first);
   __syncthreads();
 
+  if (kGated && blockIdx.x == 0 && threadIdx.x < count)
+    a.slots[a.order[first + threadIdx.x]] = tile * N + threadIdx.x;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, wm = warp / 2, wn = warp % 2;
   const int units = a.cols / 32;
 
@@ -104,7 +107,7 @@ KTD_FN void grouped(const GroupedArgs& a) {
   const int m = thread / 2, half = thread % 2;
   const bool second = kGated && m % 32 >= 16;
   const int block_row =
-      kGated ? blockIdx.x * (kRows / 2) + m / 32 * 16 + m % 16 : a.first + blockIdx.x * kRows + m;
+      kGated ? blockIdx.x * (kRows / 2) + m / 32 * 16 + m % 16 : blockIdx.x * kRows + m;
   const Matrix<KTD_TYPE> w = matrix_at<KTD_TYPE>(a.w[second] + expert * a.matrix_bytes, a.blocks);
   const u32 row_unit = static_cast<u32>(min(block_row, a.rows - 1)) * units;
 
@@ -172,8 +175,8 @@ KTD_FN void grouped(const GroupedArgs& a) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = blockIdx.x * kRows + wm * 32 + i * 16 + within;
-          if (row < a.count)
-            static_cast<float*>(a.out)[static_cast<i64>(a.order[first + n]) * a.count + row] = sum[i][j][c];
+          if (row < a.rows)
+            static_cast<float*>(a.out)[static_cast<i64>(blockIdx.y * N + n) * a.rows + row] = sum[i][j][c];
         }
       }
     }
