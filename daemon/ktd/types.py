@@ -90,7 +90,10 @@ class AnswerSchema:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A checked chat request. `max_tokens` counts thought and answer; None means what the context leaves."""
+    """A checked chat request. `max_tokens` counts thought and answer; None means what the context leaves.
+
+    Without `parallel_tool_calls` the answer ends with its first call.
+    """
 
     request_id: str
     messages: Sequence[Message]
@@ -102,6 +105,7 @@ class ChatRequest:
     priority: Priority = Priority.NORMAL
     tools: Sequence[Tool] = ()
     schema: AnswerSchema | None = None
+    parallel_tool_calls: bool = True
 
 
 class Constraint(Protocol):

@@ -16,6 +16,8 @@ import pytest
 from fake_daemon import FakeDaemon, fake_daemon, make_certificate
 from fakes import SERVED
 
+from ktd.chat.openai_request import from_openai
+from ktd.chat.request import RequestDefaults
 from ktd.errors import SettingsError
 from ktd.server.host import Host, State
 from ktd.server.http_app import HttpServer
@@ -80,7 +82,7 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, daemon: F
         messages=[{"role": "developer", "content": "Be brief."}, *user("/say one STOP two")],
         temperature=0,
         top_p=0.5,
-        seed=2**63,
+        seed=-(2**63),
         presence_penalty=1.5,
         frequency_penalty=-1.5,
         logit_bias={"65": 5},
@@ -125,6 +127,32 @@ async def test_tool_calls(client: openai.AsyncOpenAI) -> None:
         chunk.choices[0].delta.tool_calls async for chunk in stream if chunk.choices[0].delta.tool_calls
     ]
     assert [call.function.name for (call,) in deltas if call.function] == ["time"]
+
+
+async def test_one_tool_call_at_a_time(client: openai.AsyncOpenAI) -> None:
+    tools: list[Any] = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}]
+    call = (
+        R1_CALL.removeprefix("/say ")
+        .removesuffix("<｜tool▁calls▁end｜>")
+        .removeprefix("<｜tool▁calls▁begin｜>")
+    )
+    twice = user(f"/say <｜tool▁calls▁begin｜>{call}\\n{call}<｜tool▁calls▁end｜>")
+    for parallel, calls in ((True, 2), (False, 1)):
+        answer = await client.chat.completions.create(
+            model="ktd-fake", messages=twice, tools=tools, parallel_tool_calls=parallel
+        )
+        (choice,) = answer.choices
+        assert len(choice.message.tool_calls or []) == calls
+        assert choice.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("effort", "thinking", "expected"),
+    [("none", None, False), ("none", {"type": "enabled"}, True), ("high", None, None), (None, False, False)],
+)
+def test_no_effort_is_no_thought(effort: Any, thinking: Any, expected: bool | None) -> None:
+    body = {"messages": user("x"), "reasoning_effort": effort, "thinking": thinking}
+    assert from_openai(json.dumps(body).encode(), RequestDefaults()).chat.thinking is expected
 
 
 async def test_the_tutorials_curl() -> None:
@@ -187,7 +215,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"temperature": True}, "temperature is true"),
     ({"temperature": 6}, "temperature is 6, but must be a number from 0 to 5"),
     (b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}', "temperature is nan"),
-    ({"seed": -1}, "seed is -1"),
+    ({"seed": -(2**63) - 1}, "more than 64 bits"),
     ({"stop": 5}, "stop must be a text or a list"),
     ({"stop": [""]}, "stop string is empty"),
     ({"n": 2}, "n must be 1"),
@@ -206,6 +234,10 @@ WRONG: list[tuple[Any, str]] = [
     ({"response_format": {"type": "json_object", "schema": nested(65)}}, "nested deeper than 64 levels"),
     ({"response_format": {"type": "json_object", "schema": {"const": "x" * 2**16}}}, "65536 at most"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "cannot be forced to call a tool"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls must be true or false"),
+    ({"modalities": ["text", "audio"]}, "writes text only"),
+    ({"web_search_options": {}}, "searches nothing"),
     ({"tools": [{"type": "function"}]}, "tools[0] is no function"),
     ({"temprature": 1}, "did you mean temperature?"),
     ({"stream": "yes"}, "stream must be true or false"),
@@ -285,8 +317,10 @@ async def test_a_long_unknown_name_is_passed_over_without_a_guess(daemon: FakeDa
 async def test_wrong_places(daemon: FakeDaemon) -> None:
     async with httpx.AsyncClient(base_url=daemon.url) as http:
         missing = await http.get("/chat/completions")
+        old = await http.post("/v1/completions", json={"prompt": "x"})
         wrong = await http.get("/v1/chat/completions")
     assert (missing.status_code, wrong.status_code) == (404, 405)
+    assert "/v1/chat/completions and /v1/models are served" in old.json()["error"]["message"]
     assert "under /v1" in missing.json()["error"]["message"]
     assert "GET is not allowed" in wrong.json()["error"]["message"]
 

@@ -125,7 +125,6 @@ async def test_what_the_service_is_sent() -> None:
         "temperature": 0.3,
         "repetition_penalty": 1.1,
         "top_k": 5,
-        "top_logprobs": 2,
         "thinking_budget": 512,
         "chat_template_kwargs": {"thinking": False, "enable_thinking": False},
     }

@@ -24,15 +24,16 @@ from ktd.types import AnswerSchema, ChatRequest, Message, Priority, ToolCall
 
 # Fields that change nothing here, and that clients send all the same.
 _WITHOUT_EFFECT = {
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort",
-    "safety_identifier", "prompt_cache_key", "verbosity", "num_ctx", "modalities",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity",
+    "num_ctx",
 }  # fmt: skip
 _NUMBERS = {**{name: name for name in RANGES}, "repeat_penalty": "repetition_penalty"}
 _WHOLE = {"top_k", "seed", "top_logprobs"}
 _KNOWN = {
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "n",
     "logit_bias", "tools", "tool_choice", "response_format", "thinking", "chat_template_kwargs",
-    "continue_final_message", "return_speed", "functions", "logprobs", *_NUMBERS, *_WITHOUT_EFFECT,
+    "continue_final_message", "return_speed", "functions", "logprobs", "parallel_tool_calls",
+    "reasoning_effort", "modalities", "web_search_options", *_NUMBERS, *_WITHOUT_EFFECT,
 }  # fmt: skip
 # Looking for what a name may have meant takes time in the event loop, which is everybody's.
 _MOST_UNKNOWN = 100
@@ -74,6 +75,7 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
             priority=Priority.NORMAL,
             tools=[] if body.get("tool_choice") == "none" else tools_of(body),
             schema=_schema(object_of(body, "response_format")),
+            parallel_tool_calls=flag_of(body, "parallel_tool_calls", True),
             defaults=defaults,
         ),
         stream=flag_of(body, "stream", False),
@@ -99,12 +101,18 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise RequestError("n must be 1: ask several times for several answers.")
     if body.get("functions"):
         raise RequestError("functions is OpenAI's old form, which is not supported: send them as tools.")
+    if body.get("modalities", ["text"]) != ["text"]:
+        raise RequestError('modalities must be ["text"]: this model writes text only.')
+    if "web_search_options" in body:
+        raise RequestError("web_search_options is not supported: this model searches nothing by itself.")
     if body.get("tool_choice", "auto") not in ("auto", "none"):
         raise RequestError('tool_choice must be "auto" or "none": the model cannot be forced to call a tool.')
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, float]:
     given = {to: number_of(body, name, whole=to in _WHOLE) for name, to in _NUMBERS.items() if name in body}
+    if (seed := given.get("seed", 0)) < 0:  # OpenAI's have a sign
+        given["seed"] = seed % 2**64
     if flag_of(body, "logprobs", False):
         given.setdefault("top_logprobs", 0)
     elif given.pop("top_logprobs", 0):
@@ -174,11 +182,16 @@ def _schema(wanted: Mapping[str, Any]) -> AnswerSchema | None:
 
 
 def _thinking(body: Mapping[str, Any]) -> bool | None:
-    """DeepSeek's `{"type": "enabled"}`, a plain boolean, or vLLM's template argument."""
+    """DeepSeek's `{"type": "enabled"}`, a plain boolean, vLLM's template argument, or OpenAI's effort "none".
+
+    Of the other efforts the model knows nothing: how long it thinks is its own decision.
+    """
     value = body.get("thinking")
     if value is None:
         arguments = object_of(body, "chat_template_kwargs")
         value = arguments.get("thinking", arguments.get("enable_thinking"))
+        if value is None and body.get("reasoning_effort") == "none":
+            value = False
     if isinstance(value, dict):
         value = {"enabled": True, "disabled": False}.get(str(value.get("type")), value)
     if value is not None and not isinstance(value, bool):

@@ -90,6 +90,7 @@ def from_proto(request: pb.ChatRequest, defaults: RequestDefaults) -> ChatReques
         priority=Priority.LOW if request.priority == pb.PRIORITY_LOW else Priority.NORMAL,
         tools=[Tool(tool.name, tool.description, tool.parameters_json) for tool in request.tools],
         schema=_schema(request),
+        parallel_tool_calls=request.parallel_tool_calls or not request.HasField("parallel_tool_calls"),
         defaults=defaults,
     )
 
@@ -122,6 +123,7 @@ def checked(
     tools: Sequence[Tool],
     schema: AnswerSchema | None,
     defaults: RequestDefaults,
+    parallel_tool_calls: bool = True,
 ) -> ChatRequest:
     """The rules that hold for requests from anywhere. `sampling` holds the fields that were given.
 
@@ -150,6 +152,7 @@ def checked(
         priority=priority,
         tools=tools,
         schema=schema,
+        parallel_tool_calls=parallel_tool_calls,
     )
 
 

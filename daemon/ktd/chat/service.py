@@ -85,6 +85,7 @@ class ChatService:
             stop=request.stop,
             parse_tools=bool(request.tools),
             constrained=request.schema is not None,
+            one_call=not request.parallel_tool_calls,
         )
         self._engine.submit(generation, mailbox.put)
         running = True

@@ -39,13 +39,16 @@ class Turn:
         stop: Sequence[str],
         parse_tools: bool,
         constrained: bool,
+        one_call: bool = False,
     ) -> None:
-        """`teller`: a TokenTeller where the tokens come with scores, otherwise a Teller."""
+        """`teller`: a TokenTeller where the tokens come with scores, otherwise a Teller. `one_call`: the
+        answer ends with its first tool call."""
         self._detokenizer = detokenizer
         self._teller = teller
         self._splitter = PlainSplitter(opens_thought) if constrained else ReasoningSplitter(opens_thought)
         self._stops = StopStrings(stop)
-        self._may_stop = bool(stop)
+        self._may_stop = bool(stop) or one_call
+        self._one_call = one_call
         self._tools = ToolCallParser() if parse_tools else None
         self._answered = 0  # characters of the answer, tool calls included
         self._prompt_tokens = prompt_tokens
@@ -75,8 +78,8 @@ class Turn:
         return self._prefill
 
     def write(self, ids: Sequence[int], scores: Sequence[Score] = ()) -> Iterator[ChatEvent]:
-        """Events of the tokens `ids` with their `scores`; sets `stopped` at a stop string, which ends the
-        answer."""
+        """Events of the tokens `ids` with their `scores`; sets `stopped` where a stop string, or the only
+        tool call, ends the answer."""
         if self._first_token is None:
             self._first_token = time.monotonic()
             last = self._prefill
@@ -85,8 +88,8 @@ class Turn:
                 yield Prefill(self._prompt_tokens, self._prompt_tokens, rate)
         at = 0
         while at < len(ids) and not self.stopped:
-            # Tokens go one by one while the end of the thought, or a stop string, may be anywhere in `ids`:
-            # what comes behind a stop string is neither shown nor counted. So they do where each is told.
+            # Tokens go one by one while the end of the thought, or of the answer, may be anywhere in `ids`:
+            # what comes behind it is neither shown nor counted. So they do where each is told.
             was_thinking = self._splitter.thinking
             whole = self._splitter.answering and not self._may_stop and not scores
             piece = ids[at:] if whole else ids[at : at + 1]
@@ -131,6 +134,7 @@ class Turn:
                 yield from self._teller.answer(self._stops.flush())
                 yield from self._teller.rest()
                 self._called_tools = True
+                self.stopped = self._one_call
                 yield piece
                 continue
             self._teller.place(piece.text, piece.start)
@@ -162,8 +166,6 @@ class Turn:
 
         An answer that ran out of its length stays LENGTH after a tool call: another may be cut off.
         """
-        if self.stopped:
-            return FinishReason.STOP
-        if self._called_tools and engine_said is FinishReason.STOP:
-            return FinishReason.TOOL_CALLS
-        return engine_said
+        if not self.stopped and engine_said is not FinishReason.STOP:
+            return engine_said
+        return FinishReason.TOOL_CALLS if self._called_tools else FinishReason.STOP

@@ -58,8 +58,11 @@ def make_app(host: Host) -> ASGIApp:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    served = "OpenAI's API is under /v1, Ollama's under /api"
+    if request.url.path.startswith("/v1/"):
+        served = "of OpenAI's API /v1/chat/completions and /v1/models are served"
     message = {
-        404: f"There is no {request.url.path} here: OpenAI's API is under /v1, Ollama's under /api.",
+        404: f"There is no {request.url.path} here: {served}.",
         405: f"{request.method} is not allowed for {request.url.path}.",
     }.get(error.status_code, error.detail)
     return _refusal(request.scope, error.status_code, message, dict(error.headers or {}))
