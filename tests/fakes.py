@@ -71,6 +71,7 @@ class FakeText:
         thinking: bool | None,
         continue_final_message: bool,
         tools: Sequence[Tool],
+        most_tokens: int,
     ) -> FakePrompt:
         text = "\n" * (len(messages) - 1) + messages[-1].content
         return FakePrompt(self.encode(text), opens_thought=thinking is True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ktd.chat.request import MOST_STOPS, MOST_TOOLS, at_most
 from ktd.errors import RequestError
 from ktd.types import Tool
 
@@ -60,11 +61,12 @@ def object_of(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def list_of(body: Mapping[str, Any], name: str) -> list[Any]:
-    """The list in the field `name`, empty where there is none. Raises RequestError."""
+def list_of(body: Mapping[str, Any], name: str, most: int) -> list[Any]:
+    """The list in the field `name` of `most` items, empty where there is none. Raises RequestError."""
     value = body.get(name, [])
     if not isinstance(value, list):
         raise RequestError(f"{name} must be a list.")
+    at_most(most, len(value), name)
     return value
 
 
@@ -85,13 +87,14 @@ def stop_of(body: Mapping[str, Any]) -> list[str]:
         stop = [stop]
     if not isinstance(stop, list):
         raise RequestError("stop must be a text or a list of texts.")
+    at_most(MOST_STOPS, len(stop), "stop strings")
     return [text_of(item, "stop") for item in stop]
 
 
 def tools_of(body: Mapping[str, Any]) -> list[Tool]:
     """The functions that are offered, in OpenAI's form, which Ollama took over. Raises RequestError."""
     tools = []
-    for index, item in enumerate(list_of(body, "tools")):
+    for index, item in enumerate(list_of(body, "tools", MOST_TOOLS)):
         function = item.get("function") if isinstance(item, dict) else None
         if not isinstance(function, dict):
             raise RequestError(

@@ -18,7 +18,15 @@ from ktd.chat.fields import (
     text_of,
     tools_of,
 )
-from ktd.chat.request import ANY_OBJECT, RANGES, RequestDefaults, checked, new_request_id
+from ktd.chat.request import (
+    ANY_OBJECT,
+    MOST_MESSAGES,
+    RANGES,
+    RequestDefaults,
+    at_most,
+    checked,
+    new_request_id,
+)
 from ktd.errors import RequestError
 from ktd.types import AnswerSchema, ChatRequest, Message, Priority, Tool, ToolCall
 
@@ -55,7 +63,7 @@ def model_name(body: Mapping[str, Any]) -> str:
 def from_chat(data: bytes, defaults: RequestDefaults) -> OllamaRequest:
     """Reads and checks a body of /api/chat. Raises RequestError with the first thing that is wrong."""
     body = json_object(data)
-    messages = _messages(list_of(body, "messages"))
+    messages = _messages(list_of(body, "messages", MOST_MESSAGES))
     return _request(body, messages, tools_of(body), defaults)
 
 
@@ -156,6 +164,7 @@ def _messages(items: Sequence[object]) -> list[Message]:
         calls = item.get("tool_calls") or []
         if not isinstance(calls, list):
             raise RequestError(f"{where}.tool_calls is not a list.")
+        at_most(MOST_MESSAGES, count + len(calls), "tool calls")
         called = [_tool_call(call, f"{where}.tool_calls[{i}]", count + i) for i, call in enumerate(calls)]
         count += len(called)
         unanswered += called

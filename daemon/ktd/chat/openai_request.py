@@ -18,7 +18,16 @@ from ktd.chat.fields import (
     text_of,
     tools_of,
 )
-from ktd.chat.request import ANY_OBJECT, RANGES, RequestDefaults, checked, new_request_id
+from ktd.chat.request import (
+    ANY_OBJECT,
+    MOST_BIASES,
+    MOST_MESSAGES,
+    RANGES,
+    RequestDefaults,
+    at_most,
+    checked,
+    new_request_id,
+)
 from ktd.errors import RequestError
 from ktd.types import AnswerSchema, ChatRequest, Message, Priority, ToolCall
 
@@ -57,7 +66,9 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
     body = json_object(data)
     _refuse_misspelt(body)
     _refuse_unsupported(body)
-    messages = [_message(number, item) for number, item in enumerate(list_of(body, "messages"))]
+    messages = [
+        _message(number, item) for number, item in enumerate(list_of(body, "messages", MOST_MESSAGES))
+    ]
     # OpenAI has no flag for it; a client that ends with the assistant's words wants them continued.
     continued = messages[-1].role == "assistant" if messages else False
     options = object_of(body, "stream_options")
@@ -128,6 +139,7 @@ def _message(number: int, item: object) -> Message:
     calls = item.get("tool_calls") or []
     if not isinstance(calls, list):
         raise RequestError(f"{where}.tool_calls is not a list.")
+    at_most(MOST_MESSAGES, len(calls), f"calls in {where}")
     return Message(
         role="system" if role == "developer" else role,
         content=_content(item.get("content"), where),
@@ -201,6 +213,7 @@ def _thinking(body: Mapping[str, Any]) -> bool | None:
 
 def _logit_bias(body: Mapping[str, Any]) -> dict[int, float]:
     given = object_of(body, "logit_bias")
+    at_most(MOST_BIASES, len(given), "tokens in logit_bias")
     if not all(token.isdecimal() and len(token) <= _LONGEST_TOKEN_ID for token in given):
         raise RequestError("A key of logit_bias is no token id: keys are numbers of tokens.")
     return {int(token): number_of(given, token, whole=False) for token in given}

@@ -15,7 +15,14 @@ from ktd.types import AnswerSchema, ChatRequest, Message, Priority, SamplingPara
 from ktd_proto.v1 import engine_pb2 as pb
 
 ROLES = ("system", "user", "assistant", "tool")
+# A request is read in the event loop, which is everybody's: what it holds is counted before it is looked at.
+MOST_MESSAGES = 8_192  # with the tool calls in them
+MOST_TOOLS = 1_024
+MOST_TOOL_TEXT = 512 << 10
+MOST_BIASES = 1 << 18  # the largest vocabularies have 163,840 tokens
 MOST_STOPS = 16
+# Every stop string is looked for at every token.
+LONGEST_STOP = 256
 MOST_REQUEST_ID = 128
 MOST_SCHEMA = 64 << 10
 ANY_OBJECT = AnswerSchema('{"type": "object"}')
@@ -67,6 +74,11 @@ def from_proto(request: pb.ChatRequest, defaults: RequestDefaults) -> ChatReques
     RequestError.
     """
     given = request.sampling
+    at_most(MOST_MESSAGES, len(request.messages), "messages")
+    at_most(MOST_MESSAGES, sum(len(message.tool_calls) for message in request.messages), "tool calls")
+    at_most(MOST_TOOLS, len(request.tools), "tools")
+    at_most(MOST_BIASES, len(given.logit_bias), "tokens in logit_bias")
+    at_most(MOST_STOPS, len(given.stop), "stop strings")
     names = [name for name in RANGES if given.HasField(name)]  # type: ignore[arg-type]
     messages = [
         Message(
@@ -104,6 +116,12 @@ def _schema(request: pb.ChatRequest) -> AnswerSchema | None:
     return None
 
 
+def at_most(most: int, count: int, what: str) -> None:
+    """Raises RequestError when the request holds more than `most` of `what`."""
+    if count > most:
+        raise RequestError(f"There are {count} {what}, but at most {most} are allowed.")
+
+
 def new_request_id(prefix: str) -> str:
     """An id for a request whose client chose none."""
     return f"{prefix}-{uuid.uuid4().hex}"
@@ -137,10 +155,13 @@ def checked(
         _check_schema(schema.schema)
     if max_tokens is not None and max_tokens < 1:
         raise RequestError(f"max_tokens is {max_tokens}, but must be at least 1; leave it out for no limit.")
-    if len(stop) > MOST_STOPS:
-        raise RequestError(f"There are {len(stop)} stop strings, but at most {MOST_STOPS} are allowed.")
+    at_most(MOST_STOPS, len(stop), "stop strings")
     if not all(stop):
         raise RequestError("A stop string is empty: it would end every answer at once.")
+    if len(longest := max(stop, key=len, default="")) > LONGEST_STOP:
+        raise RequestError(
+            f"A stop string has {len(longest)} characters, but may have {LONGEST_STOP} at most."
+        )
     return ChatRequest(
         request_id=request_id,
         messages=messages,
@@ -180,6 +201,8 @@ def _sampling(
 def _check_messages(messages: Sequence[Message], continue_final_message: bool) -> None:
     if not messages:
         raise RequestError("The request has no messages: send at least one from the user.")
+    parts = len(messages) + sum(len(message.tool_calls) for message in messages)
+    at_most(MOST_MESSAGES, parts, "messages and tool calls")
     for number, message in enumerate(messages):
         if message.role not in ROLES:
             raise RequestError(
@@ -198,6 +221,8 @@ def _check_messages(messages: Sequence[Message], continue_final_message: bool) -
 
 
 def _check_tools(tools: Sequence[Tool]) -> None:
+    text = sum(len(tool.name) + len(tool.description) + len(tool.parameters) for tool in tools)
+    at_most(MOST_TOOL_TEXT, text, "characters in the descriptions of tools")
     for tool in tools:
         if not tool.name:
             raise RequestError("A tool has no name.")

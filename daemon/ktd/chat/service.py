@@ -152,4 +152,5 @@ class ChatService:
             thinking=request.thinking,
             continue_final_message=request.continue_final_message,
             tools=request.tools,
+            most_tokens=self.served.context,
         )

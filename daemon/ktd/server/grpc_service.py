@@ -18,6 +18,7 @@ from ktd.chat.request import from_proto
 from ktd.errors import RequestError, SettingsError
 from ktd.server.authorization import carries_key
 from ktd.server.host import Host, State
+from ktd.server.responses import MOST_BYTES
 from ktd.server.status import sentence_of, status_of
 from ktd.types import (
     Answer,
@@ -34,9 +35,6 @@ from ktd.types import (
 from ktd_proto.v1 import engine_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
-# A request of a long conversation with documents in it; gRPC's own default is 4 MiB.
-MOST_BYTES = 64 * 2**20
-
 _STATES = {
     State.LOADING: pb.GetStatusResponse.STATE_LOADING,
     State.READY: pb.GetStatusResponse.STATE_READY,

@@ -16,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 from ktd.errors import RequestError
 from ktd.types import Answer, ChatEvent, Finished, FinishReason, Reasoning, TokenLogprob, ToolCall, Usage
 
-# As the gRPC door: a long conversation with documents in it.
-MOST_BYTES = 64 * 2**20
+# As the gRPC door: ten times the text that the longest contexts hold. Reading it takes memory many times as
+# large.
+MOST_BYTES = 16 * 2**20
 # Something is sent when there was nothing to say for so long, so that proxies keep the connection in a long
 # prefill.
 QUIET_SECONDS = 5.0

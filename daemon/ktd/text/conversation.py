@@ -34,17 +34,21 @@ def turns(messages: Sequence[Message], guard: Guard, *, split_thoughts: bool) ->
     `split_thoughts`: the model's template knows `</think>`, so a thought that a client left in an assistant's
     content is set apart; everything up to the last `</think>` counts as thought, as in DeepSeek's templates.
     """
-    merged: list[Turn] = []
+    groups: list[list[Turn]] = []
     for message in messages:
         turn = _turn(message, guard, split_thoughts)
-        last = merged[-1] if merged else None
+        last = groups[-1][-1] if groups else None
         if last and last.role == turn.role and turn.role in _MERGED_ROLES and not last.calls:
-            parts = [text for text in (last.content, turn.content) if text]
-            thoughts = [text for text in (last.reasoning, turn.reasoning) if text]
-            merged[-1] = replace(turn, content="\n\n".join(parts), reasoning="\n\n".join(thoughts))
+            groups[-1].append(turn)
         else:
-            merged.append(turn)
-    return merged
+            groups.append([turn])
+    return [_merged(group) for group in groups]
+
+
+def _merged(group: Sequence[Turn]) -> Turn:
+    contents = "\n\n".join(turn.content for turn in group if turn.content)
+    thoughts = "\n\n".join(turn.reasoning for turn in group if turn.reasoning)
+    return replace(group[-1], content=contents, reasoning=thoughts)
 
 
 def _turn(message: Message, guard: Guard, split_thoughts: bool) -> Turn:

@@ -150,12 +150,14 @@ class TextModel:
         thinking: bool | None = None,
         continue_final_message: bool = False,
         tools: Sequence[Tool] = (),
+        most_tokens: int | None = None,
     ) -> Prompt:
         """The prompt of a conversation.
 
         thinking: True opens a thought, False closes it at once, None leaves it to the template.
         continue_final_message: the last message, an assistant's, is left open and goes on.
-        Raises RequestError when the conversation cannot be rendered.
+        Raises RequestError when the conversation cannot be rendered, ContextExceeded where it has far more
+        than `most_tokens`.
         """
         if not messages:
             raise RequestError("messages is empty: send at least one message")
@@ -165,7 +167,7 @@ class TextModel:
             raise RequestError("this model does not think: leave out the wish for a thought")
         guard = Guard(_texts(messages, tools, self.template.source), self.vocabulary.structural)
         text, opened = self._render(messages, guard, thinking, continue_final_message, tools)
-        ids = self._tokenizer.encode_structured(text, guard.character)
+        ids = self._tokenizer.encode_structured(text, guard.character, most_tokens)
         return Prompt(self._with_one_bos(ids), opened)
 
     def _render(

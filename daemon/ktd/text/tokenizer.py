@@ -6,7 +6,7 @@ import re
 
 from tokenizers import AddedToken, Tokenizer, models
 
-from ktd.errors import GgufError, RequestError
+from ktd.errors import ContextExceeded, GgufError, RequestError
 from ktd.text.vocabulary import TokenType, Vocabulary
 
 # Bytes that never occur in UTF-8 need no token.
@@ -78,22 +78,32 @@ class BpeTokenizer:
             raise RequestError("the text holds half a surrogate pair: send valid UTF-8") from None
         return ids
 
-    def encode_structured(self, text: str, guard: str) -> list[int]:
+    def encode_structured(self, text: str, guard: str, most: int | None = None) -> list[int]:
         """Token ids of a rendered prompt: structural strings become their tokens.
 
         `guard` is a character that was put into users' text so that no structural string stands in it; it
-        is taken out again here. Raises RequestError as `encode`.
+        is taken out again here. Raises RequestError as `encode`, ContextExceeded as soon as it is certain
+        that there are more than `most` tokens: encoding everything could take minutes.
         """
         ids: list[int] = []
         start = 0
         for match in self._structure.finditer(text):
-            ids += self._encode_guarded(text[start : match.start()], guard)
+            self._encode_guarded(text[start : match.start()], guard, ids, most)
             ids.append(self.vocabulary.structural[match[0]])
             start = match.end()
-        return ids + self._encode_guarded(text[start:], guard)
+        self._encode_guarded(text[start:], guard, ids, most)
+        return ids
 
-    def _encode_guarded(self, text: str, guard: str) -> list[int]:
-        return self.encode(text.replace(guard, "")) if text else []
+    def _encode_guarded(self, text: str, guard: str, ids: list[int], most: int | None) -> None:
+        """Appends the tokens of `text` to `ids`."""
+        plain = text.replace(guard, "")
+        if most is not None and len(ids) + len(plain) // self.longest_token > most:
+            raise ContextExceeded(
+                f"The prompt has more tokens than the {most} that the context holds: shorten the"
+                " conversation, or start the daemon with a larger --context."
+            )
+        if plain:
+            ids += self.encode(plain)
 
 
 def _is_text(vocabulary: Vocabulary, number: int) -> bool:
