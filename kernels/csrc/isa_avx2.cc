@@ -4,6 +4,7 @@
 #include "kernel_table.h"
 #include "packed.h"
 #include "packed_codes.h"
+#include "packed_lanes.h"
 
 #define KTD_ISA_NAME "avx2"
 #define KTD_MATMUL_MANY matmul_tiled
@@ -24,6 +25,8 @@ namespace {
 #include "packed-inl.h"
 #include "packed_iq1-inl.h"
 #include "packed_codes-inl.h"
+#include "packed_lanes-inl.h"
+#include "packed_lanes_32-inl.h"
 #include "float-inl.h"
 namespace ops {
 #include "ops-inl.h"

@@ -142,9 +142,6 @@ inline void scales_of(const typename PackedBlock<F>::Type& w, int row, VecI& fir
   }
 }
 
-// Keeps the compiler from gathering the terms of a long sum first: there are not as many registers.
-inline void pin(VecI& v) { asm("" : "+x"(v)); }
-
 // total[t] += scale * code * q, low[t] += scale * (sum of q), of sub-blocks kSub to 7.
 template <Format F, int kSub, int kTokens>
 [[gnu::always_inline]] inline void sum_codes(const typename PackedBlock<F>::Type& w, int row, VecI trits,

@@ -114,6 +114,11 @@ struct Products {
   }
 };
 
+// Keeps the compiler from ordering many sums so that they need more than AVX2's sixteen registers.
+inline void pin(VecI& v) {
+  if constexpr (kVectorBytes == 32) asm("" : "+x"(v));
+}
+
 // acc[a][t] += scale[a] * (codes of kDwords dwords, from `dword`, times activations), scales from `sc` rows.
 template <int kMax, int kDwords, int kTokens>
 inline void multiply_scaled(const Tile& tile, int dword, const int32_t* sc, const int8_t* const* q,
@@ -155,6 +160,8 @@ inline void multiply_scaled(const Tile& tile, int dword, const int32_t* sc, cons
           const VecI p0 = P::pairs(u0, x), p1 = P::pairs(u1, x);
           sum[0][t] = g == 0 ? p0 : add_i16(sum[0][t], p0);
           sum[1][t] = g == 0 ? p1 : add_i16(sum[1][t], p1);
+          pin(sum[0][t]);
+          pin(sum[1][t]);
         }
       }
 #pragma GCC unroll 2
@@ -180,6 +187,8 @@ inline void multiply_unscaled(const Tile& tile, int dword, const int8_t* const* 
       } else {
         acc[0][t] = dp_i16(acc[0][t], Products<kMax>::pairs(u0, x), set_i16(1));
         acc[1][t] = dp_i16(acc[1][t], Products<kMax>::pairs(u1, x), set_i16(1));
+        pin(acc[0][t]);
+        pin(acc[1][t]);
       }
     }
   }
@@ -196,6 +205,8 @@ inline void multiply_sums(const Tile& tile, const TokenX* x, int64_t k, VecI (&a
       const VecI sums = broadcast_i32(x[t].sums + 16 * k + 2 * p);
       acc[0][t] = dp_i16(acc[0][t], f0, sums);
       acc[1][t] = dp_i16(acc[1][t], f1, sums);
+      pin(acc[0][t]);
+      pin(acc[1][t]);
     }
   }
 }

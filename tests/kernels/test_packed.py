@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from kit_kernels import ALL_TYPES, F32, TYPES_256, blocks, normal, type_id, weight
+from kit_kernels import ALL_TYPES, F32, QUANTIZED_TYPES, blocks, normal, type_id, weight
 
 from ktd_kernels import Cpu, Weight, isa_list
 
@@ -13,7 +13,7 @@ COLS = (256, 512, 768, 1280, 2048)
 
 
 def packed_types(cpu: Cpu) -> list[str]:
-    return [name for name in TYPES_256 if cpu.packed_bytes(type_id(name), (16, 256))]
+    return [name for name in QUANTIZED_TYPES if cpu.packed_bytes(type_id(name), (16, 256))]
 
 
 #: What this machine packs: (instruction set, type).
@@ -28,17 +28,19 @@ def product(cpu: Cpu, w: Weight, x: F32) -> F32:
     return out
 
 
-def test_every_vector_instruction_set_packs_iq1_to_iq3() -> None:
-    tables = {name for name in TYPES_256 if name.startswith(("IQ1", "IQ2", "IQ3"))}
+def test_every_vector_instruction_set_packs_iq1_to_iq3_and_avx2_what_has_few_bits() -> None:
+    tables = {name for name in QUANTIZED_TYPES if name.startswith(("IQ1", "IQ2", "IQ3"))}
+    few_bits = {"Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "MXFP4"}
     for isa in isa_list():
-        packs = set(packed_types(Cpu(1, isa)))
-        assert packs == set() if isa == "scalar" else tables <= packs, isa
+        want = set() if isa == "scalar" else tables | few_bits if isa == "avx2" else tables
+        assert set(packed_types(Cpu(1, isa))) == want, isa
 
 
-@pytest.mark.parametrize("name", TYPES_256)
+@pytest.mark.parametrize("name", QUANTIZED_TYPES)
 def test_packing_costs_at_most_a_fifth(cpu: Cpu, name: str) -> None:
     shape = (3, 2048, 7168)
-    file = 3 * 2048 * 7168 // 256 * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    file = 3 * 2048 * 7168 // values * size
     assert cpu.packed_bytes(type_id(name), shape) <= 1.2 * file
 
 
@@ -73,26 +75,25 @@ def test_products_have_the_bits_of_the_file(cpu: Cpu, name: str, rows: int) -> N
             )
 
 
-def uniform(name: str, rows: int, cols: int, byte: int) -> Weight:
-    """All indices, scales and signs of every block as `byte` has them, block scales 1."""
-    block = np.full(
-        (rows * cols // 256, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]), byte, np.uint8
-    )
-    if name == "IQ1_M":  # the half 0x3c00 is spread over the top nibbles of four words
-        block[:, 49:56:2] = [byte & 0x0F, byte & 0x0F, 0xC0 | byte & 0x0F, 0x30 | byte & 0x0F]
-    else:
-        block[:, 0:2] = [0x00, 0x3C]
-    return Weight(block.ravel(), type_id(name), (rows, cols))
-
-
 @each_packed
-@pytest.mark.parametrize("byte", [0x00, 0xFF])
+@pytest.mark.parametrize("byte", [0x00, 0x77, 0xFF])
 def test_extreme_codes_times_extreme_activations(cpu: Cpu, name: str, byte: int) -> None:
-    w = uniform(name, 16, 512, byte)
+    w = Weight(blocks(name, 16, 512, fill=byte).ravel(), type_id(name), (16, 512))  # 7 is MXFP4's largest
     x = np.array([1, -1, 1, -1, 1], np.float32)[:, None] * np.ones((1, 512), np.float32)
     packed = cpu.pack(w)
     for n in range(1, 6):
         np.testing.assert_array_equal(product(cpu, packed, x[:n]), product(Cpu(1, "scalar"), w, x[:n]))
+
+
+@pytest.mark.parametrize("isa", [isa for isa, name in PACKED if name == "MXFP4"])
+def test_every_power_of_two_as_a_scale(cpu: Cpu) -> None:
+    """MXFP4's scale is an exponent, two of which stand for floats below the least normal one."""
+    data = blocks("MXFP4", 256, 32)
+    data[:, 0] = np.arange(256)
+    w, x = Weight(data.ravel(), type_id("MXFP4"), (256, 32)), normal(2, 7, 32)
+    for n in (1, 2, 3, 4, 7):
+        want = product(Cpu(1, "scalar"), w, x[:n])
+        np.testing.assert_array_equal(product(cpu, cpu.pack(w), x[:n]), want)
 
 
 @pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
@@ -135,11 +136,17 @@ def test_rows_too_long_to_prepare_their_activations(isa: str, name: str) -> None
         np.testing.assert_array_equal(product(cpu, cpu.pack(w), x[:n]), product(cpu, w, x[:n]))
 
 
-@each_packing_isa
+@pytest.mark.parametrize(
+    ("isa", "names"),
+    [
+        *((isa, ("IQ1_S", "IQ1_M", "IQ1_S")) for isa in sorted({isa for isa, _ in PACKED})),
+        *((isa, ("Q2_K", "Q3_K", "MXFP4")) for isa in isa_list() if isa == "avx2"),
+    ],
+)
 @pytest.mark.parametrize("n", [1, 3, 40])
-def test_gated_layers_and_heads_take_packed_weights(cpu: Cpu, n: int) -> None:
-    gate, up = weight("IQ1_S", 5, 256, 512), weight("IQ1_M", 5, 256, 512, seed=1)
-    down = weight("IQ1_S", 5, 512, 256, seed=2)
+def test_gated_layers_and_heads_take_packed_weights(cpu: Cpu, names: tuple[str, str, str], n: int) -> None:
+    gate, up = weight(names[0], 5, 256, 512), weight(names[1], 5, 256, 512, seed=1)
+    down = weight(names[2], 5, 512, 256, seed=2)
     rng = np.random.default_rng(n)
     x, ids = normal(3, n, 512), rng.integers(0, 5, (n, 3)).astype(np.int32)
     weights = normal(4, n, 3)
