@@ -276,8 +276,10 @@ class Bench:
     def pages(self, tokens: int) -> list[int]:
         return self.pool.allocate(-(-tokens // self.cache.page_size))
 
-    def step(self, pieces: Sequence[Piece]) -> F32:
-        return self.model.forward(Batch.of(pieces, self.cache.page_size), self.cache).copy()
+    def step(self, pieces: Sequence[Piece], between: Callable[[], None] | None = None) -> F32:
+        """`between` is called after every layer."""
+        tick = None if between is None else lambda fraction: between()
+        return self.model.forward(Batch.of(pieces, self.cache.page_size), self.cache, tick).copy()
 
     def logits(
         self, tokens: Sequence[int], chunk: int | None = None, pages: Sequence[int] | None = None
@@ -290,6 +292,32 @@ class Bench:
             part = tokens[start : start + chunk]
             parts.append(self.step([Piece(part, start, pages, len(part))]))
         return np.concatenate(parts)
+
+
+def check_between_layers(bench: Bench, prompt: list[int], drawn: list[int], most: int) -> None:
+    """Steps of one to `most` drawn rows after every layer of a prompt: no bit of either changes."""
+
+    def start() -> tuple[list[int], list[list[int]]]:
+        pages = [bench.pages(4) for _ in range(most)]
+        bench.step([Piece([5, 6, 7 + i], 0, own, 0) for i, own in enumerate(pages)])
+        return bench.pages(len(prompt)), pages
+
+    def step(number: int, pages: list[list[int]]) -> F32:
+        rows = pages[: number % most + 1]
+        return bench.step([Piece([drawn[number]], 3, own, 1, prompt=0) for own in rows])
+
+    place, pages = start()
+    expected = bench.step([Piece(prompt, 0, place, len(prompt))])
+    layers = bench.model.config.layers
+    alone = [step(number, pages) for number in range(layers)]
+    place, pages = start()
+    meanwhile: list[F32] = []
+    got = bench.step(
+        [Piece(prompt, 0, place, len(prompt))], lambda: meanwhile.append(step(len(meanwhile), pages))
+    )
+    assert np.array_equal(got, expected)
+    assert len(meanwhile) == layers
+    assert all(np.array_equal(a, b) for a, b in zip(meanwhile, alone, strict=True))
 
 
 def random_tokens(count: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:

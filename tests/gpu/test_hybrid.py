@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Q
 from kit_model import (
     F32,
     Bench,
+    check_between_layers,
     family_config,
     model_tensors,
     quantise,
@@ -186,6 +187,12 @@ def test_company_changes_no_bit_of_a_prompt(hybrid: Model, before: int) -> None:
     cut = [b.step([Piece(tokens[:5], 0, pages, 5, count)])]
     cut += [b.step([Piece(tokens[5:], 5, pages, count - 5, count), others[0]])]
     assert np.array_equal(np.concatenate(cut), whole)
+
+
+def test_drawn_rows_between_the_layers_of_a_prompt_change_no_bit(hybrid: Model) -> None:
+    tokens, _ = prompt(QUESTIONS[0])
+    drawn = [3 * i + 4 for i in range(hybrid.config.layers)]
+    check_between_layers(bench(hybrid, sequences=512), tokens, drawn, 18)
 
 
 def test_a_thousand_tokens_without_drift(hybrid: Model, plain: Model) -> None:

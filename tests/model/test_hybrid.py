@@ -14,6 +14,7 @@ from kit_model import (
     CONTEXT,
     F32,
     Bench,
+    check_between_layers,
     family_config,
     load_gguf_model,
     mix,
@@ -136,6 +137,13 @@ def test_company_changes_no_bit(path: Path, cpu: Cpu) -> None:
             ]
             pieces.insert(size // 2, Piece([tokens[12 + step]], 12 + step, mine, 1, prompt=0))
             assert np.array_equal(bench.step(pieces)[size // 2], expected[12 + step])
+
+
+def test_drawn_rows_between_the_layers_of_a_prompt_change_no_bit(path: Path, cpu: Cpu) -> None:
+    model, _ = hybrid(path, cpu, 2)
+    bench = Bench(model, pages=256)
+    model.reserve(64, 18, bench.cache)  # of which 16 are captured
+    check_between_layers(bench, random_tokens(60), random_tokens(model.config.layers, seed=3), 18)
 
 
 def test_a_preempted_text_is_read_again_as_it_was_written(path: Path, cpu: Cpu) -> None:

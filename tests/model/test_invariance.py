@@ -12,6 +12,7 @@ import pytest
 import torch
 from kit_model import (
     Bench,
+    check_between_layers,
     family_config,
     load_gguf_model,
     mix,
@@ -67,6 +68,10 @@ def test_page_size_and_place_change_nothing(model: Model) -> None:
         bench.cache.parts[0].fill_(float("nan"))
         pages = bench.pages(100)[::-1]
         assert np.array_equal(bench.logits(tokens, 30, pages), whole), f"pages of {page_size}"
+
+
+def test_drawn_rows_between_the_layers_of_a_prompt_change_no_bit(model: Model) -> None:
+    check_between_layers(Bench(model), random_tokens(60), random_tokens(model.config.layers, seed=3), 3)
 
 
 @pytest.mark.parametrize("size", [2, 9, 64])

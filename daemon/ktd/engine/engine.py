@@ -7,17 +7,19 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from enum import Enum, auto
+from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
 
 from ktd.cache import BlockPool, LatentCache
+from ktd.engine.checks import check_request
 from ktd.engine.config import EngineConfig
 from ktd.engine.live import Listener, LiveRequest
 from ktd.engine.logprobs import RowScores, score_rows
 from ktd.engine.runner import Runner
-from ktd.errors import Busy, ContextExceeded, DeviceLost, EngineFailure, KtdError, RequestError, Unavailable
-from ktd.model import Model
+from ktd.errors import Busy, DeviceLost, EngineFailure, KtdError, RequestError, Unavailable
+from ktd.model import Model, Tick
 from ktd.sched import Scheduler, Sequence, Work
 from ktd.types import Ended, EngineStatus, Failed, FinishReason, GenerationRequest, Tokens
 
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 
 F32 = npt.NDArray[np.float32]
 _PREFILL_EVERY = 0.9  # seconds; clients are promised progress at least once a second
+# Prompt tokens of a step beyond which sequences that decode do not wait for its end; below, they share its
+# reading of the weights.
+_LONG = 32
 _FAULT = "The engine failed while it worked on this request; the daemon's log has the trace."
 _CLOSED = "The engine takes no requests now: it is not started yet, or is stopping."
 _DEAD = "The engine failed and takes no more requests: the daemon has to be restarted."
@@ -51,6 +56,9 @@ class Engine:
     A fault in a step ends the requests it touches with EngineFailure and the loop goes on. Where even that
     goes wrong, or a device is lost, the loop is dead: all requests end with EngineFailure, no other is taken,
     and `death` is done.
+
+    A long step, which reads prompts, carries none of the sequences that decode: they have a step before it,
+    and more between its layers, for a third of the time.
 
     Two locks: `_inbox` guards what other threads leave for the loop, `_books` the scheduler. Neither is held
     while the model runs or a listener is called.
@@ -84,6 +92,7 @@ class Engine:
         self._arrived: list[LiveRequest] = []
         self._aborted: set[str] = set()
         self._prompt_tokens = self._completion_tokens = self._steps = 0
+        self._next_turn = 0.0  # of those that decode, while a long step is under way; monotonic seconds
         self.death: Future[None] = Future()
         self._thread = threading.Thread(target=self._loop, name="ktd-engine", daemon=True)
 
@@ -99,7 +108,7 @@ class Engine:
         Raises ContextExceeded, RequestError (empty prompt, foreign token id, id in use), Busy when the queue
         is full, Unavailable before start, once draining began and after the loop's death.
         """
-        self._check(request)
+        check_request(request, self._config.context, self._vocab_size)
         live = LiveRequest(request, listener)
         with self._inbox:
             if self._state is not _State.OPEN:
@@ -224,15 +233,20 @@ class Engine:
         for sequence in running:
             self._of(sequence).started()
         if work:
-            self._run(work)
+            decoding = [item for item in work if item.sequence.decoding]
+            reading = [item for item in work if not item.sequence.decoding]
+            if decoding and sum(item.count for item in reading) > _LONG:
+                self._take_turn(decoding)
+                work = reading
+            self._run(work, lambda fraction: self._tick(work, fraction))
         elif waiting or running:
             raise RuntimeError("the scheduler found nothing to do for the requests it has")
         self._drop_deaf()
 
-    def _run(self, work: list[Work]) -> None:
+    def _run(self, work: list[Work], tick: Tick | None = None) -> None:
         requests = [self._of(item.sequence) for item in work]
         try:
-            logits = self._runner.run(work, lambda fraction: self._tick(work, fraction))
+            logits = self._runner.run(work, tick)
         except (_Abandoned, DeviceLost):
             raise
         except Exception:
@@ -277,16 +291,30 @@ class Engine:
             self._end(live, Ended(FinishReason.LENGTH, live.timings()))
 
     def _tick(self, work: list[Work], fraction: float) -> None:
-        """Called between layers: tells progress within a long step, and gives up one that nobody wants."""
+        """Called between layers: tells progress within a long step, gives up one that nobody wants, and lets
+        others decode."""
         with self._inbox:
-            unwanted = all(item.sequence.request.request_id in self._aborted for item in work)
-            if unwanted or self._state is _State.STOPPED:
-                raise _Abandoned
+            aborted = set(self._aborted)
+            stopped = self._state is _State.STOPPED
+        if stopped or all(item.sequence.request.request_id in aborted for item in work):
+            raise _Abandoned
         done = {item.sequence: item.start + int(item.count * fraction) for item in work}
         for sequence in self._scheduler.running:
             live = self._of(sequence)
             almost = min(done.get(sequence, 0), sequence.prompt_tokens - 1)
             live.prefilled(almost, every=_PREFILL_EVERY)
+        if monotonic() >= self._next_turn and not any(item.sequence.decoding for item in work):
+            with self._books:
+                meanwhile = self._scheduler.schedule_meanwhile()
+            wanted = [item for item in meanwhile if item.sequence.request.request_id not in aborted]
+            if wanted:
+                self._take_turn(wanted)
+
+    def _take_turn(self, work: list[Work]) -> None:
+        """A step of those that decode; the next is due when this has been a third of the time."""
+        start = monotonic()
+        self._run(work)
+        self._next_turn = monotonic() + 2 * (monotonic() - start)
 
     def _fail(self, requests: Iterable[LiveRequest], error: KtdError) -> None:
         for live in requests:
@@ -320,20 +348,3 @@ class Engine:
 
     def _of(self, sequence: Sequence) -> LiveRequest:
         return self._live[sequence.request.request_id]
-
-    def _check(self, request: GenerationRequest) -> None:
-        length = len(request.prompt) + request.max_tokens
-        if length > self._config.context:
-            raise ContextExceeded(
-                f"The prompt's {len(request.prompt)} tokens and an answer of up to {request.max_tokens}"
-                f" exceed the context of {self._config.context} tokens; shorten the conversation or lower"
-                " max_tokens."
-            )
-        if not request.prompt or request.max_tokens < 1:
-            raise RequestError("A request needs at least one prompt token and room for one more.")
-        foreign = [token for token in (*request.prompt, *request.sampling.logit_bias) if not self._has(token)]
-        if foreign:
-            raise RequestError(f"Token id {foreign[0]} is outside the vocabulary of {self._vocab_size}.")
-
-    def _has(self, token: int) -> bool:
-        return 0 <= token < self._vocab_size

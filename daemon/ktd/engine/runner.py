@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ktd.cache import LatentCache
-from ktd.model import Batch, Model, Piece
+from ktd.model import Batch, Model, Piece, Tick
 from ktd.sched import Work
 
 
@@ -19,7 +19,7 @@ class Runner:
         self._model = model
         self._cache = cache
 
-    def run(self, work: Sequence[Work], tick: Callable[[float], None]) -> npt.NDArray[np.float32]:
+    def run(self, work: Sequence[Work], tick: Tick | None) -> npt.NDArray[np.float32]:
         """Logits [number of work items that draw, vocab], in their order; overwritten by the next run."""
         pieces = [
             Piece(

@@ -2,7 +2,7 @@
 
 from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig, MoeConfig, YarnConfig
-from ktd.model.deepseek import Model
+from ktd.model.deepseek import Model, Tick
 from ktd.model.loader import load_model, packed_growth
 from ktd.model.placement import GpuNeeds, Placement, VramBytes, vram_bytes
 
@@ -14,6 +14,7 @@ __all__ = [
     "MoeConfig",
     "Piece",
     "Placement",
+    "Tick",
     "VramBytes",
     "YarnConfig",
     "load_model",

@@ -44,8 +44,9 @@ class Model(Protocol):
         """Stores the latents of the batch's rows in `cache` and returns logits [len(batch.logit_rows),
         vocab].
 
-        The logits are overwritten by the next call. `tick` is told the fraction done after every layer, and
-        may raise to give the step up.
+        The logits are overwritten by the next call. `tick` is told the fraction done after every layer; it
+        may raise to give the step up, and may call `forward` for up to `logit_rows` drawn rows of sequences
+        that are not in this batch, and use their logits.
         """
 
 
@@ -60,20 +61,31 @@ class DeepseekModel:
         self._embedding = source.matrix("token_embd.weight", config.vocab_size, config.hidden)
         self._stack = Stack(source, config, lambda layer: source, range(config.layers), self._embedding)
         # After the weights, whose shapes have shown by now that the sizes are true.
-        self._workspace = Workspace(config)
+        self._workspace, self._meanwhile = Workspace(config), Workspace(config)
+        self._under_way = False
         self._rope_table = rope_table(config, positions)
 
     def reserve(self, rows: int, logit_rows: int, cache: LatentCache) -> None:
         """As Model says."""
         self._workspace.reserve(rows, logit_rows)
+        self._meanwhile.reserve(logit_rows, logit_rows)
 
     def forward(self, batch: Batch, cache: LatentCache, tick: Tick | None = None) -> F32:
         """As Model says."""
-        v = self._workspace.rows(len(batch.tokens))
-        wanted = Wanted(batch.logit_rows, self._workspace.rows(len(batch.logit_rows)))
+        if self._under_way:
+            return self._forward(batch, cache, tick, self._meanwhile)
+        self._under_way = True
+        try:
+            return self._forward(batch, cache, tick, self._workspace)
+        finally:
+            self._under_way = False
+
+    def _forward(self, batch: Batch, cache: LatentCache, tick: Tick | None, workspace: Workspace) -> F32:
+        v = workspace.rows(len(batch.tokens))
+        wanted = Wanted(batch.logit_rows, workspace.rows(len(batch.logit_rows)))
         self._cpu.embed(self._embedding, batch.tokens, v.x)
         self._stack.forward(self._cpu, batch, cache, self._rope_table, v, wanted, tick=tick)
-        logits: F32 = self._workspace.logits(wanted.v.n)
+        logits: F32 = workspace.logits(wanted.v.n)
         if wanted.v.n:
             self._stack.head(self._cpu, wanted.v, logits)
         return logits

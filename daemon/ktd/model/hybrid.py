@@ -21,17 +21,16 @@ from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Tick
 from ktd.model.device import Device
-from ktd.model.inputs import table_width
+from ktd.model.inputs import Inputs, table_width
 from ktd.model.placement import Placement
 from ktd.model.source import WeightSource
-from ktd.model.stage import Stage
+from ktd.model.stage import DRAWN_ROWS, Stage
 from ktd.model.streaming import SentExperts
 from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-# Rows whose bits do not depend on their company; of these numbers the first so many are captured.
-_DRAWN_ROWS = 64
+# Steps of up to so many drawn rows are captured.
 _CAPTURED_ROWS = 16
 # Tokens of context for which attention is launched: each step takes the least that holds its own.
 _CONTEXTS = (4096, 16384, 65536)
@@ -86,7 +85,7 @@ class HybridModel:
         if cache is not self._cache or len(batch.tokens) > self._rows or wanted > self._logit_rows:
             self.reserve(max(len(batch.tokens), self._rows), max(wanted, self._logit_rows, 1), cache)
         try:
-            self._synchronize()  # a step that was given up may still be running
+            self._synchronize()  # a step that was given up, or that ticks, may still be running
             return self._forward(batch, cache, tick)
         except RuntimeError as error:
             self._check_devices(error)
@@ -112,7 +111,7 @@ class HybridModel:
         for rows, size in self._prompts(batch):
             part = batch.take(rows)
             parts.append((rows[part.logit_rows], self._prompt(part, cache, size, tick)))
-        most = min(_DRAWN_ROWS, self._logit_rows)
+        most = min(DRAWN_ROWS, self._logit_rows)
         for start in range(0, len(drawn), most):
             rows = drawn[start : start + most]
             part = batch.take(rows)
@@ -136,7 +135,7 @@ class HybridModel:
 
     def _prompt(self, batch: Batch, cache: LatentCache, size: int, tick: Tick | None = None) -> F32:
         """Logits of the wanted rows of a batch of prompts, copied."""
-        width = self._fill(batch, cache)
+        width = self._fill(batch, cache, [stage.inputs for stage in self._stages])
         for stage in self._stages:
             with stage.turn():
                 stage.prompt(batch, width, cache, size, tick)
@@ -149,7 +148,7 @@ class HybridModel:
     def _drawn(self, batch: Batch, cache: LatentCache) -> F32:
         """Logits of all rows of a batch of drawn tokens; overwritten by the next call."""
         n = len(batch.tokens)
-        width = self._fill(batch, cache)
+        width = self._fill(batch, cache, [stage.drawn_inputs for stage in self._stages])
         self._drawn_steps(n, width, cache)
         self._synchronize()
         logits: F32 = self._logits[:n].numpy()
@@ -161,11 +160,11 @@ class HybridModel:
             with stage.turn():
                 stage.drawn(n, width, cache)
 
-    def _fill(self, batch: Batch, cache: LatentCache) -> int:
+    def _fill(self, batch: Batch, cache: LatentCache, inputs: Sequence[Inputs]) -> int:
         """Writes the batch to the host's inputs; returns the width of its page table."""
         width = table_width(batch, cache.page_size, self._widths)
-        for stage in self._stages:
-            stage.inputs.fill(batch, width)
+        for each in inputs:
+            each.fill(batch, width)
         self._cpu.embed(self._embedding, batch.tokens, self._hidden[: len(batch.tokens)].numpy())
         return width
 
@@ -194,7 +193,7 @@ class HybridModel:
                 stage.exchange.idle = True
             self._prompt(batch(self._rows), cache, 0)
             for n, width in reversed(shapes):  # scratch memory is taken by the largest
-                self._fill(batch(n), cache)
+                self._fill(batch(n), cache, [stage.drawn_inputs for stage in self._stages])
                 self._drawn_steps(n, width, cache)
                 self._synchronize()
             for stage in self._stages:

@@ -22,6 +22,8 @@ _RUNTIME_BYTES = 640 << 20
 # (ktd_kernels.upload.ROOMS) and rearranged.
 GROUP_BYTES = 192 << 20
 _GROUPS = 4 + 2
+# Drawn rows that are computed at once (stage.DRAWN_ROWS); they have buffers of their own.
+_DRAWN_ROWS = 64
 # What a captured decode step keeps on the device for each layer: the nodes of its kernels.
 _GRAPH_BYTES_A_LAYER = 192 << 10
 # Dequantised tiles, values of feed-forwards, split-context partial results and the like, which the kernels
@@ -126,11 +128,13 @@ class GpuNeeds:
         last = layers.stop == config.layers
         held = [layer for layer in layers if layer in experts]
         elsewhere = any(self.experts[layer] for layer in layers if layer not in experts)
+        drawn = min(self._logit_rows, _DRAWN_ROWS)
         buffers = (
             4 * self._rows * _row_values(config)
             + 4 * min(self._rows, ATTENTION_ROWS) * _attention_values(config)
-            + (4 * self._logit_rows * config.vocab_size if last else 0)
-            + min(self._logit_rows, 64) * len(layers) * _GRAPH_BYTES_A_LAYER
+            + 4 * drawn * (_row_values(config) + _attention_values(config))
+            + (4 * (self._logit_rows + drawn) * config.vocab_size if last else 0)
+            + drawn * len(layers) * _GRAPH_BYTES_A_LAYER
             + _SCRATCH_BYTES
             + (_GROUPS * GROUP_BYTES if elsewhere else 0)
         )

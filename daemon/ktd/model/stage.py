@@ -29,6 +29,9 @@ from ktd.model.streaming import SplitExperts
 from ktd.model.workspace import Workspace
 from ktd_kernels import Cpu
 
+#: Drawn rows that are computed at once at most.
+DRAWN_ROWS = 64
+
 
 class Stage:
     """`layers` of a model on `device`, and the head behind the last of all. All is done within
@@ -70,6 +73,11 @@ class Stage:
         self.inputs = Inputs(device, rows, pages)
         self._workspace = Workspace(config, device)
         self._workspace.reserve(rows, logit_rows if self._last else 0)
+        # Drawn rows are computed while prompts are under way: they have buffers of their own.
+        drawn = min(logit_rows, DRAWN_ROWS)
+        self.drawn_inputs = Inputs(device, drawn, pages)
+        self._drawn_workspace = Workspace(config, device)
+        self._drawn_workspace.reserve(drawn, drawn if self._last else 0)
         self.exchange = Exchange(device, config, rows)
         self._mailed_experts = MailedExperts(self.exchange, self._cpu, self._stack.elsewhere)
         self.prompt_experts = PromptExperts(self.exchange, self._cpu)
@@ -121,12 +129,12 @@ class Stage:
         """From the inputs on the host to what goes out; allocates nothing, and awaits nothing that `experts`
         do not."""
         ops = self.device.rows
-        rows = self.inputs.send(n, width)
-        v = self._workspace.rows(n)
+        rows = self.drawn_inputs.send(n, width)
+        v = self._drawn_workspace.rows(n)
         v.x.copy_(self._hidden[:n], non_blocking=True)
         self._stack.forward(ops, rows, cache, self._table, v, elsewhere=experts)
         if self._last:
-            logits = self._workspace.logits(n)
+            logits = self._drawn_workspace.logits(n)
             self._stack.head(ops, v, logits)
             self._logits[:n].copy_(logits, non_blocking=True)
         else:
@@ -134,7 +142,7 @@ class Stage:
 
     def capture(self, shapes: Sequence[tuple[int, int]], cache: LatentCache) -> None:
         """Makes graphs of steps of n drawn rows and page tables of a width, which have run once."""
-        self._mailed_experts.rehearse(self._workspace.rows(1))
+        self._mailed_experts.rehearse(self._drawn_workspace.rows(1))
         self.device.synchronize()
         for shape in shapes:
             step = partial(self._drawn_step, *shape, cache, self._mailed_experts)

@@ -1,7 +1,8 @@
 """The policy of the step loop: admit, deal out tokens, grow, preempt, finish.
 
 A step first gives one row to every sequence that decodes, then deals what is left of the token budget fairly
-to the prompts being read, NORMAL ones before LOW ones.
+to the prompts being read, NORMAL ones before LOW ones. While a step that reads long prompts is under way, the
+engine takes further steps in between for the sequences that decode.
 
 Pages are taken as they are needed, not reserved to the end of an answer: answers are usually far shorter than
 their limit. A request is admitted when the pages of its prompt are there. When a running sequence then needs
@@ -84,6 +85,16 @@ class Scheduler:
                 work.append(Work(sequence, start, count, draws=start + count == len(sequence.tokens)))
         return work
 
+    def schedule_meanwhile(self) -> list[Work]:
+        """The next token of each sequence that decodes, for while a step of others is under way: nothing is
+        admitted, and nobody is preempted for a page."""
+        work = []
+        for sequence in self.running:
+            if sequence.decoding and self._pool.can_allocate(self._missing(sequence, len(sequence.tokens))):
+                self._grow(sequence, len(sequence.tokens))
+                work.append(Work(sequence, sequence.computed, 1, draws=True))
+        return work
+
     def commit(self, work: Iterable[Work]) -> None:
         """The step went well: its latents are in the cache, and full pages can be found by later prompts."""
         for item in work:
@@ -136,7 +147,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Makes sure of the pages for `tokens` tokens, preempting from the back; False if it was itself
         preempted."""
-        missing = self._pages_for(tokens) - len(sequence.pages)
+        missing = self._missing(sequence, tokens)
         while missing > 0 and not self._pool.can_allocate(missing):
             victim = self.running.pop()
             self._release(victim)
@@ -147,6 +158,9 @@ class Scheduler:
         if missing > 0:
             sequence.pages += self._pool.allocate(missing)
         return True
+
+    def _missing(self, sequence: Sequence, tokens: int) -> int:
+        return max(self._pages_for(tokens) - len(sequence.pages), 0)
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.pages)
