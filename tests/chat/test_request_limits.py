@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from kit_text import BARE, bot, maker, user
 
+from ktd.chat.fields import MOST_BRACKETS
 from ktd.chat.ollama_request import from_chat
 from ktd.chat.openai_request import from_openai
 from ktd.chat.request import (
@@ -72,6 +73,13 @@ def test_a_body_that_holds_too_much(
 ) -> None:
     with pytest.raises(RequestError, match=sentence):
         read(json.dumps(fields).encode(), DEFAULTS)
+
+
+@pytest.mark.parametrize("read", [from_openai, from_chat])
+def test_a_body_of_many_small_values(read: Callable[[bytes, RequestDefaults], object]) -> None:
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "x": [' + b"[]," * MOST_BRACKETS + b"[]]}"
+    with pytest.raises(RequestError, match="brackets in the body, but at most 262144 are allowed"):
+        read(body, DEFAULTS)
 
 
 def test_calls_count_as_messages() -> None:

@@ -6,19 +6,21 @@ import asyncio
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 from fake_daemon import FakeDaemon, fake_daemon, make_certificate
 from fakes import SERVED
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from ktd.errors import SettingsError
-from ktd.server.grpc_service import SERVICE, GrpcServer
+from ktd.server.grpc_service import SERVICE, EngineServicer, GrpcServer
 from ktd.server.host import Host, State
 from ktd.types import AnswerSchema
 from ktd_proto.v1 import engine_pb2 as pb
@@ -118,6 +120,36 @@ async def test_a_wrong_request_is_told_so(daemon: FakeDaemon) -> None:
         assert said in details
         assert details.endswith(".")
     assert not daemon.engine.requests
+
+
+async def test_a_long_quotation_fits_into_a_refusal(daemon: FakeDaemon) -> None:
+    asked = pb.ChatRequest(messages=[pb.Message(role="😀" * 20_000, content="x")])
+    code, sentence = await refusal(daemon.address, asked)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert sentence.startswith('messages[0] has the role "😀')
+    assert sentence.endswith("but a role is one of system, user, assistant, tool.")
+
+
+class _Kept(Exception):
+    pass
+
+
+class _Context:
+    """A call that keeps what `abort` raised, as gRPC does until cycles are collected."""
+
+    async def abort(self, code: grpc.StatusCode, sentence: str) -> None:
+        raise _Kept
+
+
+async def test_a_refused_request_is_let_go_at_once() -> None:
+    request = DecodeError()
+    alive = weakref.ref(request)
+    answer = EngineServicer(Host(SERVED)).chat(request, cast(Any, _Context()))
+    del request
+    with pytest.raises(_Kept) as kept:
+        await answer
+    assert alive() is None
+    assert kept
 
 
 async def test_bytes_that_are_no_request(daemon: FakeDaemon) -> None:

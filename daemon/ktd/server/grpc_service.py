@@ -69,8 +69,13 @@ class EngineServicer:
                 async for event in events:
                     sequence += 1
                     await context.write(to_proto(event, checked.request_id, sequence))
+            return
         except Exception as error:  # every failure becomes one status with a readable message
-            await context.abort(status_of(error).grpc, sentence_of(error))
+            status, sentence = status_of(error).grpc, sentence_of(error)
+        # gRPC keeps what abort raises, and so this frame, until the next collection of cycles: a request may
+        # take a gigabyte.
+        del request
+        await context.abort(status, sentence)
 
     async def list_models(
         self, request: pb.ListModelsRequest | DecodeError, context: Context

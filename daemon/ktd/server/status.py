@@ -18,6 +18,9 @@ from ktd.errors import (
 
 log = logging.getLogger(__name__)
 
+# Sentences quote what was sent. gRPC clients take 8 KiB of trailers, and 12 bytes are one character at most.
+LONGEST_SENTENCE = 600
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -49,8 +52,11 @@ def status_of(error: Exception) -> Status:
 
 
 def sentence_of(error: Exception) -> str:
-    """What to tell the client; what nobody foresaw goes to the log instead."""
+    """What to tell the client, long quotations cut in the middle; what nobody foresaw goes to the log
+    instead.
+    """
     if isinstance(error, KtdError):
-        return str(error)
+        said, half = str(error), LONGEST_SENTENCE // 2
+        return said if len(said) <= LONGEST_SENTENCE else f"{said[:half]} … {said[-half:]}"
     log.error("A request failed", exc_info=error)
     return "The daemon failed: its log has the trace."
