@@ -92,7 +92,8 @@ class AnswerSchema:
 class ChatRequest:
     """A checked chat request. `max_tokens` counts thought and answer; None means what the context leaves.
 
-    Without `parallel_tool_calls` the answer ends with its first call.
+    Without `parallel_tool_calls` the answer ends with its first call. With `must_call` the answer is calls of
+    the tools and nothing else.
     """
 
     request_id: str
@@ -106,6 +107,7 @@ class ChatRequest:
     tools: Sequence[Tool] = ()
     schema: AnswerSchema | None = None
     parallel_tool_calls: bool = True
+    must_call: bool = False
 
 
 class Constraint(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import grpc
 import openai
@@ -254,6 +254,50 @@ async def test_the_official_client_gets_what_its_class_describes(
         assert "42" in thoughts[0]
         assert answers[0].message.parsed is not None
         assert answers[0].message.parsed.result == 42
+
+
+async def test_a_tool_that_must_be_called(daemon: Daemon) -> None:
+    """By a model that was never taught to call any, after a thought or without."""
+    parameters = {
+        "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    tools: list[Any] = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("tell", "ask")
+    ]
+    named = {"type": "function", "function": {"name": "tell"}}
+    async with openai.AsyncOpenAI(base_url=daemon.url, api_key="none") as client:
+        for choice, thinking, parallel in (
+            (named, None, True),
+            (named, False, True),
+            ("required", True, False),
+        ):
+            answer = await client.chat.completions.create(
+                model="ktransformers",
+                messages=[{"role": "user", "content": QUESTION}],
+                tools=tools,
+                tool_choice=cast(Any, choice),
+                parallel_tool_calls=parallel,
+                temperature=1.0,
+                seed=1,
+                extra_body={"thinking": thinking},
+            )
+            (said,) = answer.choices
+            (call,) = said.message.tool_calls or []
+            assert call.type == "function"
+            assert call.function.name in (("tell",) if choice is named else ("tell", "ask"))
+            (argument,) = json.loads(call.function.arguments).items()
+            assert argument[0] == "x"
+            assert argument[1] in range(100)
+            assert (said.message.content, said.finish_reason) == ("", "tool_calls")
+            assert bool(getattr(said.message, "reasoning_content", "")) is (thinking is not False)
+    request = ask(QUESTION)
+    request.tools.add(name="tell", parameters_json=json.dumps(parameters))
+    request.must_call, request.parallel_tool_calls = True, False
+    events = [event async for event in daemon.stub.Chat(request)]
+    assert [event.tool_call.name for event in events if event.HasField("tool_call")] == ["tell"]
+    assert events[-1].finished.reason == pb.FINISH_REASON_TOOL_CALLS
 
 
 async def test_json_is_the_same_beside_others(daemon: Daemon) -> None:

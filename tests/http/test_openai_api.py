@@ -147,6 +147,23 @@ async def test_one_tool_call_at_a_time(client: openai.AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize(
+    ("choice", "parallel", "expected"),
+    [
+        ("auto", True, (["a", "b"], False, True)),
+        ("none", True, ([], False, True)),
+        ("required", True, (["a", "b"], True, True)),
+        ("required", False, (["a", "b"], True, False)),
+        ({"type": "function", "function": {"name": "b"}}, True, (["b"], True, False)),
+    ],
+)
+def test_tool_choices(choice: Any, parallel: bool, expected: Any) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
+    body = {"messages": user("x"), "tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
+    chat = from_openai(json.dumps(body).encode(), RequestDefaults()).chat
+    assert ([tool.name for tool in chat.tools], chat.must_call, chat.parallel_tool_calls) == expected
+
+
+@pytest.mark.parametrize(
     ("effort", "thinking", "expected"),
     [("none", None, False), ("none", {"type": "enabled"}, True), ("high", None, None), (None, False, False)],
 )
@@ -233,8 +250,10 @@ WRONG: list[tuple[Any, str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": 1}}, "json_schema must be a JSON object"),
     ({"response_format": {"type": "json_object", "schema": nested(65)}}, "nested deeper than 64 levels"),
     ({"response_format": {"type": "json_object", "schema": {"const": "x" * 2**16}}}, "65536 at most"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "cannot be forced to call a tool"),
+    ({"tool_choice": "required"}, "A tool must be called, but the request has no tools"),
+    ({"tool_choice": "any"}, "tool_choice must be"),
+    ({"tool_choice": {"type": "function", "function": "f"}}, "tool_choice must be"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "is not among the tools"),
     ({"parallel_tool_calls": 1}, "parallel_tool_calls must be true or false"),
     ({"modalities": ["text", "audio"]}, "writes text only"),
     ({"web_search_options": {}}, "searches nothing"),

@@ -293,7 +293,9 @@ def test_blanks_come_to_an_end(text: TextModel) -> None:
 
 def test_a_token_that_was_not_allowed_ends_in_one_sentence(text: TextModel) -> None:
     constraint = begin(text, POINT, thinking=False)
-    with pytest.raises(EngineFailure, match=r"cannot go on as its response_format wants it: .*\.$") as caught:
+    with pytest.raises(
+        EngineFailure, match=r"cannot go on as its response_format or tool_choice wants it: .*\.$"
+    ) as caught:
         constraint.accept(text.encode("no")[0])
     assert "\n" not in str(caught.value)
     with pytest.raises(EngineFailure, match="cannot go on"):

@@ -72,6 +72,10 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
     # OpenAI has no flag for it; a client that ends with the assistant's words wants them continued.
     continued = messages[-1].role == "assistant" if messages else False
     options = object_of(body, "stream_options")
+    must_call, named = _tool_choice(body)
+    tools = [] if body.get("tool_choice") == "none" else tools_of(body)
+    if named is not None:
+        tools = [tool for tool in tools if tool.name == named]
     return Completion(
         model=text_of(body.get("model", ""), "model"),
         chat=checked(
@@ -84,9 +88,10 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
             thinking=_thinking(body),
             continue_final_message=flag_of(body, "continue_final_message", continued),
             priority=Priority.NORMAL,
-            tools=[] if body.get("tool_choice") == "none" else tools_of(body),
+            tools=tools,
             schema=_schema(object_of(body, "response_format")),
-            parallel_tool_calls=flag_of(body, "parallel_tool_calls", True),
+            parallel_tool_calls=flag_of(body, "parallel_tool_calls", True) and named is None,
+            must_call=must_call,
             defaults=defaults,
         ),
         stream=flag_of(body, "stream", False),
@@ -116,8 +121,20 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise RequestError('modalities must be ["text"]: this model writes text only.')
     if "web_search_options" in body:
         raise RequestError("web_search_options is not supported: this model searches nothing by itself.")
-    if body.get("tool_choice", "auto") not in ("auto", "none"):
-        raise RequestError('tool_choice must be "auto" or "none": the model cannot be forced to call a tool.')
+
+
+def _tool_choice(body: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether a tool must be called, and which if it is named: then no other is offered."""
+    choice = body.get("tool_choice", "auto")
+    if choice in ("auto", "none", "required"):
+        return choice == "required", None
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise RequestError('tool_choice must be "auto", "none", "required" or name a function.')
+    if all(tool.name != name for tool in tools_of(body)):
+        raise RequestError(f'tool_choice names "{name[:64]}", which is not among the tools.')
+    return True, name
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, float]:

@@ -103,6 +103,7 @@ def from_proto(request: pb.ChatRequest, defaults: RequestDefaults) -> ChatReques
         tools=[Tool(tool.name, tool.description, tool.parameters_json) for tool in request.tools],
         schema=_schema(request),
         parallel_tool_calls=request.parallel_tool_calls or not request.HasField("parallel_tool_calls"),
+        must_call=request.must_call,
         defaults=defaults,
     )
 
@@ -142,6 +143,7 @@ def checked(
     schema: AnswerSchema | None,
     defaults: RequestDefaults,
     parallel_tool_calls: bool = True,
+    must_call: bool = False,
 ) -> ChatRequest:
     """The rules that hold for requests from anywhere. `sampling` holds the fields that were given.
 
@@ -151,6 +153,8 @@ def checked(
         raise RequestError(f"The request id must be at most {MOST_REQUEST_ID} printable characters.")
     _check_messages(messages, continue_final_message)
     _check_tools(tools)
+    if must_call and not tools:
+        raise RequestError("A tool must be called, but the request has no tools.")
     if schema:
         _check_schema(schema.schema)
     if max_tokens is not None and max_tokens < 1:
@@ -174,6 +178,7 @@ def checked(
         tools=tools,
         schema=schema,
         parallel_tool_calls=parallel_tool_calls,
+        must_call=must_call,
     )
 
 

@@ -65,6 +65,7 @@ class ChatService:
                 f"The prompt has {len(prompt.ids)} tokens and the context holds {self.served.context}: "
                 "shorten the conversation, or start the daemon with a larger --context."
             )
+        constrained = request.must_call or request.schema is not None
         # The client's id need not be unique (it may retry before the first try is gone); the engine's must
         # be.
         generation = GenerationRequest(
@@ -74,7 +75,7 @@ class ChatService:
             sampling=request.sampling,
             stop_ids=self._text.stop_ids,
             priority=request.priority,
-            constraint=await self._constraint(request, prompt) if request.schema else None,
+            constraint=await self._constraint(request, prompt) if constrained else None,
         )
         mailbox = Mailbox(asyncio.get_running_loop())
         turn = Turn(
@@ -84,7 +85,7 @@ class ChatService:
             opens_thought=prompt.opens_thought,
             stop=request.stop,
             parse_tools=bool(request.tools),
-            constrained=request.schema is not None,
+            constrained=constrained,
             one_call=not request.parallel_tool_calls,
         )
         self._engine.submit(generation, mailbox.put)
@@ -124,9 +125,9 @@ class ChatService:
                     self._compilers, self._text.constraint, request, prompt.ids, prompt.opens_thought
                 )
         except TimeoutError:
+            what = "the tools" if request.must_call else "response_format"
             raise RequestError(
-                f"The schema of response_format takes longer than {COMPILE_SECONDS:g} s to compile: make it "
-                "simpler."
+                f"The schema of {what} takes longer than {COMPILE_SECONDS:g} s to compile: make it simpler."
             ) from None
 
     def _refuse_overlong(self, request: ChatRequest) -> None:

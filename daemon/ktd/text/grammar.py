@@ -1,4 +1,4 @@
-"""Answers that must be JSON: a schema's grammar, and where in a reply it holds.
+"""Answers that must be JSON, or tool calls: their grammar, and where in a reply it holds.
 
 Grammars are llguidance's. A reply is a thought, which is free, and then an answer, which is not:
 
@@ -21,9 +21,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from ktd.errors import EngineFailure, RequestError
 from ktd.text.conversation import CLOSE, OPEN
 from ktd.text.detokenizer import token_bytes
+from ktd.text.forced_calls import arguments_schema, calls_grammar
 from ktd.text.tools import CALLS_BEGIN
 from ktd.text.vocabulary import Vocabulary
-from ktd.types import AnswerSchema
+from ktd.types import AnswerSchema, Tool
 
 _CALLS = (CALLS_BEGIN, "<|tool_calls_section_begin|>")
 _AFTER_THOUGHT = (b"\n", b"\n\n")
@@ -70,24 +71,43 @@ class Grammars:
         """
         options = {"whitespace_pattern": _BLANKS, "lenient": schema.lenient}
         wanted = json.dumps({**json.loads(schema.schema), "x-guidance": options})
-        tokenizer = self.tokenizer
         grammar = LLMatcher.grammar_from_json_schema(wanted)
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
-        _check(matcher)
-        # What is wrong may show only while tokens are read: now, and not in the middle of the answer.
-        probe = matcher.deep_copy()
-        for _ in range(2):
-            allowed = np.flatnonzero(_bits(probe, tokenizer.vocab_size))
-            _check(probe)
-            if probe.is_stopped():
-                break
-            probe.consume_token(next((int(token) for token in allowed if token not in self.stops), -1))
+        matcher = self._compiled(grammar, "The schema of response_format")
         if not begun.strip():
             return matcher
         if not matcher.consume_tokens(self._encode(begun.lstrip())):
             raise RequestError("The answer that is to be continued does not fit the response_format.")
         if matcher.is_stopped():
             raise RequestError("The answer that is to be continued is complete by the response_format.")
+        return matcher
+
+    def call_matcher(self, tools: Sequence[Tool], *, fenced: bool, one: bool) -> LLMatcher:
+        """A matcher of calls of `tools`, as many as the model likes or `one`. What of their parameters cannot
+        be enforced is ignored.
+
+        Raises RequestError for parameters that are no schema, and as `calls_grammar`.
+        """
+        schemas = [arguments_schema(tool, {"whitespace_pattern": _BLANKS, "lenient": True}) for tool in tools]
+        for tool, schema in zip(tools, schemas, strict=True):
+            self._compiled(
+                LLMatcher.grammar_from_json_schema(schema), f'The schema of the tool "{tool.name}"'
+            )
+        grammar = calls_grammar(self.vocabulary.structural, tools, schemas, fenced=fenced, one=one)
+        return self._compiled(LLMatcher.grammar_from_lark(grammar), "The tools")
+
+    def _compiled(self, grammar: str, what: str) -> LLMatcher:
+        """Raises RequestError where `grammar`, that of `what`, cannot be enforced."""
+        tokenizer = self.tokenizer
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+        _check(matcher, what)
+        # What is wrong may show only while tokens are read: now, and not in the middle of the answer.
+        probe = matcher.deep_copy()
+        for _ in range(2):
+            allowed = np.flatnonzero(_bits(probe, tokenizer.vocab_size))
+            _check(probe, what)
+            if probe.is_stopped():
+                break
+            probe.consume_token(next((int(token) for token in allowed if token not in self.stops), -1))
         return matcher
 
     def closed_thought(self, ids: Sequence[int]) -> bool:
@@ -101,7 +121,12 @@ class _Tokens:
 
     def __init__(self, vocabulary: Vocabulary, encode: Callable[[str], list[int]]) -> None:
         self.tokens = [token_bytes(vocabulary, number) for number in range(len(vocabulary.tokens))]
+        # No text has the byte 255. llguidance puts it in front of special tokens: one without a name, or a
+        # token of that byte alone, would pass for the beginning of any.
+        self.tokens = [b"" if b"\xff" in token else token for token in self.tokens]
         self.special_token_ids = sorted({*vocabulary.structural.values(), *vocabulary.stop_ids})
+        for number in self.special_token_ids:
+            self.tokens[number] = vocabulary.tokens[number].encode()
         self.eos_token_id = min(vocabulary.stop_ids)
         self.bos_token_id = vocabulary.bos_id
         self._encode = encode
@@ -181,7 +206,9 @@ class ReplyConstraint:
             raise self._stuck(_reason(self._matcher))
 
     def _stuck(self, reason: str) -> EngineFailure:
-        return EngineFailure(f"The answer cannot go on as its response_format wants it: {reason}.")
+        return EngineFailure(
+            f"The answer cannot go on as its response_format or tool_choice wants it: {reason}."
+        )
 
 
 def _bits(matcher: LLMatcher, size: int) -> npt.NDArray[np.bool_]:
@@ -206,9 +233,9 @@ def _reason(matcher: LLMatcher) -> str:
     return said
 
 
-def _check(matcher: LLMatcher) -> None:
+def _check(matcher: LLMatcher, what: str) -> None:
     if not matcher.is_error():
         return
     reason = _reason(matcher)
     hint = "; with strict set to false it is ignored" if reason.startswith(_CAN_BE_IGNORED) else ""
-    raise RequestError(f"The schema of response_format cannot be enforced: {reason}{hint}.")
+    raise RequestError(f"{what} cannot be enforced: {reason}{hint}.")

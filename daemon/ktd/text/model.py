@@ -124,20 +124,30 @@ class TextModel:
         return self.token_bytes(token) or (self.vocabulary.tokens[token].encode() if known else b"")
 
     def constraint(self, request: ChatRequest, ids: Sequence[int], opens_thought: bool) -> ReplyConstraint:
-        """What keeps the reply to the prompt `ids` to the request's schema; compiling it may take seconds.
+        """What keeps the reply to the prompt `ids` to the calls that must be, or to the request's schema;
+        compiling it may take seconds.
 
         Raises RequestError for a schema that cannot be enforced.
         """
-        if request.schema is None:
-            raise ValueError("the request has no schema")
         grammars, last = self._grammars, request.messages[-1]
         begun = ""
         if request.continue_final_message and not opens_thought:
             begun = begun_answer(last, thinks=self.thinks)
-        if request.tools and not grammars.calls:
-            raise RequestError("This model takes no tools beside a response_format: send one of the two.")
-        matcher = grammars.matcher(request.schema, begun)
-        beside = set(grammars.calls) if request.tools and not begun else set()
+        beside: set[int] = set()
+        if request.must_call:
+            if begun.strip():
+                raise RequestError(
+                    "The answer that is to be continued is text: it cannot become a tool call."
+                )
+            fenced = self._tools is not None and self._tools.fenced
+            matcher = grammars.call_matcher(request.tools, fenced=fenced, one=not request.parallel_tool_calls)
+        elif request.schema is None:
+            raise ValueError("the request has neither a schema nor calls that must be")
+        else:
+            if request.tools and not grammars.calls:
+                raise RequestError("This model takes no tools beside a response_format: send one of the two.")
+            matcher = grammars.matcher(request.schema, begun)
+            beside |= grammars.calls if request.tools and not begun else set()
         may_think = not request.continue_final_message and request.thinking is not False
         if may_think and grammars.opens is not None and not grammars.closed_thought(ids):
             beside.add(grammars.opens)

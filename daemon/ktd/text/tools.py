@@ -19,7 +19,7 @@ from ktd.text.guard import Guard
 from ktd.types import Tool, ToolCall
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-_CALL_BEGIN, _CALL_END, _SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+CALL_BEGIN, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 _OUTPUTS_BEGIN, _OUTPUTS_END = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
 _OUTPUT_BEGIN, _OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
 
@@ -79,10 +79,10 @@ class DeepSeekTools:
 
     def _call(self, name: str, arguments: str) -> str:
         if self.fenced:
-            body = f"function{_SEPARATOR}{name}\n```json\n{arguments}\n```"
+            body = f"function{SEPARATOR}{name}\n```json\n{arguments}\n```"
         else:
-            body = f"{name}{_SEPARATOR}{arguments}"
-        return _CALL_BEGIN + body + _CALL_END
+            body = f"{name}{SEPARATOR}{arguments}"
+        return CALL_BEGIN + body + CALL_END
 
     def _results(self, results: Sequence[str]) -> str:
         if self.fenced:

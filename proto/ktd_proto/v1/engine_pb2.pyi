@@ -87,6 +87,7 @@ class ChatRequest(_message.Message):
     JSON_OBJECT_FIELD_NUMBER: _builtins.int
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    MUST_CALL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty means: the model that is loaded."""
     thinking: _builtins.bool
@@ -98,6 +99,10 @@ class ChatRequest(_message.Message):
     priority: Global___Priority.ValueType
     parallel_tool_calls: _builtins.bool
     """False: the answer ends with its first tool call. Absent: it may hold several."""
+    must_call: _builtins.bool
+    """The answer must be calls of the tools, with arguments that fit their schemas; what of these cannot be enforced is
+    ignored. The thought before it is free.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
     @_builtins.property
@@ -122,10 +127,11 @@ class ChatRequest(_message.Message):
         json_object: Global___JsonObject | None = ...,
         json_schema: Global___JsonSchema | None = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
+        must_call: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_thinking", b"_thinking", "json_object", b"json_object", "json_schema", b"json_schema", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "sampling", b"sampling", "thinking", b"thinking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_thinking", b"_thinking", "continue_final_message", b"continue_final_message", "json_object", b"json_object", "json_schema", b"json_schema", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "thinking", b"thinking", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_thinking", b"_thinking", "continue_final_message", b"continue_final_message", "json_object", b"json_object", "json_schema", b"json_schema", "messages", b"messages", "model", b"model", "must_call", b"must_call", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "thinking", b"thinking", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
     _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
