@@ -17,6 +17,7 @@
 
 constexpr int kTileTokensAmx = 16;     // tokens of a tile
 constexpr int64_t kChunkTokens = 256;  // whose float accumulators stay in scratch
+constexpr int64_t kStoredRows = 512;   // of a token that are written together
 
 // What the integer sums of a panel are multiplied by, and its minima.
 struct Factors {
@@ -175,11 +176,7 @@ int64_t tiles_that_fit(int64_t cols) {
   return fit < kChunkTokens / kTileTokensAmx ? fit : kChunkTokens / kTileTokensAmx;
 }
 
-constexpr TileConfig full_tiles() {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) config.rows[t] = 16, config.row_bytes[t] = 64;
-  return config;
-}
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class P>
 void matmul_panels(const MatmulArgs& a) {
@@ -187,8 +184,13 @@ void matmul_panels(const MatmulArgs& a) {
   const int64_t blocks = (a.cols + 255) / 256, pitch = blocks * P::kPackedBytes;
   const int64_t all_tiles = (a.n + kTileTokensAmx - 1) / kTileTokensAmx, fit = tiles_that_fit<P>(a.cols);
   const int64_t chunks = (all_tiles + fit - 1) / fit, chunk = (all_tiles + chunks - 1) / chunks;
-  float* const sums = reinterpret_cast<float*>(&scratch + 1);
-  uint8_t* const packed = reinterpret_cast<uint8_t*>(sums + chunk * P::kSums);
+  // Panels whose sums are stored together: a token's outputs are written one after the other, where 128 bytes
+  // at a time of far-apart tokens would each wait for memory.
+  const int64_t panel_sums = chunk * P::kSums,
+                spare = kMatmulScratch - static_cast<int64_t>(sizeof(AmxScratch)) - chunk * pitch,
+                together = least(spare / (4 * panel_sums), kStoredRows / P::kRows);
+  uint8_t* const packed = reinterpret_cast<uint8_t*>(&scratch + 1);
+  float* const sums = reinterpret_cast<float*>(packed + chunk * pitch);
   tile_configure(P::config());
   for (int64_t first = 0; first < all_tiles; first += chunk) {
     const int64_t tiles = all_tiles - first < chunk ? all_tiles - first : chunk;
@@ -203,13 +205,18 @@ void matmul_panels(const MatmulArgs& a) {
         P::pack(x, k, a.cols, packed + t * pitch + k * P::kPackedBytes);
       }
     }
-    for (int64_t r = 0; r < a.rows; r += P::kRows) {
-      const int64_t rows = a.rows - r < P::kRows ? a.rows - r : P::kRows;
-      for (int64_t i = 0; i < tiles * P::kSums; i += 16) store_f(sums + i, zero_f());
-      P(a, r, rows).run(packed, pitch, tiles, sums, scratch);
+    for (int64_t r0 = 0; r0 < a.rows; r0 += together * P::kRows) {
+      const int64_t end = least(a.rows, r0 + together * P::kRows);
+      float* own = sums;
+      for (int64_t r = r0; r < end; r += P::kRows, own += panel_sums) {
+        for (int64_t i = 0; i < tiles * P::kSums; i += 16) store_f(own + i, zero_f());
+        P(a, r, least(end - r, P::kRows)).run(packed, pitch, tiles, own, scratch);
+      }
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t token = (first + t) * kTileTokensAmx, left = a.n - token;
-        P::store(a, r, rows, token, left < kTileTokensAmx ? left : kTileTokensAmx, sums + t * P::kSums);
+        own = sums + t * P::kSums;
+        for (int64_t r = r0; r < end; r += P::kRows, own += panel_sums)
+          P::store(a, r, least(end - r, P::kRows), token, least(left, kTileTokensAmx), own);
       }
     }
   }

@@ -36,8 +36,7 @@ constexpr Folding folding() {
   }
 }
 
-constexpr int kFoldRows = 32;         // rows of a panel in one plane; in two it has 16
-constexpr int64_t kTileBytes = 1024;  // 16 rows of 64 bytes
+constexpr int kFoldRows = 32;  // rows of a panel in one plane; in two it has 16
 // Four steps of 64 values and the deltas: a tile of 16 rows each. The second 16 rows or the low plane follow.
 constexpr int64_t kWeightBytes = 5 * kTileBytes;
 

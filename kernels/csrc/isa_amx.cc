@@ -7,6 +7,7 @@
 #define KTD_ISA_NAME "amx"
 #define KTD_MATMUL_MANY matmul_amx
 #define KTD_FAST_GATHER
+#define KTD_TILE_ATTENTION
 
 namespace ktd::amx {
 namespace {

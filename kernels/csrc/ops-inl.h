@@ -2,6 +2,9 @@
 
 #include "vec-inl.h"
 #include "attention-inl.h"
+#ifdef KTD_TILE_ATTENTION
+#include "attention_amx-inl.h"
+#endif
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t d, float* out) {
   VecF acc[4] = {};
@@ -54,5 +57,11 @@ constexpr OpsTable make_ops_table() {
   table.attend_rows = attend_rows;
   table.attend_chunk = attend_chunk;
   table.merge_chunks = merge_chunks;
+#ifdef KTD_TILE_ATTENTION
+  table.tile = kAmxTile;
+  table.attention_scratch = amx_attention_scratch;
+  table.attend_rows = attend_rows_amx;
+  table.attend_chunk = attend_chunk_amx;
+#endif
   return table;
 }

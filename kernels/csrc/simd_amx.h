@@ -2,6 +2,8 @@
 // intrinsics, which take tile numbers as literals only and do not tell the compiler that they read and write
 // memory.
 
+constexpr int64_t kTileBytes = 1024;  // 16 rows of 64 bytes
+
 struct TileConfig {
   uint8_t palette = 1, start_row = 0;
   uint8_t reserved[14] = {};
@@ -9,6 +11,12 @@ struct TileConfig {
   uint8_t rows[16] = {};
 };
 static_assert(sizeof(TileConfig) == 64);
+
+constexpr TileConfig full_tiles() {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) config.rows[t] = 16, config.row_bytes[t] = 64;
+  return config;
+}
 
 inline void tile_configure(const TileConfig& config) {
   __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");

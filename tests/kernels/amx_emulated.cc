@@ -28,72 +28,7 @@ namespace {
 #include "fused-inl.h"
 #include "tile-inl.h"
 
-// As simd_amx.h, which the processor must have.
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-TileConfig config;
-uint8_t tiles[8][16][64];
-
-void tile_configure(const TileConfig& to) {
-  config = to;
-  memset(tiles, 0xee, sizeof(tiles));  // nothing may depend on what a tile held before
-}
-void tile_release() { config = {}; }
-template <int kTile>
-void tile_zero() {
-  memset(tiles[kTile], 0, sizeof(tiles[kTile]));
-}
-template <int kTile>
-void tile_load(const void* from, int64_t pitch) {
-  for (int r = 0; r < config.rows[kTile]; ++r)
-    memcpy(tiles[kTile][r], static_cast<const uint8_t*>(from) + r * pitch, config.row_bytes[kTile]);
-}
-template <int kTile>
-void tile_store(void* to, int64_t pitch) {
-  for (int r = 0; r < config.rows[kTile]; ++r)
-    memcpy(static_cast<uint8_t*>(to) + r * pitch, tiles[kTile][r], config.row_bytes[kTile]);
-}
-template <bool kSignedA, bool kSignedB, int kC, int kA, int kB>
-void tile_multiply() {
-  const int rows = config.rows[kC], depth = config.rows[kB], columns = config.row_bytes[kC] / 4;
-  if (config.rows[kA] != rows || config.row_bytes[kA] != 4 * depth || config.row_bytes[kB] != 4 * columns) {
-    puts("tile shapes do not fit");
-    exit(1);
-  }
-  for (int m = 0; m < rows; ++m)
-    for (int n = 0; n < columns; ++n) {
-      int32_t sum;
-      memcpy(&sum, &tiles[kC][m][4 * n], 4);
-      for (int i = 0; i < 4 * depth; ++i) {
-        const uint8_t a = tiles[kA][m][i], b = tiles[kB][i / 4][4 * n + i % 4];
-        sum += (kSignedA ? static_cast<int8_t>(a) : a) * (kSignedB ? static_cast<int8_t>(b) : b);
-      }
-      memcpy(&tiles[kC][m][4 * n], &sum, 4);
-    }
-}
-
-template <int kC, int kA, int kB>
-void tile_multiply_bf16() {
-  const auto half = [](const uint8_t* from) {
-    const uint32_t bits = static_cast<uint32_t>(from[1]) << 24 | static_cast<uint32_t>(from[0]) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-  };
-  for (int m = 0; m < config.rows[kC]; ++m)
-    for (int n = 0; n < config.row_bytes[kC] / 4; ++n) {
-      float sum;
-      memcpy(&sum, &tiles[kC][m][4 * n], 4);
-      for (int i = 0; i < 2 * config.rows[kB]; ++i)
-        sum += half(&tiles[kA][m][2 * i]) * half(&tiles[kB][i / 2][4 * n + i % 2 * 2]);
-      memcpy(&tiles[kC][m][4 * n], &sum, 4);
-    }
-}
-
+#include "amx_emulated_tiles.h"
 #include "amx_fold-inl.h"
 #include "amx-inl.h"
 #include "amx_rows-inl.h"
@@ -188,6 +123,7 @@ void compare_all(const char* name) {
     for (const int64_t rows : {1, 16, 31, 70})
       for (const int64_t n : {1, 5, 16, 17, 33, 64}) compare<F>(name, rows, cols, n);
     compare<F>(name, 33, cols, 300);
+    if (cols <= 256) compare<F>(name, 530, cols, 20);  // more rows than are stored together
   }
 }
 
