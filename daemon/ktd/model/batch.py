@@ -71,7 +71,7 @@ class Batch:
         )
 
     def take(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """The given rows alone, ascending, with a page table of their sequences alone."""
+        """The given rows alone, in that order, with a page table of their sequences alone."""
         sequences, seq_of_row = np.unique(self.seq_of_row[rows], return_inverse=True)
         return Batch(
             tokens=self.tokens[rows],

@@ -15,6 +15,7 @@ from ktd_kernels import Cpu, MoeJob, MoeSequence
 
 # Seconds without a question after which the device is asked whether it still works.
 _PATIENCE = 0.2
+_ALL = slice(None)
 
 
 class Exchange:
@@ -47,9 +48,9 @@ class Exchange:
         flat = self._sent[: n * (self._hidden + 2 * self._used)]
         return *expert_inputs(flat, n, self._hidden, self._used), self._sums[:n]
 
-    def job(self, cpu: Cpu, experts: Experts, n: int, first: int = 0) -> MoeJob:
-        """From the host's n rows to their sums, by the experts from `first` on."""
-        h, ids, weights, sums = (tensor.numpy() for tensor in self.host(n))
+    def job(self, cpu: Cpu, experts: Experts, n: int, rows: slice = _ALL, first: int = 0) -> MoeJob:
+        """From `rows` of the host's n rows to their sums, by the experts from `first` on."""
+        h, ids, weights, sums = (tensor[rows].numpy() for tensor in self.host(n))
         return MoeJob(cpu, experts.gate, experts.up, experts.down, h, ids, weights, sums, first)
 
     def sums(self, n: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from ktd.model.inputs import Inputs, table_width
 from ktd.model.placement import Placement
 from ktd.model.source import WeightSource
 from ktd.model.stage import DRAWN_ROWS, Stage
-from ktd.model.streaming import SentExperts
+from ktd.model.streaming import SentExperts, Span
 from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
@@ -108,9 +109,10 @@ class HybridModel:
         wanted = len(batch.logit_rows)
         parts = []
         drawn = np.flatnonzero(batch.positions >= batch.prompt)
-        for rows, size in self._prompts(batch):
-            part = batch.take(rows)
-            parts.append((rows[part.logit_rows], self._prompt(part, cache, size, tick)))
+        reading, spans = self._prompts(batch)
+        if len(reading):
+            part = batch.take(reading)
+            parts.append((reading[part.logit_rows], self._prompt(part, cache, spans, tick)))
         most = min(DRAWN_ROWS, self._logit_rows)
         for start in range(0, len(drawn), most):
             rows = drawn[start : start + most]
@@ -124,24 +126,26 @@ class HybridModel:
             result[np.searchsorted(batch.logit_rows, rows)] = logits
         return result
 
-    def _prompts(self, batch: Batch) -> Iterator[tuple[Ids, int]]:
-        """Rows of prompts, by what `Shares.of` says. What comes first in a prompt is taken first: all its
-        parts but the last are of the greatest size."""
+    def _prompts(self, batch: Batch) -> tuple[Ids, list[Span]]:
+        """Rows of prompts, those of one number by `Shares.of` side by side."""
         sizes = np.max([stage.shares.of(batch) for stage in self._stages], axis=0)
-        sizes = np.where(batch.positions < batch.prompt, sizes, -1)
-        for size in np.unique(sizes)[::-1]:
-            if size >= 0:
-                yield np.flatnonzero(sizes == size), int(size)
+        reading = np.flatnonzero(batch.positions < batch.prompt)
+        reading = reading[np.argsort(-sizes[reading], kind="stable")]
+        numbers, starts = np.unique(-sizes[reading], return_index=True)
+        bounds = pairwise((*starts.tolist(), len(reading)))
+        return reading, [(-n, slice(*span)) for n, span in zip(numbers.tolist(), bounds, strict=True)]
 
-    def _prompt(self, batch: Batch, cache: LatentCache, size: int, tick: Tick | None = None) -> F32:
+    def _prompt(
+        self, batch: Batch, cache: LatentCache, spans: Sequence[Span], tick: Tick | None = None
+    ) -> F32:
         """Logits of the wanted rows of a batch of prompts, copied."""
         width = self._fill(batch, cache, [stage.inputs for stage in self._stages])
         for stage in self._stages:
             with stage.turn():
-                stage.prompt(batch, width, cache, size, tick)
+                stage.prompt(batch, width, cache, spans, tick)
         self._synchronize()
         for stage in self._stages:
-            stage.prompt_experts_of(size).check()
+            stage.check()
         copied: F32 = self._logits[: len(batch.logit_rows)].numpy().copy()
         return copied
 
@@ -191,7 +195,7 @@ class HybridModel:
             self._synchronize()
             for stage in self._stages:
                 stage.exchange.idle = True
-            self._prompt(batch(self._rows), cache, 0)
+            self._prompt(batch(self._rows), cache, [(0, slice(0, self._rows))])
             for n, width in reversed(shapes):  # scratch memory is taken by the largest
                 self._fill(batch(n), cache, [stage.drawn_inputs for stage in self._stages])
                 self._drawn_steps(n, width, cache)

@@ -27,8 +27,9 @@ _LEAST_ROWS = 64
 
 
 class Shares:
-    """Prompts are read in parts of `rows` tokens. `experts[n]` computes the rows of parts of about n tokens;
-    rows of parts for which there is no such n are the CPU's alone.
+    """Prompts are read in parts of `rows` tokens. For the rows of parts of about n tokens `found[n]` experts
+    of each layer are sent, and `experts` computes them; rows of parts for which there is no such n are the
+    CPU's alone.
 
     A row's part is decided by its place in its own request, so that its bits do not depend on what shares its
     step.
@@ -47,7 +48,8 @@ class Shares:
         self._device, self._cpu, self._exchange = device, cpu, exchange
         self._workspace, self._others, self._layers, self._rows = workspace, others, layers, rows
         self._most = _LEAST_ROWS << (rows // _LEAST_ROWS).bit_length() >> 1  # the greatest n
-        self.experts: dict[int, SplitExperts] = {}
+        self.found: dict[int, dict[int, int]] = {}
+        self.experts: SplitExperts | None = None
 
     def measure(self, sent: SentExperts) -> None:
         """Finds the shares of the layers, all of which `sent` has; takes seconds."""
@@ -65,20 +67,21 @@ class Shares:
                 sent.lock(layer)
             for n, share in shares.items():
                 found[n] |= dict.fromkeys((layer.layer for layer in (first, *rest)), share)
-        self.experts = {n: self._split(sent, shares) for n, shares in found.items()}
+        self.found = dict(found)
+        self.experts = self._split(sent, self.found) if found else None
 
     def of(self, batch: Batch) -> Ids:
         """For each row of a prompt the n of its `experts`, or 0. No later row of a prompt has a greater n."""
         starts = batch.positions // self._rows * self._rows
         lengths = np.clip(batch.prompt - starts, 1, self._rows)
         nearest = np.minimum(2 ** np.rint(np.log2(lengths)).astype(np.int64), self._most)
-        return np.where(np.isin(nearest, list(self.experts)), nearest, 0)
+        return np.where(np.isin(nearest, list(self.found)), nearest, 0)
 
     def _measured(self, sent: SentExperts, layer: Experts) -> dict[int, int]:
         """Share by number of rows: as much is sent as takes as long as the CPU takes for the rest."""
         count = layer.gate.shape[0]
-        all_sent = self._split(sent, {layer.layer: count})
-        sending = self._seconds(all_sent, layer, min(2 * _LEAST_ROWS, self._rows))
+        few = min(2 * _LEAST_ROWS, self._rows)
+        sending = self._seconds(self._split(sent, {few: {layer.layer: count}}), layer, few)
         shares: dict[int, int] = {}
         computing, n = 0.0, _LEAST_ROWS
         while n <= self._rows:
@@ -86,18 +89,20 @@ class Shares:
             faster = computing > sending
             computing = 2 * computing if faster else self._seconds(self._others, layer, n)
             share = round(count * computing / (computing + sending))
-            split = self._split(sent, {layer.layer: share})
+            split = self._split(sent, {n: {layer.layer: share}})
             # From the first n on that is sent all are: `of` relies on that.
             if share and (shares or faster or self._seconds(split, layer, n) < computing):
                 shares[n] = share
             n *= 2
         return shares
 
-    def _split(self, sent: SentExperts, shares: dict[int, int]) -> SplitExperts:
+    def _split(self, sent: SentExperts, shares: dict[int, dict[int, int]]) -> SplitExperts:
         return SplitExperts(sent, shares, self._exchange, self._cpu, self._others)
 
     def _seconds(self, experts: Elsewhere, layer: Experts, n: int) -> float:
         """The better of two runs, the first of which may compile kernels."""
+        if isinstance(experts, SplitExperts):
+            experts.begin([(n, slice(0, n))])
         v = self._workspace.rows(n)
         _fill(v, layer.gate.shape[0])
         taken = []

@@ -25,7 +25,7 @@ from ktd.model.placement import Placement
 from ktd.model.rope import rope_table
 from ktd.model.shares import Shares
 from ktd.model.source import WeightSource
-from ktd.model.streaming import SplitExperts
+from ktd.model.streaming import Span
 from ktd.model.workspace import Workspace
 from ktd_kernels import Cpu
 
@@ -93,13 +93,17 @@ class Stage:
                 self.device.follow(self.before.device)
             yield
 
-    def prompt(self, batch: Batch, width: int, cache: LatentCache, size: int, tick: Tick | None) -> None:
-        """Rows of prompts, all of one size by `Shares.of`."""
+    def prompt(
+        self, batch: Batch, width: int, cache: LatentCache, spans: Sequence[Span], tick: Tick | None
+    ) -> None:
+        """Rows of prompts, in spans of one number by `Shares.of`."""
         ops, n = self.device.prompt, len(batch.tokens)
         rows = self.inputs.send(n, width, len(batch.page_table))
         v = self._workspace.rows(n)
         v.x.copy_(self._hidden[:n], non_blocking=True)
-        experts = self.prompt_experts_of(size)
+        experts = self.shares.experts or self.prompt_experts
+        if self.shares.experts:
+            self.shares.experts.begin(spans)
         if not self._last:
             self._stack.forward(ops, rows, cache, self._table, v, None, experts, tick)
             self._hidden[:n].copy_(v.x, non_blocking=True)
@@ -112,9 +116,10 @@ class Stage:
             self._stack.head(self.device.rows, wanted.v, logits)
             self._logits[: wanted.v.n].copy_(logits, non_blocking=True)
 
-    def prompt_experts_of(self, size: int) -> SplitExperts | PromptExperts:
-        """What computes the experts of such rows that are not here."""
-        return self.shares.experts.get(size, self.prompt_experts)
+    def check(self) -> None:
+        """After the step of a prompt: raises RuntimeError where a layer's experts could not be computed."""
+        if self.shares.experts:
+            self.shares.experts.check()
 
     def drawn(self, n: int, width: int, cache: LatentCache) -> None:
         """n drawn rows, by a captured graph if there is one. Returns when the CPU's part is done; raises

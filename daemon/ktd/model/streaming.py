@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
+
 from ktd.model.device import Device
 from ktd.model.exchange import Exchange
 from ktd.model.ffn import Elsewhere, Experts
@@ -45,12 +47,13 @@ class SentExperts:
             if weight in self._stacks[experts.layer]:
                 self._device.lock(weight)  # what cannot be is sent too, slower
 
-    def add(self, experts: Experts, share: int, v: Views) -> None:
-        """Adds the first `share` experts to v.x."""
+    def add(self, experts: Experts, share: int, ids: torch.Tensor, v: Views) -> None:
+        """Adds the first `share` experts to v.x, chosen by `ids`, int32 [n, used], where they are not
+        negative."""
         firsts, groups = self._cut(self._stacks[experts.layer], share)
         for first, (gate, up, down) in zip(firsts, self._device.pass_through(groups), strict=True):
-            ids = v.expert_ids - first  # those outside the group add nothing
-            self._device.prompt.moe(gate, up, down, v.h, ids, v.expert_weights, v.x, accumulate=True)
+            # Those outside the group add nothing.
+            self._device.prompt.moe(gate, up, down, v.h, ids - first, v.expert_weights, v.x, accumulate=True)
 
     def _cut(self, stacks: list[Weight], share: int) -> tuple[range, Iterator[list[Weight]]]:
         """First experts of the groups, and the groups."""
@@ -60,46 +63,78 @@ class SentExperts:
         return firsts, ([w.part(first, min(count, share - first)) for w in stacks] for first in firsts)
 
 
+#: Consecutive rows of a step, and the number by which their shares are chosen.
+Span = tuple[int, slice]
+
+
 class SplitExperts:
-    """As Elsewhere says: of a layer in `shares` so many experts are sent, while the stream calls the CPU for
-    the rest. Other layers are left to `others`."""
+    """As Elsewhere says: `shares[n][layer]` of a layer's experts are sent for the rows of a span of n, while
+    the stream calls the CPU for the rest. All spans share one sending. Layers of which none are sent are left
+    to `others`."""
 
     def __init__(
-        self, sent: SentExperts, shares: Mapping[int, int], exchange: Exchange, cpu: Cpu, others: Elsewhere
+        self,
+        sent: SentExperts,
+        shares: Mapping[int, Mapping[int, int]],
+        exchange: Exchange,
+        cpu: Cpu,
+        others: Elsewhere,
     ) -> None:
         self._sent, self._shares = sent, shares
         self._exchange, self._cpu, self._others = exchange, cpu, others
-        self._jobs: dict[int, MoeJob] = {}
+        self._spans: Sequence[Span] = ()
+        self._jobs: list[tuple[int, MoeJob]] = []
+
+    def begin(self, spans: Sequence[Span]) -> None:
+        """The rows of the next step; the jobs of the last have ended."""
+        self._spans = spans
+        self._jobs.clear()
 
     def start(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
-        share = self._shares.get(experts.layer, 0)
-        if not share:
+        shares = self._of(experts)
+        if not any(share for share, _ in shares):
             self._others.start(experts, v)
-        elif share < experts.gate.shape[0]:
-            # The layer's job of the last step has ended: what a new step does first is to wait for that.
-            job = self._jobs[experts.layer] = self._exchange.job(self._cpu, experts, v.n, share)
+            return
+        jobs = [
+            self._exchange.job(self._cpu, experts, v.n, rows, share)
+            for share, rows in shares
+            if share < experts.gate.shape[0]
+        ]
+        self._jobs += [(experts.layer, job) for job in jobs]
+        if jobs:
             with self._exchange.device.aside():
                 self._exchange.send(v)
-                self._exchange.device.launch(job)
+                for job in jobs:
+                    self._exchange.device.launch(job)
                 self._exchange.fetch(v.n)
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says. What was sent is added first."""
-        share = self._shares.get(experts.layer, 0)
-        if not share:
+        shares = self._of(experts)
+        most = max(share for share, _ in shares)
+        if not most:
             self._others.finish(experts, v)
             return
-        self._sent.add(experts, share, v)
-        if share < experts.gate.shape[0]:
+        ids = v.expert_ids.clone()
+        for share, rows in shares:
+            ids[rows].masked_fill_(ids[rows] >= share, -1)
+        self._sent.add(experts, most, ids, v)
+        rest = [rows for share, rows in shares if share < experts.gate.shape[0]]
+        if rest:
             self._exchange.device.join()
-            v.x.add_(self._exchange.sums(v.n))
+        for rows in rest:
+            v.x[rows].add_(self._exchange.sums(v.n)[rows])
 
     def check(self) -> None:
         """After the step: raises RuntimeError where a layer's experts could not be computed."""
-        errors = [(layer, error) for layer, job in self._jobs.items() if (error := job.take_error())]
+        errors = [(layer, error) for layer, job in self._jobs if (error := job.take_error())]
         if errors:
             raise RuntimeError("the experts of layer {} failed: {}".format(*errors[0]))
+
+    def _of(self, experts: Experts) -> list[tuple[int, slice]]:
+        """Share and rows of each span."""
+        return [(self._shares.get(n, {}).get(experts.layer, 0), rows) for n, rows in self._spans]
 
 
 def _sent(device: Device, experts: Experts) -> list[Weight]:
