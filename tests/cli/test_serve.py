@@ -21,6 +21,7 @@ from kit_daemon import begin, endless, free_port
 
 from ktd import main as entry
 from ktd.launch import embedded_model
+from ktd.server.lifecycle import stop_signals
 from ktd_proto.v1 import engine_pb2 as pb
 from ktd_proto.v1 import engine_pb2_grpc
 
@@ -115,6 +116,16 @@ def test_the_log_file_ends_with_the_reason(
     assert (record["stage"], record["message"]) == ("refused", said.removeprefix("ktd: "))
 
 
+def test_as_many_descriptors_as_may_be_asked_for() -> None:
+    """More than a shell allows: each client takes one."""
+    script = (
+        "import resource as r; from ktd.commands.serve import raise_descriptor_limit as raised;"
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, 512)); raised(); raised(); print(r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "(512, 512)\n"
+
+
 @pytest.mark.slow
 def test_a_stop_drains_and_a_second_daemon_is_refused() -> None:
     target = f"127.0.0.1:{os.environ['KTD_GRPC_PORT']}"
@@ -127,7 +138,7 @@ def test_a_stop_drains_and_a_second_daemon_is_refused() -> None:
         assert "HTTP cannot listen" in Path("second/ktd.log").read_text().splitlines()[-1]
         stub = engine_pb2_grpc.EngineStub(channel)
         calls = [begin(stub, endless(400)) for _ in range(8)]
-        daemon.send_signal(signal.SIGTERM)
+        daemon.send_signal(stop_signals()[-1])
         time.sleep(0.2)
         late = httpx.post(
             f"http://127.0.0.1:{os.environ['KTD_PORT']}/v1/chat/completions",
@@ -160,13 +171,13 @@ def test_the_drain_is_bounded_and_a_second_signal_ends_it(drain: str, signals: i
 
 
 def test_stopping_while_the_model_is_loaded(tmp_path: Path) -> None:
-    """SIGTERM in any early moment is a stop and no crash."""
-    for delay in (1.0, 2.0):
+    """SIGTERM, or a terminal that is closed, in any early moment is a stop and no crash."""
+    for delay, number in ((1.0, signal.SIGTERM), (2.0, stop_signals()[-1])):
         process = subprocess.Popen([KTD, "serve"], stderr=subprocess.PIPE, text=True)
         time.sleep(delay)
-        process.terminate()
+        process.send_signal(number)
         process.communicate(timeout=20)
-        assert process.returncode in (0, -signal.SIGTERM)
+        assert process.returncode in (0, -number)
     record_file = tmp_path / "ktd" / f"serve-{os.environ['KTD_GRPC_PORT']}.json"
     if record_file.exists():
         record = json.loads(record_file.read_text())

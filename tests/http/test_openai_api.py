@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shlex
 import ssl
@@ -428,6 +429,31 @@ async def test_leaving_frees_the_sequence(daemon: FakeDaemon, stream: bool) -> N
                 break
             await asyncio.sleep(0.01)
     assert daemon.engine.status().running == 0
+
+
+async def test_connections_that_ask_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.server.http_app.IDLE_SECONDS", 0.1)
+    async with fake_daemon(step_seconds=0.02) as daemon, httpx.AsyncClient(base_url=daemon.url) as http:
+        port = int(daemon.url.rsplit(":", 1)[1])
+        silent, other = await asyncio.open_connection("127.0.0.1", port)
+        slow, writer = await asyncio.open_connection("127.0.0.1", port)
+        long_one = asyncio.create_task(
+            http.post("/v1/chat/completions", json={"messages": user("/long"), "max_tokens": 60})
+        )
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):  # a byte at a time
+                writer.write(b"G")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+                if slow.at_eof():
+                    break
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(silent.read(), 5) == b""
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(slow.read(), 5) == b""
+        assert (await long_one).status_code == 200
+        for done in (writer, other):
+            done.close()
 
 
 async def test_a_comment_keeps_the_connection_in_a_long_prefill(

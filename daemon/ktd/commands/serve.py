@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
+import resource
 import signal
 import sys
 import time
@@ -22,6 +24,9 @@ HELP = "serve a model over gRPC and HTTP (without arguments: the embedded one)"
 
 log = logging.getLogger(__name__)
 
+# Of open files and connections; shells and systemd allow 1,024 unless asked.
+_DESCRIPTORS = 1 << 16
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `ktd serve`: all settings."""
@@ -31,10 +36,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal. Raises UserError for what the user can mend, which is not to be retried."""
     from ktd.server import logs
+    from ktd.server.lifecycle import stop_signals
     from ktd.server.run_record import RunRecordFile
 
     settings = load(args)
     logs.configure(settings)
+    faulthandler.enable()  # last words where a model's file is cut short under it (SIGBUS)
+    raise_descriptor_limit()
     file = RunRecordFile(settings.grpc_port)
     last = file.read()
     if last and last.serving:
@@ -45,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
             logs.last_words(str(error))
             raise
     record = file.begin()
-    # Until the event loop handles it, SIGTERM just ends the process: that is no crash.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    # Until the event loop handles them, these just end the process: that is no crash.
+    for number in stop_signals():
+        signal.signal(number, lambda number, frame: sys.exit(0))
     try:
         if record.pause:
             log.warning("%d crashes in ten minutes: starting in %g s", len(record.crashes), record.pause)
@@ -66,6 +75,14 @@ def run(args: argparse.Namespace) -> int:
         raise
     file.write(record.now("stopped"))
     return code
+
+
+def raise_descriptor_limit() -> None:
+    """Allows this process as many file descriptors as it may ask for, or enough."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _serve(settings: Settings, on_ready: Callable[[], None]) -> int:

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ktd.errors import KtdError, SettingsError
 from ktd.server.authorization import carries_key
@@ -29,6 +30,8 @@ from ktd.settings import is_loopback
 
 # /healthz needs no key: load balancers and supervisors ask it.
 _OPEN_PATHS = {"/healthz"}
+# A connection on which no request comes whole for so long, or for twice as long at most, is closed.
+IDLE_SECONDS = 15.0
 
 
 def make_app(host: Host) -> ASGIApp:
@@ -153,6 +156,9 @@ class HttpServer:
         chain, key = certificate or (None, None)
         config = uvicorn.Config(
             make_app(host),
+            # The same whatever else is installed; httptools, for one, has no limit for headers.
+            http="h11",
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -167,6 +173,7 @@ class HttpServer:
             raise SettingsError(f"The certificate cannot be used: {error}.") from error
         self._server = _Uvicorn(config)
         self._task: asyncio.Task[None] | None = None
+        self._sweep: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Accepts requests."""
@@ -174,6 +181,22 @@ class HttpServer:
         # uvicorn has no event for it.
         while not self._server.started and not self._task.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+        self._sweep = asyncio.create_task(self._close_idle())
+
+    async def _close_idle(self) -> None:
+        """Each connection holds a file descriptor: whoever never asks anything could take them all."""
+        before: set[tuple[H11Protocol, RequestResponseCycle | None]] = set()
+        while True:
+            await asyncio.sleep(IDLE_SECONDS)
+            idle = {
+                (connection, connection.cycle)
+                for connection in self._server.server_state.connections
+                if isinstance(connection, H11Protocol)
+                and (connection.cycle is None or connection.cycle.response_complete)
+            }
+            for connection, _ in idle & before:
+                connection.transport.abort()
+            before = idle - before
 
     def close(self) -> None:
         """Gives up the port of a server that was never started."""
@@ -183,6 +206,8 @@ class HttpServer:
         """Refuses new connections, lets the running requests end for `grace` seconds, then cancels them."""
         self._server.config.timeout_graceful_shutdown = max(1, round(grace))
         self._server.should_exit = True
+        if self._sweep:
+            self._sweep.cancel()
         if self._task:
             await self._task
 

@@ -31,6 +31,12 @@ class Stopped(Exception):
     """The load was given up because the daemon is to stop."""
 
 
+def stop_signals() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP for a terminal that was closed, unless nohup made it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
+
+
 class Lifecycle:
     """One run of the daemon. `load` is called in a thread of its own with a function to tell progress to."""
 
@@ -50,7 +56,7 @@ class Lifecycle:
         self._stop_now = asyncio.Event()
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT; a second signal ends the drain.
+        """Serves until SIGTERM, SIGINT or SIGHUP; a second signal ends the drain.
 
         Raises SettingsError when a port is taken, EngineFailure when the engine died, and whatever `load`
         raises. Both doors are open while the
@@ -68,7 +74,7 @@ class Lifecycle:
             http.close()
             raise
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (*stop_signals(), signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         await grpc.start()
         await http.start()
