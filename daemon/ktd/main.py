@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import io
 import os
 import pkgutil
 import sys
@@ -113,6 +114,7 @@ def _overview(known: dict[str, Command]) -> str:
 
 def main() -> int:
     """Entry point of the console script."""
+    _mend_streams()
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
@@ -126,9 +128,28 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader left (`ktd inspect f.gguf | head`); keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader left (`ktd inspect f.gguf | head`)
         return BROKEN_PIPE
+    except OSError as error:
+        where = f"{str(error.filename)[:200]}: " if error.filename else ""
+        print(f"ktd: {where}{error.strerror or error}.", file=sys.stderr)
+        _drop_output()  # which may be what failed, as on a full disk
+        return 1
+
+
+def _mend_streams() -> None:
+    """Makes up for streams that whoever started ktd has closed, and for an encoding that lacks characters."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """Keeps the interpreter from complaining at exit about output that cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from ktd.errors import SettingsError
+from ktd.files import read_text
 from ktd.gguf import GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.hf_convert import hf_module
@@ -218,7 +219,7 @@ def _pinned(layer: int, parts: Mapping[str, _Rule | None]) -> bool | None:
 
 def _read(path: Path) -> list[_Rule]:
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(read_text(path), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"The rules {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ktd.errors import SettingsError
+from ktd.files import read_text
 from ktd.tutorial_flags import ALIASES, flag
 
 if TYPE_CHECKING:
@@ -153,6 +154,11 @@ class Settings(BaseModel):
     def _check_together(self) -> Settings:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("--ssl-certfile and --ssl-keyfile belong together: give both or neither")
+        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):
+            raise ValueError(
+                "the API key (--api-key, KTD_API_KEY or api_key) holds blanks or characters beyond ASCII,"
+                " which clients cannot send: choose another"
+            )
         if self.api_key is None:
             for given, host in (("--host", self.host), ("--grpc-host", self.grpc_host)):
                 if not is_loopback(host):
@@ -260,7 +266,8 @@ def load(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> 
 def _find_file(named: Path | None, environ: Mapping[str, str]) -> Path | None:
     if named:
         return named
-    home = environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    # Not Path.home(), which raises for a user that the system does not know, as in `docker run --user`.
+    home = environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     for path in (Path("ktd.toml"), Path(home) / "ktd" / "ktd.toml"):
         if path.is_file():
             return path
@@ -269,7 +276,7 @@ def _find_file(named: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"The settings file {path} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:

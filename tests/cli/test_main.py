@@ -100,6 +100,26 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("{ktd} --help >&-", 0, ""),
+        ("{ktd} --help <&- >&- 2>&-", 0, ""),
+        ("{ktd} --help >/dev/full", 1, "ktd: No space left on device.\n"),
+        ("{ktd} inspect $(printf 'a%.0s' {{1..300}})", 1, f"ktd: {'a' * 200}: File name too long.\n"),
+        (
+            "PYTHONIOENCODING=ascii {python} -c 'import ktd.main as m; m._mend_streams(); print(\"｜\")'",
+            0,
+            "",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(line: str, code: int, said: str) -> None:
+    command = line.format(ktd=KTD, python=sys.executable)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_the_tutorials_flags_get_one_warning(ktd: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = ktd("serve", "--fast_safetensors", "True", "--cache_q4", "true", "--gguf_path", "/nowhere")
     assert code == 2

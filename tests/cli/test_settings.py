@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pwd
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,28 @@ def test_where_the_file_is_looked_for() -> None:
     assert settings().port == 5
     assert settings("--config other.toml").port == 6
     assert settings(environ={"KTD_CONFIG": "other.toml"}).port == 6
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `docker run --user 12345`."""
+
+    def unknown(number: int) -> object:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert load(argparse.Namespace(), {}).port == 10002
+
+
+def test_a_settings_file_without_end() -> None:
+    with pytest.raises(SettingsError, match=r"/dev/zero is longer than 1 MiB"):
+        load(argparse.Namespace(config=Path("/dev/zero")), {})
+
+
+@pytest.mark.parametrize("key", ["secret\n", "two words", "schlüssel", "\r", " "])
+def test_a_key_that_no_client_can_send(key: str) -> None:
+    with pytest.raises(SettingsError, match="clients cannot send: choose another"):
+        load(argparse.Namespace(api_key=key), {})
 
 
 @pytest.mark.parametrize(

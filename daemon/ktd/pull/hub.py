@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def _foreign() -> Unreachable:
 
 def _saved_token(environ: Mapping[str, str]) -> str | None:
     """What `hf auth login` left."""
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     try:
         return Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text().strip() or None
     except (OSError, UnicodeDecodeError):
