@@ -96,7 +96,9 @@ class Workspace:
         return self._given(self._logits[:n])
 
     def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape) if self._device is None else self._device.empty(shape)
+        # Written once: the system hands memory out page by page as it is first written, which a model's first
+        # prompt would wait for.
+        return torch.empty(shape).zero_() if self._device is None else self._device.empty(shape)
 
     def _given(self, tensor: torch.Tensor) -> Array:
         return tensor.numpy() if self._device is None else tensor
