@@ -107,7 +107,8 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
         ),
     )
     engine.start()
-    chat = ChatService(engine, prepared.text, prepared.served)
+    most = settings.max_sequences + settings.queue_limit
+    chat = ChatService(engine, prepared.text, prepared.served, most_prepared=most)
     return Loaded(chat, engine, prepared.cpu.isa, prepared.cpu.threads)
 
 

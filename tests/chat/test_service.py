@@ -265,6 +265,21 @@ async def test_few_prompts_are_rendered_at_once(monkeypatch: pytest.MonkeyPatch)
     assert most == RENDERERS
 
 
+async def test_few_prompts_are_prepared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for a renderer is in nobody's queue yet, and may be large."""
+    gate, render = threading.Event(), FakeText.render
+    monkeypatch.setattr(FakeText, "render", lambda *args, **rest: gate.wait(10) and render(*args, **rest))
+    async with service() as (chat, _):
+        monkeypatch.setattr(chat, "_most_prepared", 3)
+        tasks = [asyncio.create_task(events_of(chat, ask(str(n)))) for n in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy, match="3 prompts are being prepared already"):
+            await events_of(chat, ask("one more"))
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert await events_of(chat, ask("again"))
+
+
 async def test_a_schema_that_compiles_for_long_is_refused_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

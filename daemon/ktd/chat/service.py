@@ -12,7 +12,7 @@ from ktd.chat.mailbox import Mailbox
 from ktd.chat.served import ServedModel
 from ktd.chat.teller import Teller, TokenTeller
 from ktd.chat.turn import Turn
-from ktd.errors import ContextExceeded, RequestError
+from ktd.errors import Busy, ContextExceeded, RequestError
 from ktd.types import (
     ChatEvent,
     ChatRequest,
@@ -38,8 +38,13 @@ COMPILE_SECONDS = 10.0
 class ChatService:
     """Chats with one model. Used from one event loop; the engine runs in its own thread."""
 
-    def __init__(self, engine: Generator, text: Text, served: ServedModel) -> None:
+    def __init__(
+        self, engine: Generator, text: Text, served: ServedModel, *, most_prepared: int = 256
+    ) -> None:
+        """`most_prepared`: requests on their way to the engine, whose queue does not count them yet."""
         self.served = served
+        self._most_prepared = most_prepared
+        self._prepared = 0
         self._engine = engine
         self._text = text
         self._numbers = itertools.count(1)
@@ -57,26 +62,13 @@ class ChatService:
         Raises: ContextExceeded when the prompt leaves no room for an answer; RequestError for what only the
         tokenizer can find wrong; Busy, Unavailable and EngineFailure as the engine tells them.
         """
-        self._refuse_overlong(request)
-        prompt = await asyncio.get_running_loop().run_in_executor(self._renderers, self._render, request)
-        room = self.served.context - len(prompt.ids)
-        if room < 1:
-            raise ContextExceeded(
-                f"The prompt has {len(prompt.ids)} tokens and the context holds {self.served.context}: "
-                "shorten the conversation, or start the daemon with a larger --context."
-            )
-        constrained = request.must_call or request.schema is not None
-        # The client's id need not be unique (it may retry before the first try is gone); the engine's must
-        # be.
-        generation = GenerationRequest(
-            request_id=f"{request.request_id}#{next(self._numbers)}",
-            prompt=prompt.ids,
-            max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
-            sampling=request.sampling,
-            stop_ids=self._text.stop_ids,
-            priority=request.priority,
-            constraint=await self._constraint(request, prompt) if constrained else None,
-        )
+        if self._prepared >= self._most_prepared:
+            raise Busy(f"{self._prepared} prompts are being prepared already; try again later.")
+        self._prepared += 1
+        try:
+            prompt, generation = await self._prepare(request)
+        finally:
+            self._prepared -= 1
         mailbox = Mailbox(asyncio.get_running_loop())
         turn = Turn(
             self._text.detokenizer(),
@@ -85,7 +77,7 @@ class ChatService:
             opens_thought=prompt.opens_thought,
             stop=request.stop,
             parse_tools=bool(request.tools),
-            constrained=constrained,
+            constrained=generation.constraint is not None,
             one_call=not request.parallel_tool_calls,
         )
         self._engine.submit(generation, mailbox.put)
@@ -116,6 +108,28 @@ class ChatService:
                 self._engine.abort(generation.request_id)
         yield turn.usage()
         yield Finished(turn.finish_reason(FinishReason.STOP))
+
+    async def _prepare(self, request: ChatRequest) -> tuple[Prompt, GenerationRequest]:
+        self._refuse_overlong(request)
+        prompt = await asyncio.get_running_loop().run_in_executor(self._renderers, self._render, request)
+        room = self.served.context - len(prompt.ids)
+        if room < 1:
+            raise ContextExceeded(
+                f"The prompt has {len(prompt.ids)} tokens and the context holds {self.served.context}: "
+                "shorten the conversation, or start the daemon with a larger --context."
+            )
+        constrained = request.must_call or request.schema is not None
+        # The client's id need not be unique (it may retry before the first try is gone); the engine's must
+        # be.
+        return prompt, GenerationRequest(
+            request_id=f"{request.request_id}#{next(self._numbers)}",
+            prompt=prompt.ids,
+            max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
+            sampling=request.sampling,
+            stop_ids=self._text.stop_ids,
+            priority=request.priority,
+            constraint=await self._constraint(request, prompt) if constrained else None,
+        )
 
     async def _constraint(self, request: ChatRequest, prompt: Prompt) -> Constraint:
         loop = asyncio.get_running_loop()
