@@ -195,7 +195,7 @@ async def test_literal_tags_of_a_user_stay_text(daemon: Daemon) -> None:
 
 
 async def test_a_prompt_that_is_too_long(daemon: Daemon) -> None:
-    with pytest.raises(grpc.aio.AioRpcError, match="the context holds 1024") as caught:
+    with pytest.raises(grpc.aio.AioRpcError, match="1024 that the context holds") as caught:
         await answer_of(daemon, ask("word " * 2000))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     await idle(daemon)
