@@ -296,6 +296,8 @@ def test_parts_of_prompts_send_for_a_share_of_their_experts(
     beside = [bench.step([Piece(tokens[:24], 0, pages, 24, 60), *company])[:24]]
     beside += [step(24, 24, 60, 16), bench.step([*company, Piece(tokens[48:], 48, pages, 12, 60)])[1:]]
     assert np.array_equal(np.concatenate(beside), ours)
+    few_first = [Piece(random_tokens(14, seed=2), 0, other, 1), Piece(tokens[:24], 0, pages, 24, 60)]
+    assert np.array_equal(bench.step(few_first)[1:], ours[:24])
     for start, count, prompt, share in (
         (0, 11, 11, 0),  # nearer to 8 tokens than to 16
         (0, 12, 12, 5),
