@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit_engine import generation
 
-from ktd.engine.sampler import Sampler, _candidates
+from ktd.engine.sampler import Sampler, _candidates, _reached
 from ktd.errors import EngineFailure
 from ktd.types import SamplingParams
 
@@ -154,3 +154,18 @@ def test_a_row_of_r1_takes_few_milliseconds() -> None:
         one.draw(row)
         times.append(perf_counter() - begin)
     assert sorted(times)[10] < 0.02  # measured 0.0005 to 0.002 on one core
+
+
+@pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 5000])
+def test_a_place_is_reached_where_the_running_sum_passes_the_fraction(size: int) -> None:
+    rng = np.random.default_rng(size)
+    weights = rng.random(size).astype(np.float32)
+    weights[rng.random(size) < 0.5] = 0.0
+    weights[size // 2] = 1.0
+    exact = np.cumsum(weights, dtype=np.longdouble)
+    for fraction in (0.0, 1.0 - 2.0**-53, *rng.random(200)):
+        place = _reached(weights, fraction)
+        assert weights[place] > 0
+        slack = 1e-13 * exact[-1]
+        assert exact[place] >= fraction * exact[-1] - slack
+        assert exact[place] - weights[place] <= fraction * exact[-1] + slack

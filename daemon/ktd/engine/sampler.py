@@ -14,6 +14,7 @@ from ktd.types import GenerationRequest
 
 F32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+_BLOCK = 512  # tokens that are summed at once
 
 
 class Sampler:
@@ -81,23 +82,41 @@ class Sampler:
             weights /= np.float32(max(p.temperature, 1e-6))
         np.exp(weights, out=weights)  # the best is exactly 1
         ids = _candidates(weights, p.top_k, p.top_p, p.min_p)
-        cumulated = np.cumsum(weights if ids is None else weights[ids], dtype=np.float64)
-        place = int(np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right"))
-        place = min(place, len(cumulated) - 1)
+        place = _reached(_of(weights, ids), self._random.random())
         return place if ids is None else int(ids[place])
+
+
+def _reached(weights: F32, fraction: float) -> int:
+    """The first place up to which the weights make more than `fraction` of their sum; never one of weight 0.
+
+    By blocks first: a running sum costs ten times what plain ones do.
+    """
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
+    wanted = min(fraction * sums[-1], np.nextafter(sums[-1], 0.0))
+    block = int(np.searchsorted(sums, wanted, side="right"))
+    within = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    rest = wanted - (sums[block - 1] if block else 0.0)
+    # Rounded otherwise than the block's own sum, the rest may be a little more.
+    place = np.searchsorted(within, min(rest, np.nextafter(within[-1], 0.0)), side="right")
+    return block * _BLOCK + int(place)
 
 
 def _candidates(weights: F32, top_k: int, top_p: float, min_p: float) -> Ids | None:
     """Ids that may be drawn, ascending; None when all may. `weights` are relative to the best, which is 1."""
-    by_count, by_mass, by_weight = 0 < top_k < len(weights), top_p < 1, min_p > 0
-    if not (by_count or by_mass or by_weight):
-        return None
-    ids: Ids = _largest(weights, top_k) if by_count else np.arange(len(weights))
-    if by_mass:
-        ids = ids[_nucleus(weights[ids], top_p)]
-    if by_weight:
-        ids = ids[weights[ids] >= np.float32(min_p)]
+    ids = _largest(weights, top_k) if 0 < top_k < len(weights) else None
+    if top_p < 1:
+        ids = _among(ids, _nucleus(_of(weights, ids), top_p))
+    if min_p > 0:
+        ids = _among(ids, np.flatnonzero(_of(weights, ids) >= np.float32(min_p)))
     return ids
+
+
+def _of(weights: F32, ids: Ids | None) -> F32:
+    return weights if ids is None else weights[ids]
+
+
+def _among(ids: Ids | None, places: Ids) -> Ids:
+    return places if ids is None else ids[places]
 
 
 def _largest(weights: F32, count: int) -> Ids:
