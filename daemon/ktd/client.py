@@ -52,6 +52,10 @@ _REASONS = {
 }
 
 
+# Seconds for an answer that takes a daemon no time.
+_PATIENCE = 5.0
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where a daemon listens. `authority` is "host:port"."""
@@ -113,7 +117,7 @@ class Client:
         """Whether health says SERVING. Raises Unavailable when nothing answers."""
         stub = health_pb2_grpc.HealthStub(self._channel)
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=_PATIENCE)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -121,31 +125,45 @@ class Client:
     async def status(self) -> pb.GetStatusResponse:
         """The daemon's own account of itself. Raises KtdError."""
         try:
-            return await self._stub.GetStatus(pb.GetStatusRequest(), metadata=self._metadata, timeout=5)
+            return await self._stub.GetStatus(
+                pb.GetStatusRequest(), metadata=self._metadata, timeout=_PATIENCE
+            )
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
 
     async def models(self) -> list[pb.Model]:
         """The models it serves. Raises KtdError."""
         try:
-            answer = await self._stub.ListModels(pb.ListModelsRequest(), metadata=self._metadata, timeout=5)
+            answer = await self._stub.ListModels(
+                pb.ListModelsRequest(), metadata=self._metadata, timeout=_PATIENCE
+            )
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
         return list(answer.models)
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
-        """As ChatService.chat; closing the generator cancels the call."""
+        """As ChatService.chat; closing the generator cancels the call. An answer without an end raises
+        EngineFailure.
+        """
         call = self._stub.Chat(_to_proto(request), metadata=self._metadata)
+        event: ChatEvent | None = None
         try:
-            async for event in call:
-                yield _from_proto(event)
+            async for message in call:
+                event = _from_proto(message)
+                yield event
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
         finally:
             call.cancel()
+        if not isinstance(event, Finished):
+            raise EngineFailure(f"The answer broke off: {self._address.authority} did not end it.")
 
     def _error(self, error: grpc.aio.AioRpcError) -> KtdError:
         said = str(error.details())
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Unavailable(
+                f"What listens on {self._address.authority} does not answer: it is busy, or no ktd."
+            )
         if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in said.lower():
             said = f"Nothing answers on {self._address.authority}: is the daemon running there?"
         return _ERRORS.get(error.code(), EngineFailure)(said)
@@ -190,6 +208,6 @@ def _from_proto(event: pb.ChatEvent) -> ChatEvent:
                 usage.reasoning_tokens,
                 Timings(usage.queue_seconds, usage.prefill_seconds, usage.decode_seconds),
             )
-        case "finished":
+        case "finished" if event.finished.reason in _REASONS:
             return Finished(_REASONS[event.finished.reason])
     raise EngineFailure("The daemon speaks a newer version of the protocol: update ktd here.")

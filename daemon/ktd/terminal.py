@@ -198,7 +198,7 @@ class _Shown:
 
     def _write(self, text: str, style: str) -> None:
         self._clear_note()
-        self._out.print(Text(_CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text), style), end="")
+        self._out.print(Text(printable(text), style), end="")
         self._out.file.flush()
 
     def _note(self, text: str) -> None:
@@ -212,6 +212,11 @@ class _Shown:
             self._err.file.write("\r\x1b[2K")
             self._err.file.flush()
             self._progress = False
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def rates(usage: Usage) -> str:

@@ -12,17 +12,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from fake_daemon import fake_daemon
 
 from ktd.chat.request import RequestDefaults
 from ktd.client import Address, Client
-from ktd.errors import Unavailable, UserError
+from ktd.errors import EngineFailure, Unavailable, UserError
 from ktd.terminal import Terminal, rates
-from ktd.types import Timings, Usage
+from ktd.types import ChatRequest, Message, Timings, Usage
+from ktd_proto.v1 import engine_pb2 as pb
+from ktd_proto.v1 import engine_pb2_grpc
 
 KTD = Path(sys.executable).with_name("ktd")
 
@@ -114,6 +118,37 @@ async def test_an_unreachable_daemon() -> None:
     async with Client(Address.parse("grpc://127.0.0.1:1")) as client:
         with pytest.raises(Unavailable, match=r"Nothing answers on 127\.0\.0\.1:1"):
             await client.models()
+
+
+class _Stranger(engine_pb2_grpc.EngineServicer):
+    """A server that is no ktd, or a broken one."""
+
+    async def ListModels(self, request: Any, context: Any) -> pb.ListModelsResponse:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def Chat(self, request: Any, context: Any) -> AsyncIterator[pb.ChatEvent]:
+        question = request.messages[0].content
+        if question == "half":
+            yield pb.ChatEvent(answer=pb.Answer(text="One half."))
+        elif question == "new":
+            yield pb.ChatEvent(finished=pb.Finished())
+
+
+async def test_a_stranger_instead_of_a_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.client._PATIENCE", 0.2)
+    server = grpc.aio.server()
+    engine_pb2_grpc.add_EngineServicer_to_server(_Stranger(), server)  # type: ignore[no-untyped-call]
+    address = Address.parse(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    async with Client(address) as client:
+        with pytest.raises(Unavailable, match="does not answer: it is busy, or no ktd"):
+            await client.models()
+        for question, said in (("half", "broke off"), ("none", "broke off"), ("new", "newer version")):
+            with pytest.raises(EngineFailure, match=said):
+                async for _ in client.chat(ChatRequest("r", [Message("user", question)])):
+                    pass
+    await server.stop(0)
 
 
 async def test_a_wrong_key() -> None:

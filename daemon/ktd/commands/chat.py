@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 
+from ktd.errors import Unavailable
 from ktd.settings import Settings, add_arguments, load
 
 NAME = "chat"
@@ -36,11 +37,14 @@ def run(args: argparse.Namespace) -> int:
 
 async def _remote(settings: Settings, address: str) -> int:
     from ktd.client import Address, Client
-    from ktd.terminal import Terminal
+    from ktd.terminal import Terminal, printable
 
     async with Client(Address.parse(address), settings.api_key, settings.ssl_certfile) as client:
-        (model,) = await client.models()
-        print(f"{model.id} at {address}, context {model.context_length}", file=sys.stderr)
+        models = await client.models()
+        if not models:
+            raise Unavailable(f"{address} serves no model.")
+        model = models[0]
+        print(f"{printable(model.id)} at {address}, context {model.context_length}", file=sys.stderr)
         return await Terminal(client.chat, settings.request_defaults()).run()
 
 
