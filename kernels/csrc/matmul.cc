@@ -12,12 +12,21 @@ constexpr int64_t kInlineValues = 1 << 16;
 constexpr int64_t kPanel = 32;
 // Tokens whose heads are quantised together.
 constexpr int64_t kQuantizeTokens = 8;
+// With AVX-512 a piece prepares its activations anew, and decodes its weights anew for every 128 tokens: with
+// fewer rows than these the tokens are cut instead of the rows. Narrower registers keep the activations as
+// they are, and decoded weights for 512 tokens.
+constexpr int64_t kThickRows = 256, kPartTokens = 128, kWideLanes = 16;
 // Up to this many tokens take the fused path, which reads the file's blocks four rows at a time.
 constexpr int64_t kFusedTokens = 4, kFusedRows = 8;
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 }  // namespace
+
+int64_t token_parts(const Cpu& cpu, int64_t rows, int64_t n, int64_t pieces) {
+  if (cpu.table.ops.lanes < kWideLanes) return 1;
+  return std::clamp<int64_t>(kThickRows * pieces / rows, 1, std::max<int64_t>(1, n / kPartTokens));
+}
 
 Activations quantize(Cpu& cpu, QuantizedRows& to, int64_t block, Rows<const float> x, int64_t n,
                      int64_t heads, int64_t cols) {
@@ -86,12 +95,12 @@ void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<floa
   // About eight pieces a thread, so that a thread that starts late or runs slow does not hold up the rest.
   const int64_t pieces = 8 * cpu.pool.threads();
   const int64_t step = n <= kFusedTokens && w.layout == nullptr ? kFusedRows : kPanel;
+  const int64_t parts = block == 0 ? 1 : token_parts(cpu, w.rows * heads, n, pieces);
   const int64_t row_chunk =
-      std::min(round_up(std::max<int64_t>(w.rows * heads / pieces, 1), step), int64_t{512});
+      std::min(round_up(std::max<int64_t>(w.rows * heads * parts / pieces, 1), step), int64_t{512});
   const int64_t row_chunks = (w.rows + row_chunk - 1) / row_chunk;
-  // Few rows and many tokens: cut the tokens too, at the price of decoding the weights once per cut.
-  int64_t token_chunk = n;
-  if (row_chunks * heads < 2 * cpu.pool.threads())
+  int64_t token_chunk = round_up((n + parts - 1) / parts, 16);
+  if (row_chunks * heads * parts < 2 * cpu.pool.threads())
     token_chunk = std::max<int64_t>(32, round_up(n * row_chunks * heads / pieces, 8));
   const int64_t token_chunks = (n + token_chunk - 1) / token_chunk;
 

@@ -33,6 +33,9 @@ std::optional<Weight> packed_weight(const Cpu& cpu, const Weight& w);
 // `data`.
 void pack(Cpu& cpu, const Weight& w, const Weight& packed, uint8_t* data);
 
+// Into how many parts to cut `n` tokens if a product of so many rows is to make about `pieces` pieces.
+int64_t token_parts(const Cpu& cpu, int64_t rows, int64_t n, int64_t pieces);
+
 // Quantises `n` rows of every one of `heads` heads as `block` demands; row (h, t) becomes number h*n + t.
 Activations quantize(Cpu& cpu, QuantizedRows& to, int64_t block, Rows<const float> x, int64_t n,
                      int64_t heads, int64_t cols);

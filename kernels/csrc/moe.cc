@@ -145,18 +145,19 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, b
   }
 }
 
-// Rows [row, row + rows) of every token's output; `more`: those behind them are the same thread's next. Each
-// pair's product waits in `partial` until all are there, and a token's are then added in the order of its
-// ids: no locks, and the same sum whatever shares the batch.
-void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64_t rows, bool more,
-                    float* partial, uint8_t* matmul_scratch) {
+// Rows [row, row + rows) of the output of one of `parts` parts of each expert's tokens, of all where there
+// are ids; `more`: the rows behind them are the same thread's next. With ids each pair's product waits in
+// `partial` until all are there, and a token's are then added in the order of its ids: no locks, and the same
+// sum whatever shares the batch.
+void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64_t rows, int64_t part,
+                    int64_t parts, bool more, float* partial, uint8_t* matmul_scratch) {
   const MoeArgs& args = layer.args;
   const Groups& g = layer.groups;
   const Weight& down = *args.down;
   const int64_t block = down.activation_block();
   const bool direct = args.ids == nullptr;
   for (int64_t a = 0; a < g.active; ++a) {
-    const int64_t first = g.begin[a];
+    const int64_t all = g.begin[a + 1] - g.begin[a], first = g.begin[a] + all * part / parts;
     MatmulArgs m{};
     m.w = down.row(g.expert[a], row);
     m.next = a + 1 < g.active ? down.row(g.expert[a + 1], row)
@@ -172,8 +173,8 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
       m.x = {hidden.quantized.q + first * down.cols, hidden.quantized.scales + first * (down.cols / block),
              hidden.quantized.sums + first * (down.cols / 16)};
     }
-    m.n = g.begin[a + 1] - first;
-    m.out = direct ? args.out.data + row : partial + first * rows;
+    m.n = g.begin[a] + all * (part + 1) / parts - first;
+    m.out = direct ? args.out.data + first * args.out.stride + row : partial + first * rows;
     m.out_stride = direct ? args.out.stride : rows;
     m.accumulate = direct && args.accumulate;
     m.few = layer.few_down;
@@ -244,15 +245,20 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
     hidden.quantized = quantize(cpu, cpu.hidden, block, {hidden.values, hidden_size}, pairs, 1, hidden_size);
 
   // Whole panels of 32 rows, about 16 pieces a thread; many pairs: small enough to keep `partial` in cache.
-  const int64_t fair = (down.rows / (16 * threads) + 31) / 32 * 32;
+  const int64_t parts = args.ids || block == 0 ? 1 : token_parts(cpu, down.rows, args.n, 16 * threads);
+  const int64_t fair = (down.rows * parts / (16 * threads) + 31) / 32 * 32;
   const int64_t cached = std::max<int64_t>(32, (1 << 18) / std::max<int64_t>(pairs, 1) / 32 * 32);
   const int64_t rows = std::clamp<int64_t>(args.ids ? std::min(fair, cached) : fair, 32, 512);
   float* partial = args.ids ? cpu.partial.get<float>(threads * pairs * rows) : nullptr;
-  cpu.pool.parallel_for((down.rows + rows - 1) / rows, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t piece = begin; piece < end; ++piece)
-      run_down_piece(layer, hidden, piece * rows, std::min(rows, down.rows - piece * rows), piece + 1 < end,
+  const int64_t pieces = (down.rows + rows - 1) / rows * parts;
+  cpu.pool.parallel_for(pieces, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / parts * rows, part = piece % parts;
+      run_down_piece(layer, hidden, row, std::min(rows, down.rows - row), part, parts,
+                     piece + 1 < end && part + 1 == parts,
                      partial ? partial + thread * pairs * rows : nullptr,
                      matmul_scratch + thread * kMatmulScratch);
+    }
   });
 }
 

@@ -124,8 +124,9 @@ def test_a_row_does_not_depend_on_its_company(cpu: Cpu, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ1_S", "F16"])
-def test_threads_give_the_same_bits(isa: str, name: str) -> None:
-    w, x = weight(name, 200, 512), normal(6, 70, 512)
+@pytest.mark.parametrize("n", [70, 300])  # 300: cut into parts
+def test_threads_give_the_same_bits(isa: str, name: str, n: int) -> None:
+    w, x = weight(name, 200, 512), normal(6, n, 512)
     want = product(Cpu(1, isa), w, x)
     for threads in (2, 3, 5):
         np.testing.assert_array_equal(product(Cpu(threads, isa), w, x), want)
