@@ -79,6 +79,8 @@ class HybridModel:
                 stage.reserve(self._rows, logit_rows, pages, self._hidden, self._logits)
         self._warm_up(cache)
         self._measure_shares()
+        for stage in self._stages:
+            stage.device.settle()
 
     def forward(self, batch: Batch, cache: LatentCache, tick: Tick | None = None) -> F32:
         """As Model says."""

@@ -20,7 +20,7 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 _RUNTIME_BYTES = 640 << 20
 # Bytes of weights that are sent at once to experts of long prompts; so many times as they lie in memory
 # (ktd_kernels.upload.ROOMS) and rearranged.
-GROUP_BYTES = 192 << 20
+GROUP_BYTES = 96 << 20
 _GROUPS = 4 + 2
 # Drawn rows that are computed at once (stage.DRAWN_ROWS); they have buffers of their own.
 _DRAWN_ROWS = 64
@@ -28,7 +28,7 @@ _DRAWN_ROWS = 64
 _GRAPH_BYTES_A_LAYER = 192 << 10
 # Dequantised tiles, values of feed-forwards, split-context partial results and the like, which the kernels
 # keep between calls: products of many tokens are cut so that they stay within it.
-_SCRATCH_BYTES = 704 << 20
+_SCRATCH_BYTES = 576 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over
 
 _THREADS, _ROWS = 256, 128  # kThreads and kRows of grouped.cu
 _HIDDEN = 1 << 26  # bfloat16 values between up and down that are kept at a time
-_PARTIAL = 1 << 25  # float32 results of pairs that wait for their sum
+_PARTIAL = 1 << 24  # float32 results of pairs that wait for their sum
 #: Experts of a token at most (kMostUsed of activations.cu).
 MOST_USED = 64
 

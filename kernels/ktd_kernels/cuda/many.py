@@ -14,7 +14,7 @@ import torch
 from ktd_kernels.cuda import grouped
 from ktd_kernels.cuda.weight import GpuWeight
 
-_TILE = 1 << 26  # weights decoded at a time
+_TILE = 36 << 20  # weights decoded at a time: R1's attn_q_b
 _EVEN = 256  # rows of a tile are a multiple of it: others would leave cuBLAS its slowest kernels
 _TOKENS = 512  # multiplied at a time
 
