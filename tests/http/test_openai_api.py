@@ -319,6 +319,14 @@ async def test_response_formats(daemon: FakeDaemon, wanted: Any, schema: Any, le
         assert (json.loads(asked.schema.schema), asked.schema.lenient) == (schema, lenient)
 
 
+async def test_a_quotation_that_is_no_unicode(daemon: FakeDaemon) -> None:
+    body = rb'{"mesages\ud800": []}'
+    async with httpx.AsyncClient(base_url=daemon.url) as http:
+        refused = await http.post("/v1/chat/completions", content=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "The field mesages? is unknown: did you mean messages?"
+
+
 async def test_unknown_fields_of_other_servers_are_passed_over(daemon: FakeDaemon) -> None:
     body = {"messages": user("x"), "mirostat_tau": 3, "user": "me", "logprobs": False, "stop": None}
     async with httpx.AsyncClient() as http:

@@ -52,11 +52,11 @@ def status_of(error: Exception) -> Status:
 
 
 def sentence_of(error: Exception) -> str:
-    """What to tell the client, long quotations cut in the middle; what nobody foresaw goes to the log
-    instead.
+    """What to tell the client, long quotations cut in the middle and halves of surrogate pairs replaced; what
+    nobody foresaw goes to the log instead.
     """
     if isinstance(error, KtdError):
-        said, half = str(error), LONGEST_SENTENCE // 2
+        said, half = str(error).encode(errors="replace").decode(), LONGEST_SENTENCE // 2
         return said if len(said) <= LONGEST_SENTENCE else f"{said[:half]} … {said[-half:]}"
     log.error("A request failed", exc_info=error)
     return "The daemon failed: its log has the trace."
