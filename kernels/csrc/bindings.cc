@@ -25,7 +25,7 @@ using Floats = Array<float>;
 using ConstFloats = Array<const float>;
 
 std::unique_ptr<Cpu> make_cpu(std::optional<int> threads, std::optional<std::string> isa) {
-  Topology topology = read_topology();
+  const Topology topology = read_topology("", allowed_cpus());
   const int count = threads.value_or(topology.threads);
   if (count < 1 || count > 1024)
     reject("threads is " + std::to_string(count) + ", but must be from 1 to 1024.");
@@ -48,6 +48,10 @@ void init_weight(PyWeight* self, Array<const uint8_t> data, int ggml_type, std::
   w.data = data.data();
   w.owner = nb::cast(data, nb::rv_policy::reference);
   new (self) PyWeight(std::move(w));
+}
+
+Topology py_topology(const std::string& root, const std::optional<std::vector<int>>& cpus) {
+  return read_topology(root, cpus ? *cpus : allowed_cpus());
 }
 
 double py_memory_bandwidth(int threads, double seconds) {
@@ -224,6 +228,18 @@ NB_MODULE(_C, m) {
   m.def("amx_refusal", &amx_refusal, "Why the AMX that this CPU has cannot be used, or an empty string.");
   m.def("memory_bandwidth", &py_memory_bandwidth, "threads"_a, "seconds"_a = 0.5,
         "Bytes a second that `threads` threads together read from memory, measured over `seconds`.");
+
+  nb::class_<Topology>(m, "Topology",
+                       "The CPUs that a pool of threads is pinned to, and how many are worth it.")
+      .def_ro("cores", &Topology::cores,
+              "A CPU of each physical core, the nodes of memory taking turns: the order of pinning.")
+      .def_ro("nodes", &Topology::nodes, "The node of memory that each of `cores` is next to.")
+      .def_ro("threads", &Topology::threads, "Default size of a pool.")
+      .def_ro("limited", &Topology::limited, "Whether a cgroup grants less time than `cores` have.");
+  m.def("read_topology", &py_topology, "root"_a = "", "cpus"_a = nb::none(),
+        "root: where the files /proc and /sys of a machine are, '' for this one; cpus: those to use, by "
+        "default "
+        "what the calling thread may run on.");
 
   nb::class_<PyWeight>(m, "Weight",
                        "A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.")

@@ -1,16 +1,24 @@
 // Which CPUs this process may use, and how many threads are worth starting.
 #pragma once
 
+#include <string>
 #include <vector>
 
 namespace ktd {
 
 struct Topology {
-  std::vector<int> cores;  // one allowed logical CPU per physical core, ascending
+  // One allowed logical CPU per physical core, the nodes of memory taking turns: any number of them from the
+  // start on is spread over the nodes as evenly as can be. Ascending within a node.
+  std::vector<int> cores;
+  std::vector<int> nodes;  // the node of memory that each of `cores` is next to; 0 where the system has none
   int threads;             // default pool size: physical cores, cut to the cgroup's CPU quota
   bool limited;            // a cgroup quota is below the core count, so pinning would do harm
 };
 
-Topology read_topology();
+// CPUs that the calling thread may run on, ascending.
+std::vector<int> allowed_cpus();
+
+// Of `cpus`, ascending, as described by the files under `root`: "" for this machine.
+Topology read_topology(const std::string& root, const std::vector<int>& cpus);
 
 }  // namespace ktd

@@ -19,6 +19,34 @@ def memory_bandwidth(threads: int, seconds: float = 0.5) -> float:
     Bytes a second that `threads` threads together read from memory, measured over `seconds`.
     """
 
+class Topology:
+    """
+    The CPUs that a pool of threads is pinned to, and how many are worth it.
+    """
+
+    @property
+    def cores(self) -> list[int]:
+        """
+        A CPU of each physical core, the nodes of memory taking turns: the order of pinning.
+        """
+
+    @property
+    def nodes(self) -> list[int]:
+        """The node of memory that each of `cores` is next to."""
+
+    @property
+    def threads(self) -> int:
+        """Default size of a pool."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether a cgroup grants less time than `cores` have."""
+
+def read_topology(root: str = '', cpus: Sequence[int] | None = None) -> Topology:
+    """
+    root: where the files /proc and /sys of a machine are, '' for this one; cpus: those to use, by default what the calling thread may run on.
+    """
+
 class Weight:
     """
     A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.
@@ -102,7 +130,7 @@ class Cpu:
 
     def pack(self, w: Weight) -> Weight:
         """
-        A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the same bits. Raises ValueError where packed_bytes is 0.
+        A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the same bits. It lies where the calling thread's memory policy says. Raises ValueError where packed_bytes is 0.
         """
 
     def embed(self, w: Weight, ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:

@@ -9,20 +9,24 @@ from ktd_kernels._C import (
     Cpu,
     MoeJob,
     MoeSequence,
+    Topology,
     Weight,
     amx_refusal,
     cpu_features,
     isa_list,
     memory_bandwidth,
+    read_topology,
 )
 
 __all__ = [
     "Cpu",
     "MoeJob",
     "MoeSequence",
+    "Topology",
     "Weight",
     "amx_refusal",
     "cpu_features",
     "isa_list",
     "memory_bandwidth",
+    "read_topology",
 ]
