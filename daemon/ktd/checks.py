@@ -22,6 +22,7 @@ from ktd.plan import GIB
 from ktd.server.run_record import RunRecordFile
 from ktd.settings import Settings
 from ktd_kernels import Cpu, amx_refusal, cpu_features, isa_list, memory_bandwidth
+from ktd_kernels.numa import interleaved, memory_nodes
 
 # Below this a 1.58-bit R1 (4 GB of experts a token) writes less than a token in two seconds.
 _SLOW_BANDWIDTH = 8e9
@@ -43,6 +44,7 @@ def all_checks(settings: Settings) -> list[Check]:
     checks: tuple[Callable[[Settings], Iterator[Check]], ...] = (
         _instruction_set,
         _cores,
+        _nodes,
         _bandwidth,
         _memory,
         _gpu,
@@ -78,9 +80,8 @@ def _instruction_set(settings: Settings) -> Iterator[Check]:
 
 def _cores(settings: Settings) -> Iterator[Check]:
     physical, allowed = psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))
-    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
     threads = Cpu(settings.cpu_infer, None).threads
-    found = f"{physical} physical, {allowed} allowed, NUMA nodes: {nodes}; {threads} threads used"
+    found = f"{physical} physical, {allowed} allowed; {threads} threads used"
     quota = _cpu_quota()
     if quota and quota < threads:
         yield Check(
@@ -95,6 +96,30 @@ def _cores(settings: Settings) -> Iterator[Check]:
         yield Check("cores", "ok", found)
 
 
+def _nodes(settings: Settings) -> Iterator[Check]:
+    nodes = memory_nodes()
+    each = "; ".join(
+        f"node {node.number}: {node.free / GIB:.1f} of {node.total / GIB:.1f} GiB free, {node.cores} cores"
+        f"{'' if node.usable else ', not for this process'}"
+        for node in nodes
+    )
+    if sum(node.usable for node in nodes) < 2:
+        yield Check("NUMA", "ok", each or "one node")
+        return
+    with interleaved() as policy:
+        pass
+    if policy.refusal:
+        found = f"{each}; weights will not be spread over them: {policy.refusal}"
+        yield Check("NUMA", "note", found, policy.remedy)
+    else:
+        found = f"{each}; weights will lie on all usable ones in turn"
+        remedy = (
+            "pages of the model's file that are in the page cache stay where they are: after copying or"
+            " downloading it, free the cache once (as root: echo 1 > /proc/sys/vm/drop_caches)"
+        )
+        yield Check("NUMA", "ok", found, remedy)
+
+
 def _cpu_quota() -> float | None:
     """Cores that the cgroup grants, None without a limit."""
     try:
@@ -105,7 +130,8 @@ def _cpu_quota() -> float | None:
 
 
 def _bandwidth(settings: Settings) -> Iterator[Check]:
-    measured = memory_bandwidth(Cpu(settings.cpu_infer, None).threads, 0.5)
+    with interleaved():  # as weights will lie
+        measured = memory_bandwidth(Cpu(settings.cpu_infer, None).threads, 0.5)
     found = f"{measured / 1e9:.1f} GB/s read by all threads"
     if measured < _SLOW_BANDWIDTH:
         remedy = "writing speed is this number over the bytes of a token: fill all memory channels"

@@ -31,6 +31,7 @@ from ktd.model.source import WeightSource
 from ktd.plan import PAGE_SIZE, Plan
 from ktd.synth.blocks import random_bytes
 from ktd_kernels import Cpu
+from ktd_kernels.numa import interleaved
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ROUTED = re.compile(r"blk\.\d+\.ffn_\w+_exps\.")
@@ -73,7 +74,8 @@ class Sample:
         plan, cpu = self._plan, self._cpu
         context = _PROMPT + max(_WARM_UP, _MOST_TOKENS) + 1
         source = _SharedWeights(self._file, cpu if plan.growth else None)
-        model = build_model(source, self._config, cpu, context, plan.placement)
+        with interleaved():
+            model = build_model(source, self._config, cpu, context, plan.placement)
         pages = math.ceil(context / PAGE_SIZE) + 1
         engine = Engine(model, EngineConfig(context, 1, PAGE_SIZE, pages, _PROMPT, queue_limit=1))
         engine.start()

@@ -15,6 +15,7 @@ from ktd.errors import SettingsError
 from ktd.gpu import Gpu, gpus_for
 from ktd.main import run
 from ktd.settings import Settings
+from ktd_kernels import numa
 
 NVIDIA = "echo 'NVIDIA H100, 81559 MiB, 81000 MiB, 570.1, 9.0'"
 
@@ -34,8 +35,8 @@ def test_every_check_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     made = found(port=0, grpc_port=0)
     made.pop("GPUs in their order", None)  # of a machine with several
     assert list(made) == [
-        "instruction set", "cores", "memory bandwidth", "memory", "GPU", "model", "disk", "port of gRPC",
-        "port of HTTP", "supervisor",
+        "instruction set", "cores", "NUMA", "memory bandwidth", "memory", "GPU", "model", "disk",
+        "port of gRPC", "port of HTTP", "supervisor",
     ]  # fmt: skip
     assert made["memory bandwidth"].found == "50.0 GB/s read by all threads"
     assert "ktd-demo" in made["model"].found
@@ -156,3 +157,29 @@ def test_a_container_with_less_than_its_threads(monkeypatch: pytest.MonkeyPatch)
     check = found(cpu_infer=2, port=0, grpc_port=0)["cores"]
     assert check.verdict == "note"
     assert "--cpu-infer 1" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("allowed", "verdict", "said", "remedy"),
+    [
+        (True, "ok", "weights will lie on all usable ones in turn", "drop_caches"),
+        (False, "note", "will not be spread over them: the system does not allow it", "SYS_NICE"),
+    ],
+)
+def test_several_nodes_of_memory(
+    monkeypatch: pytest.MonkeyPatch, allowed: bool, verdict: str, said: str, remedy: str
+) -> None:
+    def call(*_: object) -> None:
+        if not allowed:
+            raise PermissionError(1, "Operation not permitted")
+
+    nodes = [numa.Node(number, 4 << 30, 3 << 30, 16, number < 2) for number in range(3)]
+    for module in (checks, numa):
+        monkeypatch.setattr(module, "memory_nodes", lambda: nodes)
+    monkeypatch.setattr(numa, "_call", call)
+    check = found(port=0, grpc_port=0)["NUMA"]
+    assert check.verdict == verdict
+    assert check.found.startswith("node 0: 3.0 of 4.0 GiB free, 16 cores; node 1: ")
+    assert "node 2: 3.0 of 4.0 GiB free, 16 cores, not for this process; weights" in check.found
+    assert said in check.found
+    assert remedy in check.remedy

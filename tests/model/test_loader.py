@@ -26,7 +26,7 @@ from ktd.errors import GgufError, SettingsError
 from ktd.gguf import GgufFile
 from ktd.model import Placement, load_model, packed_growth
 from ktd.model.source import WeightSource
-from ktd_kernels import Cpu
+from ktd_kernels import Cpu, numa
 
 TOKENS = random_tokens(12)
 
@@ -196,6 +196,57 @@ def test_repacking_changes_no_bit(
     for chunk in (1, 12):  # one by one, and as a prompt
         want, got = (Bench(model).logits(TOKENS, chunk) for model in (plain, packed))
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_where_weights_lie_is_told_where_there_is_a_choice(
+    config: Any,
+    tensors: dict[str, Any],
+    tmp_path: Path,
+    cpu: Cpu,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    nodes: int,
+) -> None:
+    """The system is asked to use node 63 too, which it does not have, and says where the pages are."""
+    first = next((node for node in numa.memory_nodes() if node.usable), None)
+    if first is None:
+        pytest.skip("this system tells nothing of nodes")
+    beside = numa.Node(63, 0, 0, 1, True)
+    monkeypatch.setattr(numa, "memory_nodes", lambda: [first, beside][:nodes])
+    caplog.set_level("INFO", "ktd.model.loader")
+    with GgufFile.open(write_model(tmp_path / "m.gguf", config, tensors)) as gguf:
+        load_model(gguf, cpu, context=64, progress=lambda fraction: None)
+    if nodes == 1:
+        assert not caplog.messages
+    else:
+        spread, uneven = caplog.messages
+        expected = (
+            f"Weights in memory by node: node {first.number}: 100%, node 63: 0% (2048 pages looked at, "
+        )
+        assert spread.startswith(expected)
+        assert "drop_caches" in uneven
+
+
+def test_a_refused_placement_is_told_once(
+    config: Any,
+    tensors: dict[str, Any],
+    tmp_path: Path,
+    cpu: Cpu,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    nodes = [numa.Node(number, 0, 0, 1, True) for number in (0, 1)]
+    monkeypatch.setattr(numa, "memory_nodes", lambda: nodes)
+    monkeypatch.setattr(numa, "_call", refuse)
+    with GgufFile.open(write_model(tmp_path / "m.gguf", config, tensors)) as gguf:
+        load_model(gguf, cpu, context=64, progress=lambda fraction: None)
+    (told,) = caplog.messages
+    assert "the system does not allow it (Operation not permitted)" in told
+    assert "--cap-add SYS_NICE" in told
 
 
 @pytest.mark.parametrize("context", [0, 2049])

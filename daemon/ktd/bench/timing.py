@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ktd_kernels import memory_bandwidth
+from ktd_kernels.numa import interleaved
 
 _LEAST_TURNS, _MOST_TURNS = 3, 25
 
@@ -38,8 +39,10 @@ def interleaved_medians(
 
 @functools.cache
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory: the best of three short probes."""
-    probes: list[float] = [memory_bandwidth(threads, 0.33) for _ in range(3)]
+    """Bytes a second that `threads` threads read from memory that lies as weights do: the best of three short
+    probes."""
+    with interleaved():
+        probes: list[float] = [memory_bandwidth(threads, 0.33) for _ in range(3)]
     return max(probes)
 
 

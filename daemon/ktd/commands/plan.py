@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ktd.model import ModelConfig
     from ktd.plan import size_text
     from ktd_kernels import Cpu, memory_bandwidth
+    from ktd_kernels.numa import interleaved
 
     settings: Settings = load(args)
     cpu = Cpu(settings.cpu_infer, settings.isa)
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         plan = plan_for(settings, gguf, cpu, gpus)
         name, layers = gguf.name, ModelConfig.from_gguf(gguf).layers
         with Console(stderr=True).status("measuring"):
-            bandwidth = memory_bandwidth(cpu.threads, 0.5)
+            with interleaved():  # as weights will lie
+                bandwidth = memory_bandwidth(cpu.threads, 0.5)
             expected = _expected(gguf, plan, cpu)
 
     table = Table(title=f"{name} on this machine", title_justify="left")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 from ktd.errors import SettingsError
 from ktd.gguf import WEIGHT_TYPES, GgufFile
@@ -12,6 +13,12 @@ from ktd.model.hybrid import HybridModel
 from ktd.model.placement import Placement
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
+from ktd_kernels.numa import interleaved, pages_by_node
+
+log = logging.getLogger(__name__)
+
+# A node with less than this part of its fair share of the weights is worth a warning.
+_UNEVEN = 0.5
 
 
 def packed_growth(gguf: GgufFile, cpu: Cpu, placement: Placement) -> int:
@@ -49,9 +56,37 @@ def load_model(
             f"A context of {context} tokens was asked for; {gguf.name} can have 1 to {config.context}."
         )
     source = WeightSource(gguf, progress, cpu if repack else None)
-    model = build_model(source, config, cpu, context, placement or Placement())
+    with interleaved() as policy:
+        model = build_model(source, config, cpu, context, placement or Placement())
+    if policy.refusal:
+        log.warning("Weights are not spread over the nodes of memory: %s. %s", policy.refusal, policy.remedy)
+    elif policy.nodes and source.areas:
+        _tell_spread(source.areas, policy.nodes)
     progress(1.0)
     return model
+
+
+def _tell_spread(areas: Sequence[tuple[int, int]], nodes: Sequence[int]) -> None:
+    """Logs where weights for the CPU lie, as the system says of some of their pages."""
+    try:
+        pages = pages_by_node(areas)
+    except OSError as error:
+        log.warning("Where the weights lie cannot be seen: %s", error.strerror)
+        return
+    present = sum(count for node, count in pages.items() if node is not None)
+    shares = {node: pages.get(node, 0) / max(present, 1) for node in nodes}
+    log.info(
+        "Weights in memory by node: %s (%d pages looked at, %d not read yet)",
+        ", ".join(f"node {node}: {share:.0%}" for node, share in shares.items()),
+        sum(pages.values()),
+        pages.get(None, 0),
+    )
+    if present and min(shares.values()) < _UNEVEN / len(nodes):
+        log.warning(
+            "Weights lie unevenly: a node was full, or the file was in the page cache before, whose pages"
+            " stay where they are. Free the cache (as root: echo 1 > /proc/sys/vm/drop_caches) and start"
+            " again."
+        )
 
 
 def build_model(

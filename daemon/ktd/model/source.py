@@ -52,6 +52,7 @@ class WeightSource:
         self._gguf = gguf
         self._packer = packer
         self._target: Device | None = None
+        self.areas: list[tuple[int, int]] = []  # address and bytes of what was handed out for the CPU
         self._told = _Told(progress, max(gguf.nbytes, 1))
         self._touch = gguf.nbytes <= psutil.virtual_memory().available
 
@@ -120,7 +121,7 @@ class WeightSource:
     def _whole(self, name: str, shape: tuple[int, ...]) -> Matrix:
         kind = int(self._info(name, shape).ggml_type)
         if self._target is None and not self._packs(kind, shape):
-            return Weight(self._data(name), kind, shape)
+            return self._kept(Weight(self._data(name), kind, shape))
         weight = self._weight(self._gguf.data(name), kind, shape)
         self._gguf.release(name)
         self._told.more(self._gguf.tensors[name].nbytes)
@@ -130,7 +131,11 @@ class WeightSource:
         if self._target is not None:
             return self._target.weight(data, kind, shape)
         weight = Weight(data, kind, shape)
-        return self._packer.pack(weight) if self._packer and self._packs(kind, shape) else weight
+        return self._kept(self._packer.pack(weight) if self._packer and self._packs(kind, shape) else weight)
+
+    def _kept(self, weight: Weight) -> Weight:
+        self.areas.append((weight.bytes.ctypes.data, weight.nbytes))
+        return weight
 
     def _packs(self, kind: int, shape: Sequence[int]) -> bool:
         return self._packer is not None and self._packer.packed_bytes(kind, shape) > 0
