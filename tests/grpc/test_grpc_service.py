@@ -297,6 +297,19 @@ async def test_the_key() -> None:
         assert await events_of(daemon.address, ask("x"), metadata=[("authorization", "bearer secret")])
 
 
+async def test_streams_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.server.grpc_service.MOST_STREAMS", 3)
+    async with fake_daemon() as daemon, grpc.aio.insecure_channel(daemon.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(4)]
+        said = [asyncio.ensure_future(watch.read()) for watch in watches]
+        done, waits = await asyncio.wait(said, timeout=1)
+        assert (len(done), len(waits)) == (3, 1)
+        next(watch for watch, task in zip(watches, said, strict=True) if task in done).cancel()
+        await asyncio.wait(waits, timeout=5)
+        assert all(task.done() for task in said)
+
+
 async def test_reflection_names_the_service(daemon: FakeDaemon) -> None:
     async with grpc.aio.insecure_channel(daemon.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)

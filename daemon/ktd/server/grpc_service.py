@@ -34,6 +34,8 @@ from ktd.types import (
 )
 from ktd_proto.v1 import engine_pb2 as pb
 
+# Of one connection at once; more wait in the client. Health is watched without a key, 23 KB a stream.
+MOST_STREAMS = 1024
 SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
 _STATES = {
     State.LOADING: pb.GetStatusResponse.STATE_LOADING,
@@ -214,6 +216,7 @@ class GrpcServer:
                 # Two daemons on one port would share the calls: let the second one fail.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", MOST_BYTES),
+                ("grpc.max_concurrent_streams", MOST_STREAMS),
                 # Clients may ping a connection that waits for a long prefill.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
