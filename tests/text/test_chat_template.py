@@ -81,11 +81,43 @@ def test_a_template_that_goes_wrong_does_no_harm(source: str) -> None:
 
 
 def test_a_template_that_runs_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktd.text.chat_template._MAX_SECONDS", 0.3)
-    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr("ktd.text.sandbox._MAX_SECONDS", 0.3)
+    for loop in (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set s = 'a' * 60000 %}{% for i in s %}{% for j in s %}{% endfor %}{% endfor %}",
+        "{{ range(99999) | select('in', range(99999) | list) | list }}",
+    ):
+        start = time.monotonic()
+        with pytest.raises(RequestError, match=r"it ran for more than 0\.3 seconds"):
+            render(loop)
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set x = namespace(s='aaaaaaaa') %}{% for i in range(40) %}{% set x.s = x.s ~ x.s %}{% endfor %}",
+        "{{ 'x' | center(10 ** 10) }}",
+        "{{ 'x'.ljust(10 ** 10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ '%*d' | format(10 ** 10, 1) }}",
+        "{{ '{:10000000000}'.format(1) }}",
+        "{{ '{:{w}}'.format(1, w=10 ** 10) }}",
+        "{% set s = 'a' * 60000 %}{{ s | replace('a', s) }}",
+        "{% set s = 'a' * 60000 %}{{ s.replace('a', s) }}",
+        "{% set s = 'a' * 60000 %}{{ s | join(s) }}",
+        "{% set s = 'a' * 60000 %}{{ ''.join([s] * 60000) }}",
+        "{% set s = 'a' * 60000 %}{{ s | map('replace', 'a', s) | join }}",
+        "{{ [1] | tojson(indent=10 ** 10) }}",
+        "{{ [1] | batch(10 ** 10, 0) | list }}",
+        "{% set s = '\\n' * 60000 %}{{ s | indent(60000) }}",
+    ],
+)
+def test_a_template_that_asks_for_too_much_is_stopped_before(source: str) -> None:
+    """Each of these would take 3.6 GB or more, at once."""
     start = time.monotonic()
-    with pytest.raises(RequestError, match=r"it ran for more than 0\.3 seconds"):
-        render(loop)
+    with pytest.raises(RequestError, match=r"was stopped \(it(s output| asks)"):
+        render(source)
     assert time.monotonic() - start < 3
 
 
