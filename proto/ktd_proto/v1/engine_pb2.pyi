@@ -104,11 +104,15 @@ class ChatRequest(_message.Message):
     ignored. The thought before it is free.
     """
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """At most 8192, the tool calls in them counted too; a request has at most 16 MiB."""
+
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
-    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]: ...
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """At most 1024, with at most 512 Ki characters."""
+
     @_builtins.property
     def json_object(self) -> Global___JsonObject: ...
     @_builtins.property
@@ -339,7 +343,7 @@ class Sampling(_message.Message):
     """0 to 20: Reasoning and Answer come with their tokens, each with so many of the likeliest at its place. Absent: without."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """at most 16 strings, none empty"""
+        """at most 16 strings of at most 256 characters, none empty"""
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
