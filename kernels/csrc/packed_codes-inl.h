@@ -239,8 +239,8 @@ struct PackedRowsCodes {
   }
 
   template <int kTokens>
-  static void multiply(const Tile& tile, const TokenX* x, int64_t k, int, float* out) {
-    multiply_tile_256<Traits<F>::sub, false, kTileMax<F>, kTokens>(tile, x, k, out);
+  static void multiply(const Tile& tile, const ColumnsX* x, int, float* out) {
+    multiply_tile_256<Traits<F>::sub, false, kTileMax<F>, kTokens>(tile, x, out);
   }
 
   template <int kSub>

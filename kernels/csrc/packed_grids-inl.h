@@ -116,8 +116,8 @@ struct PackedRowsGrid {
   }
 
   template <int kTokens>
-  static void multiply(const Tile& tile, const TokenX* x, int64_t k, int, float* out) {
-    multiply_tile_256<Traits<F>::sub, false, kTileMax<F>, kTokens>(tile, x, k, out);
+  static void multiply(const Tile& tile, const ColumnsX* x, int, float* out) {
+    multiply_tile_256<Traits<F>::sub, false, kTileMax<F>, kTokens>(tile, x, out);
   }
 
   static void build_group(const Block& w, int lane, Tile& tile) {

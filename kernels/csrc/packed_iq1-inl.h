@@ -316,18 +316,17 @@ void matmul_few(const MatmulArgs& a) {
 
 // out[t] += a block whose codes are half of what they stand for, scale included.
 template <int kTokens>
-void multiply_scaled_codes(const Tile& tile, const TokenX* x, int64_t k, float* out) {
-  const int8_t* q[kTokens];
+void multiply_scaled_codes(const Tile& tile, const ColumnsX* x, float* out) {
   float dx[kTokens];
-  for (int t = 0; t < kTokens; ++t) q[t] = x[t].q + 256 * k, dx[t] = x[t].scales[k];
+  for (int t = 0; t < kTokens; ++t) dx[t] = x[t].dx[0];
   VecI acc[2][kTokens];
   clear<kTokens>(acc);
-  for (int dword = 0; dword < 64; dword += 8) multiply_unscaled<1, kTokens>(tile, dword, q, acc);
+  for (int dword = 0; dword < 64; dword += 8) multiply_unscaled<1, kTokens>(tile, dword, x, acc);
 #pragma GCC unroll 2
   for (int a = 0; a < 2; ++a)
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) acc[a][t] = add_i32(acc[a][t], acc[a][t]);
-  multiply_sums<kTokens>(tile, x, k, acc);
+  multiply_sums<kTokens>(tile, x, acc);
   accumulate<kTokens>(tile.d[0], dx, acc, false, out);
 }
 
@@ -353,11 +352,11 @@ struct PackedRowsIq1 {
   }
 
   template <int kTokens>
-  static void multiply(const Tile& tile, const TokenX* x, int64_t k, int, float* out) {
+  static void multiply(const Tile& tile, const ColumnsX* x, int, float* out) {
     if constexpr (kVnni)
-      multiply_scaled_codes<kTokens>(tile, x, k, out);
+      multiply_scaled_codes<kTokens>(tile, x, out);
     else
-      multiply_tile_256<Traits<F>::sub, false, kLargest, kTokens>(tile, x, k, out);
+      multiply_tile_256<Traits<F>::sub, false, kLargest, kTokens>(tile, x, out);
   }
 
   static void build_lanes(const Block& w, int half, int lane, Tile& tile) {

@@ -284,8 +284,8 @@ struct PackedRowsLanes {
   }
 
   template <int kTokens>
-  static void multiply(const Tile& tile, const TokenX* x, int64_t k, int, float* out) {
-    multiply_tile_256<Traits<F>::sub, Traits<F>::minimum, kTileMax<F>, kTokens>(tile, x, k, out);
+  static void multiply(const Tile& tile, const ColumnsX* x, int, float* out) {
+    multiply_tile_256<Traits<F>::sub, Traits<F>::minimum, kTileMax<F>, kTokens>(tile, x, out);
   }
 
   // Values 32p to 32p + 31 of rows row .. row + 7.

@@ -21,6 +21,10 @@ template <>
 constexpr Format kFormat<PackedLanesTQ2_0> = Format::TQ2_0;
 template <>
 constexpr Format kFormat<PackedLanesMXFP4> = Format::MXFP4;
+template <>
+constexpr Format kFormat<PackedLanesQ5_1> = Format::Q5_1;
+template <>
+constexpr Format kFormat<PackedLanesIQ4_NL> = Format::IQ4_NL;
 
 template <class Packed>
 constexpr bool kPairs = Traits<kFormat<Packed>>::sub == 16;
@@ -74,8 +78,11 @@ void put_codes(uint32_t four, int s, int r, PackedLanesQ3_K& to) {
 void put_codes(uint32_t four, int s, int r, PackedLanesTQ2_0& to) {
   change(to.codes[s / 4], r, four << (s % 4 * 2));
 }
-void put_codes(uint32_t four, int s, int r, PackedLanesMXFP4& to) {
-  change(to.codes[s / 2], r, four << (s % 2 * 4));
+template <class Packed>
+  requires(Traits<kFormat<Packed>>::block == 32)
+void put_codes(uint32_t four, int s, int r, Packed& to) {
+  change(to.codes[s / 2], r, (four & 0x0f0f0f0f) << (s % 2 * 4));
+  if constexpr (requires { to.high; }) change(to.high, r, (four >> 4 & 0x01010101) << s);
 }
 
 uint8_t code_of(const PackedLanesQ2_K& b, Place at, int r) {
@@ -94,8 +101,12 @@ uint8_t code_of(const PackedLanesTQ2_0& b, Place at, int r) {
 uint8_t code_of(const PackedLanesTQ1_0& b, Place at, int r) {
   return static_cast<uint8_t>(ternary_digit(b.trits[at.step / 5][4 * r + at.c] + 128u, at.step % 5));
 }
-uint8_t code_of(const PackedLanesMXFP4& b, Place at, int r) {
-  return b.codes[at.step / 2][4 * r + at.c] >> (at.step % 2 * 4) & 15;
+template <class Packed>
+  requires(Traits<kFormat<Packed>>::block == 32)
+uint8_t code_of(const Packed& b, Place at, int r) {
+  unsigned code = b.codes[at.step / 2][4 * r + at.c] >> (at.step % 2 * 4) & 15;
+  if constexpr (requires { b.high; }) code |= (b.high[4 * r + at.c] >> at.step & 1u) << 4;
+  return static_cast<uint8_t>(code);
 }
 
 void put(const BlockQ2_K& b, int r, PackedLanesQ2_K& to) {
@@ -135,11 +146,26 @@ void put(const BlockTQ1_0& b, int r, PackedLanesTQ1_0& to) {
   to.total[r] = static_cast<uint16_t>(total);
   to.d[r] = b.d;
 }
-// The codes as in the file: what they stand for are 16 values of five bits.
-void put(const BlockMXFP4& b, int r, PackedLanesMXFP4& to) {
+void put(const BlockQ5_1& b, int r, PackedLanesQ5_1& to) {
+  Decoded values;
+  decode(b, values);
+  for (int s = 0; s < 8; ++s) put_codes(four_codes<PackedLanesQ5_1>(values.u, s), s, r, to);
+  to.d[r] = b.d;
+  to.m[r] = b.m;
+}
+// Numbers of 16 values each, as in the file: the values take more bits.
+template <class Packed>
+void put_numbers(const uint8_t (&pairs)[16], int r, Packed& to) {
   uint8_t u[32];
-  for (int i = 0; i < 16; ++i) u[i] = b.qs[i] & 15, u[16 + i] = b.qs[i] >> 4;
-  for (int s = 0; s < 8; ++s) put_codes(four_codes<PackedLanesMXFP4>(u, s), s, r, to);
+  for (int i = 0; i < 16; ++i) u[i] = pairs[i] & 15, u[16 + i] = pairs[i] >> 4;
+  for (int s = 0; s < 8; ++s) put_codes(four_codes<Packed>(u, s), s, r, to);
+}
+void put(const BlockIQ4_NL& b, int r, PackedLanesIQ4_NL& to) {
+  put_numbers(b.qs, r, to);
+  to.d[r] = b.d;
+}
+void put(const BlockMXFP4& b, int r, PackedLanesMXFP4& to) {
+  put_numbers(b.qs, r, to);
   to.e[r] = b.e;
 }
 
@@ -158,6 +184,10 @@ float value_of(const Packed& b, int r, int i) {
   const int code = code_of(b, place_of<Packed>(i), r);
   if constexpr (kFormat<Packed> == Format::MXFP4) {
     return e8m0_to_float(b.e[r]) * static_cast<float>(kValuesMxfp4[code]);
+  } else if constexpr (kFormat<Packed> == Format::IQ4_NL) {
+    return half_to_float(b.d[r]) * static_cast<float>(kValuesIq4[code]);
+  } else if constexpr (kFormat<Packed> == Format::Q5_1) {
+    return half_to_float(b.d[r]) * static_cast<float>(code) + half_to_float(b.m[r]);
   } else {
     const float scale = half_to_float(b.d[r]) * static_cast<float>(scale_of(b, r, i / 16));
     const float value = scale * static_cast<float>(code - Traits<kFormat<Packed>>::offset);
@@ -193,6 +223,8 @@ const PackedLayout kPackedLanesQ2_K = kLayout<PackedLanesQ2_K>;
 const PackedLayout kPackedLanesQ3_K = kLayout<PackedLanesQ3_K>;
 const PackedLayout kPackedLanesTQ1_0 = kLayout<PackedLanesTQ1_0>;
 const PackedLayout kPackedLanesTQ2_0 = kLayout<PackedLanesTQ2_0>;
+const PackedLayout kPackedLanesQ5_1 = kLayout<PackedLanesQ5_1>;
+const PackedLayout kPackedLanesIQ4_NL = kLayout<PackedLanesIQ4_NL>;
 const PackedLayout kPackedLanesMXFP4 = kLayout<PackedLanesMXFP4>;
 
 template <class Packed>
@@ -214,6 +246,8 @@ template void pack_lane_rows<PackedLanesQ2_K>(const MatmulArgs&, uint8_t*);
 template void pack_lane_rows<PackedLanesQ3_K>(const MatmulArgs&, uint8_t*);
 template void pack_lane_rows<PackedLanesTQ1_0>(const MatmulArgs&, uint8_t*);
 template void pack_lane_rows<PackedLanesTQ2_0>(const MatmulArgs&, uint8_t*);
+template void pack_lane_rows<PackedLanesQ5_1>(const MatmulArgs&, uint8_t*);
+template void pack_lane_rows<PackedLanesIQ4_NL>(const MatmulArgs&, uint8_t*);
 template void pack_lane_rows<PackedLanesMXFP4>(const MatmulArgs&, uint8_t*);
 
 }  // namespace ktd

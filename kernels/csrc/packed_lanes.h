@@ -1,5 +1,6 @@
-// Q2_K, Q3_K, TQ1_0, TQ2_0 and MXFP4 in groups of 16 rows for instruction sets whose sums of products are of
-// 16 bits: lane r of every register belongs to row r, so that scales need no spreading and sums no reduction.
+// Q2_K, Q3_K, TQ1_0, TQ2_0, Q5_1, IQ4_NL and MXFP4 in groups of 16 rows for instruction sets whose sums of
+// products are of 16 bits: lane r of every register belongs to row r, so that scales need no spreading and
+// sums no reduction.
 #pragma once
 
 #include "packed.h"
@@ -40,18 +41,32 @@ struct PackedLanesTQ1_0 {
   uint16_t d[kPackedRows];
 };
 
+// Blocks of 32. codes[i]: step 2i in the low nibble, 2i + 1 in the high one.
+
 struct PackedLanesMXFP4 {
-  uint8_t codes[4][64];  // [i]: step 2i in the low nibble, 2i + 1 in the high one
+  uint8_t codes[4][64];
   uint8_t e[kPackedRows];
 };
 
-// 84, 114, 66, 56 and 17 bytes a row and block; the file has 84, 110, 66, 54 and 17.
+struct PackedLanesIQ4_NL {
+  uint8_t codes[4][64];
+  uint16_t d[kPackedRows];
+};
+
+struct PackedLanesQ5_1 {
+  uint8_t codes[4][64];
+  uint8_t high[64];  // bit s: bit 4 of step s
+  uint16_t d[kPackedRows], m[kPackedRows];
+};
+
+// 84, 114, 66, 56, 17, 18 and 24 bytes a row and block; the file has 84, 110, 66, 54, 17, 18 and 24.
 static_assert(sizeof(PackedLanesQ2_K) == 1344 && sizeof(PackedLanesQ3_K) == 1824);
 static_assert(sizeof(PackedLanesTQ2_0) == 1056 && sizeof(PackedLanesTQ1_0) == 896);
-static_assert(sizeof(PackedLanesMXFP4) == 272);
+static_assert(sizeof(PackedLanesMXFP4) == 272 && sizeof(PackedLanesIQ4_NL) == 288 &&
+              sizeof(PackedLanesQ5_1) == 384);
 
 extern const PackedLayout kPackedLanesQ2_K, kPackedLanesQ3_K, kPackedLanesTQ1_0, kPackedLanesTQ2_0,
-    kPackedLanesMXFP4;
+    kPackedLanesQ5_1, kPackedLanesIQ4_NL, kPackedLanesMXFP4;
 
 // Up to 32 rows of the file's blocks -> their groups (PackedKernels::pack).
 template <class Packed>

@@ -1,13 +1,17 @@
 // Many tokens: a panel of rows is decoded once per block into a tile in the order of the dot-product
 // instructions (one dword = 4 codes of one row, a vector = the same 4 columns of kRowLanes rows) and
 // multiplied by all tokens. Integer sums of a block are exact, so the results are the bits of the fused path.
+// Activations are copied once a call, block by block, to where the products find them one after the other:
+// read from where they lie, each token's are in another page.
 
 constexpr int kPanel = 2 * kRowLanes;  // two vectors of rows share every activation load
 
 // Tokens per pass: their accumulators for two vectors of rows, twice (sub-block and block), fill the
 // registers.
 constexpr int kTileTokens = kRowLanes == 16 ? 6 : 3;
-constexpr int64_t kTileChunk = 512;  // tokens whose float accumulators stay in scratch
+// Tokens whose sums with a panel take half of a first-level cache; rows that share copies of activations, and
+// the bytes of those, which a second-level cache mostly holds.
+constexpr int64_t kTileChunk = 4096 / kPanel, kTileRows = 512, kTileXBytes = 512 << 10;
 
 struct Tile {
   alignas(64) uint8_t u[64][kPanel][4];
@@ -17,7 +21,24 @@ struct Tile {
   alignas(64) float dmin[8][kPanel];
   alignas(64) uint8_t rows[kPanel][320];
 };
-static_assert(sizeof(Tile) + kTileChunk * kPanel * 4 <= kMatmulScratch);
+
+// A token's activations of the columns of a tile.
+struct ColumnsX {
+  alignas(64) int8_t q[256];
+  int16_t sums[16];
+  float dx[8];  // of blocks of 32; the first alone of one of 256
+};
+static_assert(sizeof(Tile) + kTileXBytes + kTileChunk * kTileRows * 4 <= kMatmulScratch);
+
+// `count` blocks (one of 256 values) from block k on.
+template <Format F>
+inline void prepare_columns(const TokenX& x, int64_t k, int count, ColumnsX& out) {
+  constexpr int64_t kBlock = Traits<F>::block;
+  for (int i = 0; i < kBlock * count; i += 32)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out.q + i), load256(x.q + kBlock * k + i));
+  for (int i = 0; i < kBlock / 16 * count; ++i) out.sums[i] = x.sums[kBlock / 16 * k + i];
+  for (int i = 0; i < count; ++i) out.dx[i] = x.scales[k + i];
+}
 
 // Formats whose codes lead to the same inner loops share them.
 template <Format F>
@@ -119,90 +140,105 @@ inline void pin(VecI& v) {
   if constexpr (kVectorBytes == 32) asm("" : "+x"(v));
 }
 
-// acc[a][t] += scale[a] * (codes of kDwords dwords, from `dword`, times activations), scales from `sc` rows.
-template <int kMax, int kDwords, int kTokens>
-inline void multiply_scaled(const Tile& tile, int dword, const int32_t* sc, const int8_t* const* q,
-                            VecI (&acc)[2][kTokens]) {
-  using P = Products<kMax>;
-  const VecI scale[2] = {load_i(sc), load_i(sc + kRowLanes)};
-  if constexpr (kVnni) {
-    VecI sum[2][kTokens];
+template <int kTokens>
+inline void clear(VecI (&acc)[2][kTokens]) {
 #pragma GCC unroll 2
-    for (int a = 0; a < 2; ++a)
+  for (int a = 0; a < 2; ++a)
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) sum[a][t] = zero_i();
+    for (int t = 0; t < kTokens; ++t) acc[a][t] = zero_i();
+}
+
+// acc[a][t] += scale[a] * (codes of kDwords dwords, from `dword`, times activations), without VNNI: scales
+// are pairs of equal int16.
+template <int kMax, int kDwords, int kTokens>
+inline void multiply_pairs(const Tile& tile, int dword, VecI scale0, VecI scale1, const ColumnsX* x,
+                           VecI (&acc)[2][kTokens]) {
+  using P = Products<kMax>;
+  constexpr int kRun = P::run < kDwords ? P::run : kDwords;
 #pragma GCC unroll 8
-    for (int g = 0; g < kDwords; ++g) {
-      const VecI u0 = load_i(tile.u[dword + g][0]), u1 = load_i(tile.u[dword + g][kRowLanes]);
+  for (int start = 0; start < kDwords; start += kRun) {
+    VecI sum[2][kTokens];
+#pragma GCC unroll 8
+    for (int g = 0; g < kRun; ++g) {
+      const VecI u0 = load_i(tile.u[dword + start + g][0]), u1 = load_i(tile.u[dword + start + g][kRowLanes]);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
-        const VecI x = broadcast_i32(q[t] + 4 * (dword + g));
-        sum[0][t] = dp_u8s8(sum[0][t], u0, x);
-        sum[1][t] = dp_u8s8(sum[1][t], u1, x);
-      }
-    }
-#pragma GCC unroll 2
-    for (int a = 0; a < 2; ++a)
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) acc[a][t] = add_i32(acc[a][t], mul_i32(sum[a][t], scale[a]));
-  } else {
-    constexpr int kRun = P::run < kDwords ? P::run : kDwords;
-#pragma GCC unroll 8
-    for (int start = 0; start < kDwords; start += kRun) {
-      VecI sum[2][kTokens];
-#pragma GCC unroll 8
-      for (int g = 0; g < kRun; ++g) {
-        const VecI u0 = load_i(tile.u[dword + start + g][0]),
-                   u1 = load_i(tile.u[dword + start + g][kRowLanes]);
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const VecI x = broadcast_i32(q[t] + 4 * (dword + start + g));
-          const VecI p0 = P::pairs(u0, x), p1 = P::pairs(u1, x);
+        const VecI q = broadcast_i32(x[t].q + 4 * (dword + start + g));
+        const VecI p0 = P::pairs(u0, q), p1 = P::pairs(u1, q);
+        if constexpr (kRun == 1) {  // the magnitudes of 8-bit codes take registers too
+          acc[0][t] = dp_i16(acc[0][t], p0, scale0);
+          acc[1][t] = dp_i16(acc[1][t], p1, scale1);
+          pin(acc[0][t]);
+          pin(acc[1][t]);
+        } else {
           sum[0][t] = g == 0 ? p0 : add_i16(sum[0][t], p0);
           sum[1][t] = g == 0 ? p1 : add_i16(sum[1][t], p1);
           pin(sum[0][t]);
           pin(sum[1][t]);
         }
       }
-#pragma GCC unroll 2
-      for (int a = 0; a < 2; ++a)
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) acc[a][t] = dp_i16(acc[a][t], sum[a][t], scale[a]);
     }
-  }
-}
-
-// acc[a][t] += codes of one 32-value block, from `dword`, times activations.
-template <int kMax, int kTokens>
-inline void multiply_unscaled(const Tile& tile, int dword, const int8_t* const* q, VecI (&acc)[2][kTokens]) {
+    if constexpr (kRun > 1) {
 #pragma GCC unroll 8
-  for (int g = 0; g < 8; ++g) {
-    const VecI u0 = load_i(tile.u[dword + g][0]), u1 = load_i(tile.u[dword + g][kRowLanes]);
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const VecI x = broadcast_i32(q[t] + 4 * (dword + g));
-      if constexpr (kVnni) {
-        acc[0][t] = dp_u8s8(acc[0][t], u0, x);
-        acc[1][t] = dp_u8s8(acc[1][t], u1, x);
-      } else {
-        acc[0][t] = dp_i16(acc[0][t], Products<kMax>::pairs(u0, x), set_i16(1));
-        acc[1][t] = dp_i16(acc[1][t], Products<kMax>::pairs(u1, x), set_i16(1));
-        pin(acc[0][t]);
-        pin(acc[1][t]);
+      for (int t = 0; t < kTokens; ++t) {
+        acc[0][t] = dp_i16(acc[0][t], sum[0][t], scale0);
+        acc[1][t] = dp_i16(acc[1][t], sum[1][t], scale1);
       }
     }
   }
 }
 
+// sum[a][t] += codes of kDwords dwords, from `dword`, times activations, with VNNI.
+template <int kDwords, int kTokens>
+inline void multiply_plain(const Tile& tile, int dword, const ColumnsX* x, VecI (&sum)[2][kTokens]) {
+#pragma GCC unroll 8
+  for (int g = 0; g < kDwords; ++g) {
+    const VecI u0 = load_i(tile.u[dword + g][0]), u1 = load_i(tile.u[dword + g][kRowLanes]);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const VecI q = broadcast_i32(x[t].q + 4 * (dword + g));
+      sum[0][t] = dp_u8s8(sum[0][t], u0, q);
+      sum[1][t] = dp_u8s8(sum[1][t], u1, q);
+    }
+  }
+}
+
+// acc[a][t] += scale[a] * (codes of kDwords dwords, from `dword`, times activations), scales from `sc` rows.
+template <int kMax, int kDwords, int kTokens>
+inline void multiply_scaled(const Tile& tile, int dword, const int32_t* sc, const ColumnsX* x,
+                            VecI (&acc)[2][kTokens]) {
+  const VecI scale[2] = {load_i(sc), load_i(sc + kRowLanes)};
+  if constexpr (kVnni) {
+    VecI sum[2][kTokens];
+    clear<kTokens>(sum);
+    multiply_plain<kDwords, kTokens>(tile, dword, x, sum);
+#pragma GCC unroll 2
+    for (int a = 0; a < 2; ++a)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) acc[a][t] = add_i32(acc[a][t], mul_i32(sum[a][t], scale[a]));
+  } else {
+    multiply_pairs<kMax, kDwords, kTokens>(tile, dword, scale[0], scale[1], x, acc);
+  }
+}
+
+// acc[a][t] += codes of one 32-value block, from `dword`, times activations.
+template <int kMax, int kTokens>
+inline void multiply_unscaled(const Tile& tile, int dword, const ColumnsX* x, VecI (&acc)[2][kTokens]) {
+  if constexpr (kVnni)
+    multiply_plain<8, kTokens>(tile, dword, x, acc);
+  else
+    multiply_pairs<kMax, 8, kTokens>(tile, dword, set_i16(1), set_i16(1), x, acc);
+}
+
 // acc[a][t] += sum_factor . activation sums of the block.
 template <int kTokens>
-inline void multiply_sums(const Tile& tile, const TokenX* x, int64_t k, VecI (&acc)[2][kTokens]) {
+inline void multiply_sums(const Tile& tile, const ColumnsX* x, VecI (&acc)[2][kTokens]) {
 #pragma GCC unroll 8
   for (int p = 0; p < 8; ++p) {
     const VecI f0 = load_i(&tile.sum_factor[p][0]), f1 = load_i(&tile.sum_factor[p][kRowLanes]);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const VecI sums = broadcast_i32(x[t].sums + 16 * k + 2 * p);
+      const VecI sums = broadcast_i32(x[t].sums + 2 * p);
       acc[0][t] = dp_i16(acc[0][t], f0, sums);
       acc[1][t] = dp_i16(acc[1][t], f1, sums);
       pin(acc[0][t]);
@@ -227,48 +263,37 @@ inline void accumulate(const float* d, const float* dx, const VecI (&value)[2][k
   }
 }
 
-template <int kTokens>
-inline void clear(VecI (&acc)[2][kTokens]) {
-#pragma GCC unroll 2
-  for (int a = 0; a < 2; ++a)
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) acc[a][t] = zero_i();
-}
-
 template <int kSub, bool kMinimum, int kMax, int kTokens>
-void multiply_tile_256(const Tile& tile, const TokenX* x, int64_t k, float* out) {
-  const int8_t* q[kTokens];
+void multiply_tile_256(const Tile& tile, const ColumnsX* x, float* out) {
   float dx[kTokens];
-  for (int t = 0; t < kTokens; ++t) q[t] = x[t].q + 256 * k, dx[t] = x[t].scales[k];
+  for (int t = 0; t < kTokens; ++t) dx[t] = x[t].dx[0];
   VecI acc[2][kTokens];
   clear<kTokens>(acc);
-  if constexpr (!kMinimum && !Products<kMax>::is_signed) multiply_sums<kTokens>(tile, x, k, acc);
+  if constexpr (!kMinimum && !Products<kMax>::is_signed) multiply_sums<kTokens>(tile, x, acc);
   for (int s = 0; s < 256 / kSub; ++s)
-    multiply_scaled<kMax, kSub / 4, kTokens>(tile, s * kSub / 4, tile.sc[s * kSub / 16], q, acc);
+    multiply_scaled<kMax, kSub / 4, kTokens>(tile, s * kSub / 4, tile.sc[s * kSub / 16], x, acc);
   accumulate<kTokens>(tile.d[0], dx, acc, false, out);
   if constexpr (kMinimum) {
     clear<kTokens>(acc);
-    multiply_sums<kTokens>(tile, x, k, acc);
+    multiply_sums<kTokens>(tile, x, acc);
     accumulate<kTokens>(tile.dmin[0], dx, acc, true, out);
   }
 }
 
-// `count` blocks of 32, from block k on.
+// `count` blocks of 32.
 template <int kOffset, bool kMinimum, int kMax, int kTokens>
-void multiply_tile_32(const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
+void multiply_tile_32(const Tile& tile, const ColumnsX* x, int count, float* out) {
   for (int b = 0; b < count; ++b) {
-    const int8_t* q[kTokens];
     float dx[kTokens];
     int32_t total[kTokens];
     VecI acc[2][kTokens];
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      q[t] = x[t].q + 32 * k;
-      dx[t] = x[t].scales[k + b];
-      total[t] = x[t].sums[2 * (k + b)] + x[t].sums[2 * (k + b) + 1];
+      dx[t] = x[t].dx[b];
+      total[t] = x[t].sums[2 * b] + x[t].sums[2 * b + 1];
       acc[0][t] = acc[1][t] = Products<kMax>::is_signed ? zero_i() : set_i32(-kOffset * total[t]);
     }
-    multiply_unscaled<kMax, kTokens>(tile, 8 * b, q, acc);
+    multiply_unscaled<kMax, kTokens>(tile, 8 * b, x, acc);
     accumulate<kTokens>(tile.d[b], dx, acc, false, out);
     if constexpr (kMinimum) {
 #pragma GCC unroll 8
@@ -279,11 +304,11 @@ void multiply_tile_32(const Tile& tile, const TokenX* x, int64_t k, int count, f
 }
 
 template <class Panel, int kTokens = kTileTokens>
-void multiply_tile_up_to(int tokens, const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
+void multiply_tile_up_to(int tokens, const Tile& tile, const ColumnsX* x, int count, float* out) {
   if (tokens == kTokens) {
-    Panel::template multiply<kTokens>(tile, x, k, count, out);
+    Panel::template multiply<kTokens>(tile, x, count, out);
   } else if constexpr (kTokens > 1) {
-    multiply_tile_up_to<Panel, kTokens - 1>(tokens, tile, x, k, count, out);
+    multiply_tile_up_to<Panel, kTokens - 1>(tokens, tile, x, count, out);
   }
 }
 
@@ -305,47 +330,69 @@ struct FileRows {
   }
   // out[t] += these blocks times token t.
   template <int kTokens>
-  static void multiply(const Tile& tile, const TokenX* x, int64_t k, int count, float* out) {
+  static void multiply(const Tile& tile, const ColumnsX* x, int count, float* out) {
     using T = Traits<F>;
     if constexpr (T::block == 256)
-      multiply_tile_256<T::sub, T::minimum, kTileMax<F>, kTokens>(tile, x, k, out);
+      multiply_tile_256<T::sub, T::minimum, kTileMax<F>, kTokens>(tile, x, out);
     else
-      multiply_tile_32<T::offset, T::minimum, kTileMax<F>, kTokens>(tile, x, k, count, out);
+      multiply_tile_32<T::offset, T::minimum, kTileMax<F>, kTokens>(tile, x, count, out);
   }
 };
+
+// Rows [first, last) times tokens [t0, t0 + n), at most kTileRows and kTileChunk.
+template <Format F, class Panel>
+void matmul_tiled_part(const MatmulArgs& a, int64_t first, int64_t last, int64_t t0, int64_t n) {
+  constexpr int64_t kStep = Traits<F>::block == 256 ? 1 : 8;  // blocks per tile
+  Tile& tile = *static_cast<Tile*>(a.scratch);
+  ColumnsX* const x = reinterpret_cast<ColumnsX*>(&tile + 1);
+  float* const sums = reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(x) + kTileXBytes);
+  const int64_t blocks = a.cols / Traits<F>::block;
+  const int64_t groups = (n + kTileTokens - 1) / kTileTokens;
+  const int64_t segment = kTileXBytes / static_cast<int64_t>(sizeof(ColumnsX)) / n * kStep;
+  for (int64_t begin = 0; begin < blocks; begin += segment) {
+    const int64_t end = blocks - begin < segment ? blocks : begin + segment;
+    const auto blocks_at = [&](int64_t k) { return static_cast<int>(end - k < kStep ? end - k : kStep); };
+    for (int64_t t = 0; t < n; ++t) {
+      const TokenX token = token_x(a, t0 + t, Traits<F>::block);
+      for (int64_t k = begin; k < end; k += kStep)
+        prepare_columns<F>(token, k, blocks_at(k), x[(k - begin) / kStep * n + t]);
+    }
+    for (int64_t r0 = first; r0 < last; r0 += kPanel) {
+      const int64_t rows = a.rows - r0 < kPanel ? a.rows - r0 : kPanel;
+      const Panel panel(a, r0, rows);
+      float* const panel_sums = sums + (r0 - first) * n;
+      if (begin == 0)
+        for (int64_t i = 0; i < n * kPanel; i += kRowLanes) store_f(panel_sums + i, zero_f());
+      for (int64_t k = begin; k < end; k += kStep) {
+        panel.build(k, blocks_at(k), tile);
+        const ColumnsX* at = x + (k - begin) / kStep * n;
+        // Groups of nearly equal size: 16 tokens are 6 + 5 + 5.
+        for (int64_t g = 0, t = 0; g < groups; ++g) {
+          const int tokens = static_cast<int>((n - t + groups - g - 1) / (groups - g));
+          multiply_tile_up_to<Panel>(tokens, tile, at + t, blocks_at(k), panel_sums + t * kPanel);
+          t += tokens;
+        }
+      }
+      if (end < blocks) continue;
+      for (int64_t t = 0; t < n; ++t) {
+        float* out = a.out + (t0 + t) * a.out_stride + r0;
+        const float* from = panel_sums + t * kPanel;
+        for (int64_t r = 0; r < rows; ++r) out[r] = a.accumulate ? out[r] + from[r] : from[r];
+      }
+    }
+  }
+}
 
 // `Panel` says how rows become tiles and what those mean: FileRows, or that of another layout.
 template <Format F, class Panel = FileRows<F>>
 void matmul_tiled(const MatmulArgs& a) {
-  using T = Traits<F>;
-  constexpr int64_t kStep = T::block == 256 ? 1 : 8;  // blocks per tile
-  Tile& tile = *static_cast<Tile*>(a.scratch);
-  float* const sums = reinterpret_cast<float*>(&tile + 1);
-  const int64_t blocks = a.cols / T::block;
-  for (int64_t t0 = 0; t0 < a.n; t0 += kTileChunk) {
-    const int64_t n = a.n - t0 < kTileChunk ? a.n - t0 : kTileChunk;
-    const int64_t groups = (n + kTileTokens - 1) / kTileTokens;
-    for (int64_t r0 = 0; r0 < a.rows; r0 += kPanel) {
-      const int64_t rows = a.rows - r0 < kPanel ? a.rows - r0 : kPanel;
-      const Panel panel(a, r0, rows);
-      for (int64_t i = 0; i < n * kPanel; i += kRowLanes) store_f(sums + i, zero_f());
-      for (int64_t k = 0; k < blocks; k += kStep) {
-        const int count = static_cast<int>(blocks - k < kStep ? blocks - k : kStep);
-        panel.build(k, count, tile);
-        // Groups of nearly equal size: 16 tokens are 6 + 5 + 5.
-        for (int64_t g = 0, t = 0; g < groups; ++g) {
-          const int tokens = static_cast<int>((n - t + groups - g - 1) / (groups - g));
-          TokenX x[kTileTokens];
-          for (int i = 0; i < tokens; ++i) x[i] = token_x(a, t0 + t + i, T::block);
-          multiply_tile_up_to<Panel>(tokens, tile, x, k, count, sums + t * kPanel);
-          t += tokens;
-        }
-      }
-      for (int64_t t = 0; t < n; ++t) {
-        float* out = a.out + (t0 + t) * a.out_stride + r0;
-        const float* from = sums + t * kPanel;
-        for (int64_t r = 0; r < rows; ++r) out[r] = a.accumulate ? out[r] + from[r] : from[r];
-      }
+  const int64_t chunks = (a.n + kTileChunk - 1) / kTileChunk;
+  for (int64_t first = 0; first < a.rows; first += kTileRows) {
+    const int64_t last = a.rows - first < kTileRows ? a.rows : first + kTileRows;
+    for (int64_t c = 0, t0 = 0; c < chunks; ++c) {
+      const int64_t n = (a.n - t0) / (chunks - c);
+      matmul_tiled_part<F, Panel>(a, first, last, t0, n);
+      t0 += n;
     }
   }
 }
