@@ -12,9 +12,9 @@ constexpr int64_t kInlineValues = 1 << 16;
 constexpr int64_t kPanel = 32;
 // Tokens whose heads are quantised together.
 constexpr int64_t kQuantizeTokens = 8;
-// With AVX-512 a piece prepares its activations anew, and decodes its weights anew for every 128 tokens: with
-// fewer rows than these the tokens are cut instead of the rows. Narrower registers keep the activations as
-// they are, and decoded weights for 512 tokens.
+// A piece prepares its activations anew: with fewer rows than these the tokens are cut instead of the rows,
+// into parts for which the weights are decoded anew. VNNI and AMX do that for every 128 tokens anyway,
+// narrower registers for 512, which is worth more there.
 constexpr int64_t kThickRows = 256, kPartTokens = 128, kWideLanes = 16;
 // Up to this many tokens take the fused path, which reads the file's blocks four rows at a time.
 constexpr int64_t kFusedTokens = 4, kFusedRows = 8;
