@@ -12,7 +12,7 @@
 //   store(args, row, rows, token, tokens, sums)
 // and for blocks of 256, whose run() is run_panel(),
 //   kFolding, kRight, kMinimum, kSumsAt, blocks
-//   fold(k, piece, planes, factors)                 a part of a panel's block, of kRows
+//   fold(k, piece, planes, factors)                 a part of a panel's block, of kPieces
 //   add_terms(factors, c, minima, packed, sums)     the float terms of one block, panel and tile of tokens
 
 constexpr int kTileTokensAmx = 16;     // tokens of a tile
@@ -24,6 +24,7 @@ struct Factors {
   alignas(64) float d[8][kFoldRows];
   alignas(64) float dmin[8][kFoldRows];
   alignas(64) uint8_t minima[kFoldRows][64];
+  alignas(64) uint8_t tables[33][64];  // IQ1's scales, and one that is not looked at
 };
 using TileSums = int32_t[16][16];
 struct AmxScratch {
@@ -54,7 +55,8 @@ struct Folder {
   int piece = 0;
 
   void fold(int pieces) {
-    for (const int end = piece + pieces; piece < end; ++piece) panel.fold(k, piece, planes, factors);
+    const int end = piece + pieces < P::kPieces ? piece + pieces : P::kPieces;
+    for (; piece < end; ++piece) panel.fold(k, piece, planes, factors);
   }
 };
 
@@ -72,7 +74,7 @@ template <class P, bool kTwo, bool kFold>
 void multiply_tiles(const uint8_t* planes, const uint8_t* packed, int64_t second, Folder<P>& next) {
   constexpr bool kSigned0 = P::kFolding.signed_high,
                  kSigned1 = P::kFolding.planes == 2 ? P::kFolding.signed_low : kSigned0;
-  constexpr int kRowsNow = P::kRows / 8;
+  constexpr int kNow = (P::kPieces + 7) / 8;
   tile_zero<0>(), tile_zero<1>();
   if constexpr (kTwo) tile_zero<2>(), tile_zero<3>();
 #pragma GCC unroll 5
@@ -81,10 +83,10 @@ void multiply_tiles(const uint8_t* planes, const uint8_t* packed, int64_t second
     tile_load<6>(packed + s * kTileBytes, 64);
     tile_load<4>(at, 64);
     multiply_weights<P, kSigned0, 0, 4, 6>();
-    if (kFold && s < 4) next.fold(kRowsNow);
+    if (kFold && s < 4) next.fold(kNow);
     tile_load<5>(at + kWeightBytes, 64);
     multiply_weights<P, kSigned1, 1, 5, 6>();
-    if (kFold && s < 4) next.fold(kRowsNow);
+    if (kFold && s < 4) next.fold(kNow);
     if constexpr (kTwo) {
       tile_load<7>(packed + second + s * kTileBytes, 64);
       multiply_weights<P, kSigned0, 2, 4, 7>();
@@ -160,7 +162,7 @@ void run_panel(const P& panel, const uint8_t* packed, int64_t pitch, int64_t til
   const auto folder = [&](int64_t k) {
     return Folder<P>{panel, k, scratch.planes[k % 2], scratch.factors[k % 3]};
   };
-  folder(0).fold(P::kRows);
+  folder(0).fold(P::kPieces);
   Late<P> late;
   for (int64_t k = 0; k < panel.blocks; ++k)
     multiply_panel<P>(scratch.planes[k % 2], scratch.factors[k % 3], packed + k * P::kPackedBytes, pitch,

@@ -6,6 +6,8 @@ struct LanesPanelGrid : LanesPanel<F, 16> {
   using Lanes = LanesPanel<F, 16>;
   using typename Lanes::Block;
   static constexpr Folding kFolding = {2, 8, true, false, false, 0, 0};
+  static constexpr bool kHalves = false;
+  static constexpr int kPieces = 8;
   static constexpr int64_t kScalesAt = 4 * kTileBytes, kSumsAt = 0, kPackedBytes = kScalesAt + 64;
   using Lanes::Lanes;
 
@@ -13,10 +15,8 @@ struct LanesPanelGrid : LanesPanel<F, 16> {
     Lanes::pack_rows(x, k, grid_order<F>(), out, reinterpret_cast<float*>(out + kScalesAt));
   }
 
-  // A sub-block at every second piece.
-  __attribute__((noinline)) void fold(int64_t k, int piece, uint8_t* planes, Factors& factors) const {
-    if (piece % 2 != 0) return;
-    const int s = piece / 2;
+  // A sub-block.
+  __attribute__((noinline)) void fold(int64_t k, int s, uint8_t* planes, Factors& factors) const {
     const Block& w = this->group[0][k];
     Lanes::template prefetch<8>(0, k, s);
     if (s == 0) store_f(factors.d[0], mul_f(load_f16(w.d), set_f(block_factor<F>())));

@@ -1,6 +1,8 @@
 // Panels of packed layouts for tile products (amx-inl.h): with a row to each lane a vector already is a line
 // of a right operand, so weights stand on the right and activations, token by token, on the left.
 
+#include "trits-inl.h"
+
 // What panels of one or two groups of 16 rows share.
 template <Format F, int kCount>
 struct LanesPanel {
@@ -66,82 +68,104 @@ struct LanesPanel {
   }
 };
 
+// The integer sum of a row of `c`, as a float.
+template <class P>
+inline VecF lanes_sum(const TileSums* c, const uint8_t* packed, int t) {
+  VecI value = load_i(c[0][t]);
+  if constexpr (P::kFolding.planes == 2) value = add_i32(left_i32(value, P::kFolding.shift), load_i(c[1][t]));
+  if constexpr (P::kHalves) {
+    const float* totals = reinterpret_cast<const float*>(packed + P::kTotalsAt);
+    return fma_f(to_f(value), set_f(2.0f), set_f(totals[t]));  // exact: below 2^24
+  } else {
+    return to_f(value);
+  }
+}
+
 template <class P>
 inline void add_lanes_terms(const Factors& factors, const TileSums* c, const uint8_t* packed, float* sums) {
   const float* scales = reinterpret_cast<const float*>(packed + P::kScalesAt);
-  for (int at = 0; at < P::kRows; at += 16, ++c) {
+  for (int at = 0; at < P::kRows; at += 16, c += P::kFolding.planes) {
     const VecF d = load_f(factors.d[0] + at);
 #pragma GCC unroll 16
     for (int t = 0; t < kTileTokensAmx; ++t) {
-      VecI value = load_i(c[0][t]);
-      if constexpr (P::kFolding.planes == 2)
-        value = add_i32(left_i32(value, P::kFolding.shift), load_i(c[1][t]));
       float* to = sums + t * P::kRows + at;
-      store_f(to, add_f(load_f(to), mul_f(mul_f(d, set_f(scales[t])), to_f(value))));
+      store_f(to, add_f(load_f(to), mul_f(mul_f(d, set_f(scales[t])), lanes_sum<P>(c, packed, t))));
     }
   }
 }
 
-// IQ1 as in amx_fold-inl.h: scale * 8 * (trit - 1) in one plane, and a step of deltas.
+// Half of scale * (8 * (trit - 1) +- 1), rounded down, for every (scale / 2) << 1 | delta is negative, in
+// byte trit + 1.
+struct HalvesIq1 {
+  alignas(64) int8_t of[16][4];
+};
+constexpr HalvesIq1 make_halves_iq1() {
+  HalvesIq1 out{};
+  for (int i = 0; i < 16; ++i)
+    for (int trit = 0; trit < 3; ++trit)
+      out.of[i][trit + 1] = static_cast<int8_t>(((i | 1) * (8 * (trit - 1) + (i % 2 ? -1 : 1)) - 1) / 2);
+  return out;
+}
+constexpr HalvesIq1 kHalvesIq1 = make_halves_iq1();
+
+// IQ1: a weight is an odd number of eighths, scales included, from -135 to 135. A byte holds half of that,
+// rounded down, so that an integer sum is twice the product plus the sum of the activations.
 template <Format F>
 struct LanesPanelIq1 : LanesPanel<F, 32> {
   using Lanes = LanesPanel<F, 32>;
   using typename Lanes::Block;
-  static constexpr Folding kFolding = folding<F>();
-  static constexpr int64_t kScalesAt = 5 * kTileBytes, kSumsAt = 0, kPackedBytes = kScalesAt + 64;
+  static constexpr Folding kFolding = {1, 0, true, false, false, 0, 0};
+  static constexpr bool kHalves = true;
+  static constexpr int64_t kScalesAt = 4 * kTileBytes, kTotalsAt = kScalesAt + 64, kSumsAt = 0,
+                           kPackedBytes = kTotalsAt + 64;
+  static constexpr int kTables = F == Format::IQ1_S ? 8 : 32, kTableSteps = 64 / kTables;
+  static constexpr int kGroupPieces = 1 + kTritRegisters, kPieces = 2 * kGroupPieces;
   using Lanes::Lanes;
 
   static void pack(const TokenX* x, int64_t k, int64_t, uint8_t* out) {
     alignas(64) static constexpr uint8_t kNatural[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                          8, 9, 10, 11, 12, 13, 14, 15};
     Lanes::pack_rows(x, k, repeat_128(kNatural), out, reinterpret_cast<float*>(out + kScalesAt));
-    // The sum of every 8 activations as 8 * high + low in two bytes.
-    for (int t = 0; t < kTileTokensAmx; ++t)
-      for (int c = 0; c < 4; ++c) {
-        const VecI fours = dp_u8s8(zero_i(), set_i8(1), load_i(out + c * kTileBytes + t * 64)),
-                   eights = add_i32(fours, shuffle_i32<0xb1>(fours));
-        const VecI digits =
-            or_i(and_i(_mm512_srai_epi32(eights, 3), set_i32(255)), left_i32(and_i(eights, set_i32(7)), 8));
-        _mm_store_si128(reinterpret_cast<__m128i*>(out + 4 * kTileBytes + t * 64 + 16 * c),
-                        _mm512_cvtepi64_epi16(digits));
-      }
+    float* totals = reinterpret_cast<float*>(out + kTotalsAt);
+    for (int t = 0; t < kTileTokensAmx; ++t) {
+      const __m256i pairs = _mm256_madd_epi16(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[t].sums + 16 * k)), _mm256_set1_epi16(1));
+      totals[t] = static_cast<float>(_mm512_reduce_add_epi32(_mm512_zextsi256_si512(pairs)));
+    }
   }
 
-  // 16 values of 16 rows.
-  __attribute__((noinline)) void fold(int64_t k, int piece, uint8_t* planes, Factors& factors) const {
-    const int g = piece / 16, sub = piece % 16;
+  // The scales of a group of 16 rows as tables, or five steps of its values.
+  void fold(int64_t k, int piece, uint8_t* planes, Factors& factors) const {
+    const int g = piece / kGroupPieces, part = piece % kGroupPieces - 1;
     const Block& w = this->group[g][k];
-    uint8_t* const to = planes + g * kWeightBytes;
-    Lanes::template prefetch<16>(g, k, sub);
-    if (sub == 0) store_f(factors.d[0] + 16 * g, mul_f(load_f16(w.d), set_f(block_factor<F>())));
-    VecI nibble, negative;  // bits 0 and 1: delta of the first and second 8 values
-    if constexpr (F == Format::IQ1_S) {
-      nibble = right_u32(load_i(w.scales), sub / 4 * 4 + sub / 2 % 2 * 16);
-      negative = or_i(left_i32(nibble, 1), and_i(nibble, set_i32(1)));
-    } else {
-      nibble = right_u32(load_i(w.scales[sub / 8]), sub % 8 / 2 * 4 + sub % 2 * 16);
-      negative = right_u32(load_i(w.negative), 2 * sub);
+    if (part < 0) {
+      Lanes::template prefetch<1>(g, k, 0);
+      store_f(factors.d[0] + 16 * g, mul_f(load_f16(w.d), set_f(block_factor<F>())));
+      for (int i = 0; i < kTables; ++i)
+        store_i(factors.tables[i], _mm512_permutexvar_epi32(scale_and_sign(w, i), load_i(kHalvesIq1.of)));
+      return;
     }
-    const VecI scale = or_i(and_i(nibble, set_i32(14)), set_i32(1)), eight = left_i32(scale, 3);
-    // For both groups of 8: 8 * scale and scale, each negative where delta is.
-    const VecI pair = or_i(eight, left_i32(scale, 8)), plus = or_i(pair, left_i32(pair, 16));
-    const VecI minus = _mm512_sub_epi8(zero_i(), plus);
-    const auto with_sign = [&](int bit) {
-      return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(negative, set_i32(bit)), plus, minus);
-    };
-    store_i(to + 4 * kTileBytes + sub * 64, blend_words(with_sign(1), with_sign(2)));
+    alignas(16) static constexpr uint8_t kRow[16] = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
+    const VecI row = repeat_128(kRow);
+    uint8_t* const to = planes + g * kWeightBytes;
+    VecI code = load_i(w.codes[part]);
+#pragma GCC unroll 5
+    for (int step = 5 * part; step < 5 * part + 5; ++step) {  // the 65th is past the tiles and not looked at
+      const VecI trit =
+          _mm512_ternarylogic_epi64(_mm512_srli_epi16(trit_bits(code), 6), set_i8(3), row, 0xea);
+      store_i(to + step * 64, lookup_i8(load_i(factors.tables[step / kTableSteps]), trit));
+      code = next_trit(code);
+    }
+  }
 
-    alignas(64) static constexpr uint8_t kLowByte[16] = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
-    const VecI step_of = lookup_i8(eight, repeat_128(kLowByte));
-    VecI code = zero_i();
-    for (int step = 4 * sub / 5 * 5; step < 4 * sub + 4; ++step) {
-      code = step % 5 == 0 ? load_i(w.codes[step / 5]) : add_i8(add_i8(code, code), code);
-      if (step < 4 * sub) continue;
-      // A trit is 0 below 256 / 3 and 2 from 512 / 3 on.
-      const __mmask64 low = _mm512_cmplt_epu8_mask(code, set_i8(86)),
-                      high = _mm512_cmpge_epu8_mask(code, set_i8(-85));
-      store_i(to + step * 64,
-              _mm512_mask_sub_epi8(_mm512_maskz_mov_epi8(high, step_of), low, zero_i(), step_of));
+  // In the low four bits of a lane: (scale / 2) << 1 | delta is negative, of table `i`.
+  static VecI scale_and_sign(const Block& w, int i) {
+    if constexpr (F == Format::IQ1_S) {
+      return right_u32(load_i(w.scales), i / 2 * 4 + i % 2 * 16);
+    } else {
+      const int sub = i / 2;
+      const VecI scale = right_u32(load_i(w.scales[sub / 8]), sub % 8 / 2 * 4 + sub % 2 * 16);
+      return _mm512_ternarylogic_epi64(set_i32(1), right_u32(load_i(w.negative), i), scale, 0xca);
     }
   }
 

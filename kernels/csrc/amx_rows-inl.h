@@ -78,6 +78,7 @@ template <Format F>
 struct RowsPanel256 : PanelRows<kFoldRows / folding<F>().planes> {
   using Rows = PanelRows<kFoldRows / folding<F>().planes>;
   using Rows::kRows;
+  static constexpr int kPieces = kRows;
   using T = Traits<F>;
   static constexpr int64_t kBlock = 256, kBytes = sizeof(typename T::Block);
   static constexpr Folding kFolding = folding<F>();
