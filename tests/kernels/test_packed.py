@@ -69,7 +69,7 @@ def test_packed_weights_mean_what_the_file_means(cpu: Cpu, name: str, rows: int,
 
 
 @each_packed
-@pytest.mark.parametrize("rows", [1, 5, 16, 47, 100, *slow(2, 3, 4, 6, 7, 8, 9, 31, 32)])
+@pytest.mark.parametrize("rows", [1, 5, 16, 47, *slow(2, 3, 4, 6, 7, 8, 9, 31, 32, 100)])
 def test_products_have_the_bits_of_the_file(cpu: Cpu, name: str, rows: int) -> None:
     for cols in COLS if rows in (1, 47) else COLS[2:3]:
         w, x = weight(name, rows, cols, seed=cols), normal(rows, 19, cols)
