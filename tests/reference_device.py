@@ -130,9 +130,9 @@ class ReferenceDevice:
         self.locked += weight.nbytes
         return True
 
-    def reserve_stream(self, nbytes: int) -> None:
+    def reserve_stream(self, nbytes: int, rooms: int) -> None:
         self._room = nbytes
-        self.allocated += 4 * nbytes
+        self.allocated += (rooms + 2) * nbytes  # two are there rearranged
 
     def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[Weight]]:
         for group in groups:

@@ -117,9 +117,9 @@ class Gpu:
         system does not allow it."""
         return self._uploader.lock(weight.bytes, read_only=weight.layout == "file")
 
-    def reserve_stream(self, nbytes: int) -> None:
-        """Makes room for `pass_through` of groups of up to `nbytes`."""
-        self._weights = WeightStream(self._uploader, self.device, nbytes)
+    def reserve_stream(self, nbytes: int, rooms: int) -> None:
+        """Makes room for `pass_through`: so many `rooms` for groups of up to `nbytes`."""
+        self._weights = WeightStream(self._uploader, self.device, nbytes, rooms)
 
     def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[GpuWeight]]:
         """Groups of weights that are sent for once: each is there until the next is asked for, which is on

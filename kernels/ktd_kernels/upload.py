@@ -24,8 +24,6 @@ _PIECES = 8
 _THREADS = 8
 _PART = 1 << 20
 _ALIGNMENT = 256
-#: Groups that a WeightStream has on their way or in use; some are sent while a layer's attention is computed.
-ROOMS = 4
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: what the pages of a mapped file need
 
 
@@ -105,11 +103,11 @@ def _unlock(driver: ctypes.CDLL, locked: list[tuple[int, int]]) -> None:
 
 
 class WeightStream:
-    """Weights that pass through the device: room for ROOMS groups of up to `nbytes`."""
+    """Weights that pass through the device: so many `rooms` for groups of up to `nbytes`."""
 
-    def __init__(self, uploader: Uploader, device: torch.device, nbytes: int) -> None:
+    def __init__(self, uploader: Uploader, device: torch.device, nbytes: int, rooms: int) -> None:
         self._uploader = uploader
-        self._rooms = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(ROOMS)]
+        self._rooms = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(rooms)]
         self._free = [event() for _ in self._rooms]
         self._arrived = event()
         self._stream = stream()
@@ -119,7 +117,7 @@ class WeightStream:
         sent while that work, and what the stream was given before, is done."""
         work = torch.cuda.current_stream()
         for number, group in enumerate(groups):
-            room, free = self._rooms[number % ROOMS], self._free[number % ROOMS]
+            room, free = self._rooms[number % len(self._rooms)], self._free[number % len(self._free)]
             places: list[torch.Tensor] = []
             start = 0
             free.synchronize()  # no further ahead, so that a step that is given up ends soon

@@ -74,7 +74,7 @@ def test_weights_that_pass_through_are_each_there_for_their_work() -> None:
         for seed in range(9)
     ]
     with gpu.work():
-        gpu.reserve_stream(sum(w.nbytes + 256 for w in groups[0]))
+        gpu.reserve_stream(sum(w.nbytes + 256 for w in groups[0]), 2)
         busy = torch.randn(4096, 4096, device="cuda:0")
         found = []
         for weights in gpu.pass_through(groups):
@@ -105,7 +105,7 @@ def test_packed_weights_arrive_as_those_of_the_file(kind: GGMLQuantizationType, 
     parts = [(0, 5), (5, 5), (10, 2)]
     with gpu.work():
         assert not locked or gpu.lock(packed)
-        gpu.reserve_stream(packed.part(0, 5).nbytes + 256)
+        gpu.reserve_stream(packed.part(0, 5).nbytes + 256, 2)
         stream = gpu.pass_through([packed.part(*part)] for part in parts)
         found = [w.data.clone().view(w.matrices, -1) for (w,) in stream]
         expected = gpu.weight(plain.bytes, plain.ggml_type, plain.shape)

@@ -23,9 +23,9 @@ from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Tick
 from ktd.model.device import Device
 from ktd.model.inputs import Inputs, table_width
-from ktd.model.placement import Placement
+from ktd.model.placement import DRAWN_ROWS, Placement
 from ktd.model.source import WeightSource
-from ktd.model.stage import DRAWN_ROWS, Stage
+from ktd.model.stage import Stage
 from ktd.model.streaming import SentExperts, Span
 from ktd_kernels import Cpu
 

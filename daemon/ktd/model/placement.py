@@ -18,12 +18,11 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 
 # The driver's context, the kernels' code and the libraries' own workspaces, before anything of the model.
 _RUNTIME_BYTES = 640 << 20
-# Bytes of weights that are sent at once to experts of long prompts; so many times as they lie in memory
-# (ktd_kernels.upload.ROOMS) and rearranged.
-GROUP_BYTES = 96 << 20
-_GROUPS = 4 + 2
-# Drawn rows that are computed at once (stage.DRAWN_ROWS); they have buffers of their own.
-_DRAWN_ROWS = 64
+#: Bytes of weights that are sent at once to experts of long prompts, and how many such groups there is room
+#: for: some are sent while a layer's attention is computed. Two more are there rearranged.
+GROUP_BYTES, ROOMS = 96 << 20, 4
+#: Drawn rows that are computed at once at most; they have buffers of their own.
+DRAWN_ROWS = 64
 # What a captured decode step keeps on the device for each layer: the nodes of its kernels.
 _GRAPH_BYTES_A_LAYER = 192 << 10
 # Dequantised tiles, values of feed-forwards, split-context partial results and the like, which the kernels
@@ -128,7 +127,7 @@ class GpuNeeds:
         last = layers.stop == config.layers
         held = [layer for layer in layers if layer in experts]
         elsewhere = any(self.experts[layer] for layer in layers if layer not in experts)
-        drawn = min(self._logit_rows, _DRAWN_ROWS)
+        drawn = min(self._logit_rows, DRAWN_ROWS)
         buffers = (
             4 * self._rows * _row_values(config)
             + 4 * min(self._rows, ATTENTION_ROWS) * _attention_values(config)
@@ -136,7 +135,7 @@ class GpuNeeds:
             + (4 * (self._logit_rows + drawn) * config.vocab_size if last else 0)
             + drawn * len(layers) * _GRAPH_BYTES_A_LAYER
             + _SCRATCH_BYTES
-            + (_GROUPS * GROUP_BYTES if elsewhere else 0)
+            + ((ROOMS + 2) * GROUP_BYTES if elsewhere else 0)
         )
         return VramBytes(
             dense=sum(self.dense[layer] for layer in layers) + (self._head if last else 0),

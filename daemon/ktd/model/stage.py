@@ -21,16 +21,13 @@ from ktd.model.device import Device
 from ktd.model.exchange import Exchange, MailedExperts, PromptExperts
 from ktd.model.ffn import Elsewhere
 from ktd.model.inputs import Inputs
-from ktd.model.placement import Placement
+from ktd.model.placement import DRAWN_ROWS, Placement
 from ktd.model.rope import rope_table
 from ktd.model.shares import Shares
 from ktd.model.source import WeightSource
 from ktd.model.streaming import Span
 from ktd.model.workspace import Workspace
 from ktd_kernels import Cpu
-
-#: Drawn rows that are computed at once at most.
-DRAWN_ROWS = 64
 
 
 class Stage:

@@ -10,7 +10,7 @@ import torch
 from ktd.model.device import Device
 from ktd.model.exchange import Exchange
 from ktd.model.ffn import Elsewhere, Experts
-from ktd.model.placement import GROUP_BYTES
+from ktd.model.placement import GROUP_BYTES, ROOMS
 from ktd.model.workspace import Views
 from ktd_kernels import Cpu, MoeJob, Weight
 
@@ -38,7 +38,7 @@ class SentExperts:
 
     def reserve(self) -> None:
         """Makes room on the device."""
-        self._device.reserve_stream(self._room)
+        self._device.reserve_stream(self._room, ROOMS)
 
     def lock(self, experts: Experts) -> None:
         """Keeps what the CPU computes with in its place. (The file's pages beside a packed copy may leave
