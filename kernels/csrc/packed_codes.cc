@@ -9,6 +9,7 @@
 namespace ktd {
 namespace {
 
+#include "pack_groups-inl.h"
 #include "decode-inl.h"
 
 template <class Packed>
@@ -189,18 +190,12 @@ const PackedLayout kPackedCodesIQ3_S = kLayout<PackedCodesIQ3_S>;
 
 template <class Packed>
 void pack_code_rows(const MatmulArgs& args, uint8_t* groups) {
-  const int64_t blocks = args.cols / 256;
-  auto* to = reinterpret_cast<Packed*>(groups);
-  for (int64_t first = 0; first < args.rows; first += kPackedRows) {
-    const int count = static_cast<int>(args.rows - first < kPackedRows ? args.rows - first : kPackedRows);
-    for (int64_t k = 0; k < blocks; ++k, ++to) {
-      memset(to, 0, sizeof(Packed));
-      for (int r = 0; r < count; ++r)
-        put(reinterpret_cast<const typename Source<Packed>::Block*>(args.w + (first + r) * args.row_bytes)[k],
-            r, *to);
-      if constexpr (kTrits<Packed>) finish_trits(*to);
-    }
-  }
+  using Block = typename Source<Packed>::Block;
+  pack_groups<Packed, Block, 256>(
+      args, groups, [](const Block& block, int r, Packed& to) { put(block, r, to); },
+      [](Packed& to) {
+        if constexpr (kTrits<Packed>) finish_trits(to);
+      });
 }
 
 template void pack_code_rows<PackedCodesIQ2_XXS>(const MatmulArgs&, uint8_t*);

@@ -7,6 +7,7 @@
 namespace ktd {
 namespace {
 
+#include "pack_groups-inl.h"
 #include "decode-inl.h"
 
 template <class Packed>
@@ -235,19 +236,10 @@ const PackedLayout kPackedIQ3_S = grid_layout<PackedIQ3_S>("grid");
 template <class Packed>
 void pack_grid_rows(const MatmulArgs& args, uint8_t* groups) {
   using Block = typename FileBlock<Packed>::Type;
-  const int64_t blocks = args.cols / 256;
-  auto* to = reinterpret_cast<Packed*>(groups);
-  for (int64_t first = 0; first < args.rows; first += kPackedRows) {
-    const int count = static_cast<int>(args.rows - first < kPackedRows ? args.rows - first : kPackedRows);
-    for (int64_t k = 0; k < blocks; ++k, ++to) {
-      memset(to, 0, sizeof(Packed));
-      for (int r = 0; r < count; ++r) {
-        const auto& block = reinterpret_cast<const Block*>(args.w + (first + r) * args.row_bytes)[k];
-        to->d[r] = block.d;
-        put(block, r, *to);
-      }
-    }
-  }
+  pack_groups<Packed, Block, 256>(args, groups, [](const Block& block, int r, Packed& to) {
+    to.d[r] = block.d;
+    put(block, r, to);
+  });
 }
 
 template void pack_grid_rows<PackedIQ2_XXS>(const MatmulArgs&, uint8_t*);

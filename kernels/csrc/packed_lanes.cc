@@ -7,6 +7,7 @@
 namespace ktd {
 namespace {
 
+#include "pack_groups-inl.h"
 #include "decode-inl.h"
 
 template <class Packed>
@@ -230,16 +231,8 @@ const PackedLayout kPackedLanesMXFP4 = kLayout<PackedLanesMXFP4>;
 template <class Packed>
 void pack_lane_rows(const MatmulArgs& args, uint8_t* groups) {
   using Block = typename Traits<kFormat<Packed>>::Block;
-  const int64_t blocks = args.cols / kValues<Packed>;
-  auto* to = reinterpret_cast<Packed*>(groups);
-  for (int64_t first = 0; first < args.rows; first += kPackedRows) {
-    const int count = static_cast<int>(args.rows - first < kPackedRows ? args.rows - first : kPackedRows);
-    for (int64_t k = 0; k < blocks; ++k, ++to) {
-      memset(to, 0, sizeof(Packed));
-      for (int r = 0; r < count; ++r)
-        put(reinterpret_cast<const Block*>(args.w + (first + r) * args.row_bytes)[k], r, *to);
-    }
-  }
+  pack_groups<Packed, Block, kValues<Packed>>(
+      args, groups, [](const Block& block, int r, Packed& to) { put(block, r, to); });
 }
 
 template void pack_lane_rows<PackedLanesQ2_K>(const MatmulArgs&, uint8_t*);
