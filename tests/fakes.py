@@ -141,7 +141,7 @@ class FakeEngine:
     ) -> None:
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
-        self.death: Future[None] = Future()
+        self.death: Future[EngineFailure] = Future()
         self._script = script
         self._step_seconds = step_seconds
         self._tokens_per_step = tokens_per_step

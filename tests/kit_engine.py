@@ -166,10 +166,12 @@ def generation(
     return GenerationRequest(name, list(prompt), max_tokens, sampling, frozenset(stop), priority)
 
 
-def make_engine(model: FakeModel | Model, **sizes: int) -> Engine:
+def make_engine(
+    model: FakeModel | Model, *, check_file: Callable[[], None] = lambda: None, **sizes: int
+) -> Engine:
     """Not started. Defaults: context 128, 4 sequences, pages of 4 tokens, f32 cache."""
     defaults = {"context": 128, "max_sequences": 4, "page_size": 4, "chunk_tokens": 16}
-    return Engine(cast(Model, model), EngineConfig(**(defaults | sizes), cache_type="f32"))
+    return Engine(cast(Model, model), EngineConfig(**(defaults | sizes), cache_type="f32"), check_file)
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:

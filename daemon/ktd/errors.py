@@ -11,7 +11,8 @@ KtdError
 ├── Unavailable             loading, draining or stopped
 ├── Unreachable             another machine does not answer, or not as it should
 └── EngineFailure           a fault of ours; the daemon's log has the trace
-    └── DeviceLost          a GPU gives no more results until the process starts anew
+    ├── DeviceLost          a GPU gives no more results until the process starts anew
+    └── FileLost            a part of the model's file is gone while the model is in use
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "ContextExceeded",
     "DeviceLost",
     "EngineFailure",
+    "FileLost",
     "GgufError",
     "KtdError",
     "RequestError",
@@ -78,3 +80,7 @@ class EngineFailure(KtdError):
 
 class DeviceLost(EngineFailure):
     """A GPU fails at everything from now on: only a new process can use it."""
+
+
+class FileLost(EngineFailure):
+    """A part of the model's file was cut off or cannot be read: only a new process can map it again."""

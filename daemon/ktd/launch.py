@@ -33,7 +33,7 @@ EMBEDDED = "ktd-demo-Q8_0.gguf"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model that was checked and not loaded. Holds the mapped file."""
+    """A model that was checked and not loaded. Holds the mapped file, which is guarded."""
 
     settings: Settings
     gguf: GgufFile
@@ -54,6 +54,7 @@ def prepare(settings: Settings) -> Prepared:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     gguf = GgufFile.open(settings.gguf_path or embedded_model())
+    gguf.guard()
     gpus = gpus_for(settings.vram, gguf.nbytes)
     plan = plan_for(settings, gguf, cpu, gpus)
     if gpus and not plan.placement.devices:
@@ -83,14 +84,20 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
     """Loads the model and starts its engine; minutes for a large file. `progress` is told fractions from 0
     to 1.
 
-    Raises GgufError for what only the tensors themselves show.
+    Raises GgufError for what only the tensors themselves show, FileLost.
     """
     settings, plan = prepared.settings, prepared.plan
+    check = prepared.gguf.check
+
+    def tell(fraction: float) -> None:
+        check()
+        progress(fraction)
+
     model = load_model(
         prepared.gguf,
         prepared.cpu,
         context=plan.context,
-        progress=progress,
+        progress=tell,
         repack=plan.growth > 0,
         placement=plan.placement,
     )
@@ -105,7 +112,9 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
             queue_limit=settings.queue_limit,
             cache_type=settings.cache_type,
         ),
+        check,
     )
+    check()
     engine.start()
     most = settings.max_sequences + settings.queue_limit
     chat = ChatService(engine, prepared.text, prepared.served, most_prepared=most)

@@ -16,6 +16,7 @@
 #include "hand_off.h"
 #include "matmul.h"
 #include "moe.h"
+#include "read_guard.h"
 #include "topology.h"
 
 namespace ktd {
@@ -67,6 +68,11 @@ double py_hand_off(Cpu& cpu, int loops, double gap) {
   if (!(gap >= 0)) reject("gap is " + std::to_string(gap) + ", but must be 0 or above.");
   nb::gil_scoped_release released;
   return hand_off(cpu.pool, loops, gap);
+}
+
+void init_read_guard(ReadGuard* self, Array<const uint8_t> data) {
+  check_array(data, "data", {-1});
+  new (self) ReadGuard(data.data(), data.size());
 }
 
 std::vector<int64_t> weight_shape(const PyWeight& w) {
@@ -240,6 +246,13 @@ NB_MODULE(_C, m) {
         "root: where the files /proc and /sys of a machine are, '' for this one; cpus: those to use, by "
         "default "
         "what the calling thread may run on.");
+
+  nb::class_<ReadGuard>(m, "ReadGuard",
+                        "While it lives, reading what a mapped file no longer has gives zeros, not SIGBUS.")
+      .def("__init__", &init_read_guard, "data"_a.noconvert(),
+           "data: uint8 [bytes], the whole mapping of a file; not kept alive.")
+      .def_prop_ro("broken", &ReadGuard::broken,
+                   "Whether a page could not be read: it and what follows it are zeros from then on.");
 
   nb::class_<PyWeight>(m, "Weight",
                        "A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.")

@@ -47,6 +47,20 @@ def read_topology(root: str = '', cpus: Sequence[int] | None = None) -> Topology
     root: where the files /proc and /sys of a machine are, '' for this one; cpus: those to use, by default what the calling thread may run on.
     """
 
+class ReadGuard:
+    """
+    While it lives, reading what a mapped file no longer has gives zeros, not SIGBUS.
+    """
+
+    def __init__(self, data: Annotated[NDArray[numpy.uint8], dict(device='cpu', writable=False)]) -> None:
+        """data: uint8 [bytes], the whole mapping of a file; not kept alive."""
+
+    @property
+    def broken(self) -> bool:
+        """
+        Whether a page could not be read: it and what follows it are zeros from then on.
+        """
+
 class Weight:
     """
     A matrix, or a stack of them, of GGUF blocks; keeps `data` alive, copies nothing.

@@ -24,6 +24,7 @@ from ktd.errors import (
     ContextExceeded,
     DeviceLost,
     EngineFailure,
+    FileLost,
     RequestError,
     SettingsError,
     Unavailable,
@@ -423,6 +424,33 @@ def test_a_lost_device_is_the_end(started: list[Engine]) -> None:
     engine.death.result(10)
     with pytest.raises(Unavailable, match="failed and takes no more requests"):
         engine.submit(generation("late", PROMPT, 5), Recorder())
+
+
+def test_a_lost_file_is_the_end_and_named(started: list[Engine]) -> None:
+    """Zeros came in its place: nothing is drawn from them, and whatever they broke is not blamed."""
+    files = ["whole"]
+
+    def check() -> None:
+        if files != ["whole"]:
+            raise FileLost("The model file x.gguf is gone.")
+
+    for breaks in (False, True):
+        files[:] = ["whole"]
+
+        def lose(batch: Batch, breaks: bool = breaks) -> None:
+            if len(batch.tokens) == 1:
+                files.clear()
+            if breaks and not files:
+                raise ZeroDivisionError("no weights")
+
+        engine = make_engine(FakeModel(hook=lose), check_file=check)
+        started.append(engine)
+        engine.start()
+        heard = Recorder()
+        engine.submit(generation("a", PROMPT, 5), heard)
+        assert isinstance(heard.wait().error, FileLost)
+        assert heard.tokens == expected_greedy(PROMPT, 1)
+        assert engine.death.result(10) is heard.error
 
 
 def test_an_abort_that_comes_too_late_does_not_hit_the_next_of_that_name(started: list[Engine]) -> None:

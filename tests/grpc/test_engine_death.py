@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import grpc
 import pytest
 from fakes import SERVED, FakeEngine, FakeText
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from kit_daemon import endless, free_port
 
 from ktd.chat import ChatService
 from ktd.chat.request import RequestDefaults
 from ktd.errors import EngineFailure
+from ktd.launch import embedded_model
 from ktd.server.host import Loaded
 from ktd.server.lifecycle import Lifecycle
 from ktd.settings import Settings
@@ -35,12 +38,6 @@ sys.exit(main())
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 async def test_health_turns_and_the_daemon_ends() -> None:
     engine = FakeEngine()
     loaded = Loaded(ChatService(engine, FakeText(), SERVED), engine, "scalar", 1)
@@ -57,7 +54,7 @@ async def test_health_turns_and_the_daemon_ends() -> None:
             states.append(answer.status)
             if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
                 break
-            engine.death.set_result(None)
+            engine.death.set_result(EngineFailure("The engine died."))
     assert states == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
     with pytest.raises(EngineFailure, match="The engine died"):
         await asyncio.wait_for(running, 20)
@@ -90,3 +87,38 @@ async def test_the_client_is_told_and_the_process_ends_with_1(
     assert process.returncode == 1
     assert "the scheduler broke" in log
     assert log.splitlines()[-1].startswith("ktd: The engine died")
+
+
+async def test_a_model_file_that_is_cut_short_is_told_and_no_bus_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    port, path = free_port(), tmp_path / "model.gguf"
+    shutil.copy(embedded_model(), path)
+    argv = [sys.executable, "-m", "ktd.main", "serve", "--gguf-path", str(path), "--grpc-port", str(port)]
+    argv += ["--port", str(free_port())]
+    process = await asyncio.create_subprocess_exec(*argv, cwd=tmp_path, stderr=asyncio.subprocess.PIPE)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            watched = health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
+            async for answer in watched:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    break
+            stub = engine_pb2_grpc.EngineStub(channel)
+            calls = [aiter(stub.Chat(endless(), timeout=60)) for _ in range(3)]
+            for call in calls:
+                while not (await anext(call)).HasField("reasoning"):
+                    pass
+            os.truncate(path, path.stat().st_size // 4)
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError, match=r"model\.gguf was cut short") as caught:
+                    [event async for event in call]
+                assert caught.value.code() == grpc.StatusCode.INTERNAL
+        _, heard = await asyncio.wait_for(process.communicate(), 30)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+    assert process.returncode == 1
+    assert heard.decode().splitlines()[-1].startswith(f"ktd: The model file {path} was cut short")

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = load(args)
     logs.configure(settings)
-    faulthandler.enable(2)  # last words where a model's file is cut short under it (SIGBUS)
+    faulthandler.enable(2)  # last words of a fault in what is not Python
     raise_descriptor_limit()
     file = RunRecordFile(settings.grpc_port)
     last = file.read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from enum import Enum, auto
 from time import monotonic
@@ -18,7 +18,7 @@ from ktd.engine.config import EngineConfig
 from ktd.engine.live import Listener, LiveRequest
 from ktd.engine.logprobs import RowScores, score_rows
 from ktd.engine.runner import Runner
-from ktd.errors import Busy, DeviceLost, EngineFailure, KtdError, RequestError, Unavailable
+from ktd.errors import Busy, DeviceLost, EngineFailure, FileLost, KtdError, RequestError, Unavailable
 from ktd.model import Model, Tick
 from ktd.sched import Scheduler, Sequence, Work
 from ktd.types import Ended, EngineStatus, Failed, FinishReason, GenerationRequest, Tokens
@@ -32,7 +32,10 @@ _PREFILL_EVERY = 0.9  # seconds; clients are promised progress at least once a s
 _LONG = 32
 _FAULT = "The engine failed while it worked on this request; the daemon's log has the trace."
 _CLOSED = "The engine takes no requests now: it is not started yet, or is stopping."
+_DIED = "The engine died: the daemon ends, to be started again; its log has the trace."
 _DEAD = "The engine failed and takes no more requests: the daemon has to be restarted."
+# After these no later step could do better.
+_FATAL = (DeviceLost, FileLost)
 
 
 class _State(Enum):
@@ -54,8 +57,8 @@ class Engine:
     Listeners are called from the engine thread, one event at a time, and hold it up while they run.
 
     A fault in a step ends the requests it touches with EngineFailure and the loop goes on. Where even that
-    goes wrong, or a device is lost, the loop is dead: all requests end with EngineFailure, no other is taken,
-    and `death` is done.
+    goes wrong, or a device or the model's file is lost, the loop is dead: all requests end with
+    EngineFailure, no other is taken, and `death` is done.
 
     A long step, which reads prompts, carries none of the sequences that decode: they have a step before it,
     and more between its layers, for a third of the time.
@@ -64,8 +67,13 @@ class Engine:
     while the model runs or a listener is called.
     """
 
-    def __init__(self, model: Model, config: EngineConfig) -> None:
+    def __init__(
+        self, model: Model, config: EngineConfig, check_file: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check_file` raises FileLost when the model read what its file does not have any more; it is called
+        on every step and between layers."""
         self._config = config
+        self._check_file = check_file
         self._vocab_size = model.config.vocab_size
         cache = LatentCache(
             model.config.layers,
@@ -93,7 +101,7 @@ class Engine:
         self._aborted: set[str] = set()
         self._prompt_tokens = self._completion_tokens = self._steps = 0
         self._next_turn = 0.0  # of those that decode, while a long step is under way; monotonic seconds
-        self.death: Future[None] = Future()
+        self.death: Future[EngineFailure] = Future()
         self._thread = threading.Thread(target=self._loop, name="ktd-engine", daemon=True)
 
     def start(self) -> None:
@@ -173,15 +181,18 @@ class Engine:
                     self._step()
                 except _Abandoned:
                     continue
-                except DeviceLost:
+                except _FATAL:
                     raise
                 except Exception:
                     log.exception("the step loop failed")
                     self._start_over()
             self._fail(self._known(), Unavailable("The engine is stopping."))
+        except FileLost as error:
+            log.critical("%s", error)
+            self._die(error, error)
         except BaseException:
             log.critical("the step loop is dead", exc_info=True)
-            self._die()
+            self._die(EngineFailure(_FAULT), EngineFailure(_DIED))
 
     def _start_over(self) -> None:
         """Ends every request there is. Raises RuntimeError where the books are wrong even then."""
@@ -191,17 +202,17 @@ class Engine:
                 raise RuntimeError("the scheduler has sequences that belong to no request")
             self._scheduler.check_integrity()
 
-    def _die(self) -> None:
+    def _die(self, told: EngineFailure, reason: EngineFailure) -> None:
         with self._inbox:
             self._state = _State.DEAD
             self._arrived.clear()
             left = list(self._live.values())
         for live in left:
             try:
-                self._end(live, Failed(EngineFailure(_FAULT)))
+                self._end(live, Failed(told))
             except Exception:  # it was told its last word; its pages are beyond help
                 log.exception("request %s could not be taken out", live.request.request_id)
-        self.death.set_result(None)
+        self.death.set_result(reason)
 
     def _collect(self) -> bool:
         """Takes in what other threads left, waiting while there is nothing to do; False once stopped."""
@@ -247,9 +258,11 @@ class Engine:
         requests = [self._of(item.sequence) for item in work]
         try:
             logits = self._runner.run(work, tick)
-        except (_Abandoned, DeviceLost):
+            self._check_file()
+        except (_Abandoned, *_FATAL):
             raise
         except Exception:
+            self._check_file()  # zeros may be what it stumbled over
             log.exception("a step failed; its %d requests end", len(work))
             self._fail(requests, EngineFailure(_FAULT))
             return
@@ -293,6 +306,7 @@ class Engine:
     def _tick(self, work: list[Work], fraction: float) -> None:
         """Called between layers: tells progress within a long step, gives up one that nobody wants, and lets
         others decode."""
+        self._check_file()
         with self._inbox:
             aborted = set(self._aborted)
             stopped = self._state is _State.STOPPED

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ktd.errors import GgufError
 from ktd.gguf.cursor import Cursor, quoted
 from ktd.gguf.formats import GgmlType, refusal
+from ktd_kernels import ReadGuard
 
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
@@ -53,6 +54,7 @@ class Shard:
             cursor, tensors, index, _alignment(self.metadata, path), len(self._buffer), path
         )
         self._bytes: npt.NDArray[np.uint8] | None = np.frombuffer(self._buffer, np.uint8)
+        self._guard: ReadGuard | None = None
 
     def data(self, tensor: TensorInfo) -> npt.NDArray[np.uint8]:
         """The tensor's blocks, uint8 [nbytes]: a read-only view of the mapping, nothing is copied."""
@@ -67,9 +69,19 @@ class Shard:
         if length > 0 and self._bytes is not None:
             self._buffer.madvise(mmap.MADV_DONTNEED, first, length)
 
+    def guard(self) -> None:
+        """As GgufFile.guard."""
+        if self._bytes is not None:
+            self._guard = ReadGuard(self._bytes)
+
+    @property
+    def broken(self) -> bool:
+        """Whether something was read since `guard` that is not there any more."""
+        return self._guard is not None and self._guard.broken
+
     def close(self) -> None:
         """Forgets the mapping; the system unmaps it when the last view of it is gone."""
-        self._bytes = None
+        self._bytes = self._guard = None
         try:
             self._buffer.close()
         except BufferError:

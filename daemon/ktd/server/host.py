@@ -13,7 +13,7 @@ from typing import Protocol
 from ktd.chat import ChatService, ServedModel
 from ktd.chat.interfaces import Generator
 from ktd.chat.request import RequestDefaults
-from ktd.errors import Unavailable
+from ktd.errors import EngineFailure, Unavailable
 from ktd.server.metrics import Metrics
 from ktd.types import ChatEvent, ChatRequest, EngineStatus
 
@@ -31,8 +31,8 @@ class Engine(Generator, Protocol):
     """The engine as the daemon drives it (`ktd.engine.Engine`)."""
 
     @property
-    def death(self) -> Future[None]:
-        """Done when the engine failed for good."""
+    def death(self) -> Future[EngineFailure]:
+        """Done when the engine failed for good, with the reason."""
 
     def start(self) -> None: ...
     def status(self) -> EngineStatus: ...

@@ -13,7 +13,7 @@ from typing import Any
 
 from ktd.chat import ServedModel
 from ktd.chat.request import RequestDefaults
-from ktd.errors import EngineFailure, SettingsError
+from ktd.errors import SettingsError
 from ktd.server.grpc_service import GrpcServer
 from ktd.server.host import Engine, Host, Loaded, State
 from ktd.server.http_app import HttpServer
@@ -117,9 +117,7 @@ class Lifecycle:
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not stop.done():
             stop.cancel()
-            raise EngineFailure(
-                "The engine died: the daemon ends, to be started again; its log has the trace."
-            )
+            raise dead.result()
 
     async def _drain(self, grpc: GrpcServer, engine: Engine) -> None:
         """Lets running answers finish, for a bounded time or until the second signal."""
