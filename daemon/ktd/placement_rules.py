@@ -26,10 +26,10 @@ from ktd.files import read_text
 from ktd.gguf import GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.hf_convert import hf_module
+from ktd.model.placement import ROUTED
 from ktd.split import Pins
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
 _EMBEDDING = "token_embd.weight"
 _CUDA = re.compile(r"cuda(:\d+)?")
 # What the names of classes end in, by the last part of a module's name (of several the longest).
@@ -98,7 +98,7 @@ def read_rules(path: Path, gguf: GgufFile, config: ModelConfig, gpus: Sequence[s
     homes = _Homes(gpus, config.layers)
     for tensor, names in levels.items():
         decisive = _decisive(rules, names)
-        if routed := _ROUTED.match(tensor):
+        if routed := ROUTED.match(tensor):
             layers.setdefault(int(routed[1]), {})[tensor] = decisive
         elif decisive is not None and gpus:
             _check_dense(decisive, tensor)

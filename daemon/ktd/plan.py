@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from ktd.errors import SettingsError
 from ktd.gguf import GgmlType, GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.loader import packed_growth
-from ktd.model.placement import GpuNeeds, Placement, VramBytes, vram_bytes
+from ktd.model.placement import ROUTED, GpuNeeds, Placement, VramBytes, vram_bytes
 from ktd.split import Pins, cache_room, split
 from ktd_kernels import Cpu
 
@@ -27,7 +26,6 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 _CHUNK, _CHUNKS_ON_GPU = 512, (4096, 2048)
 # A default context is never planned below this where the model itself allows it (design: "at least 16,384").
 _LEAST_CONTEXT = 16_384
-_ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +160,7 @@ def make_plan(
 
 def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
     gguf, config, per_token = sizes.gguf, sizes.config, sizes.cache_per_token
-    routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
+    routed = sum(t.nbytes for t in gguf.tensors.values() if ROUTED.match(t.name))
     dense = gguf.nbytes - routed
     buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens) + _copies(gguf, config)
     # Routed experts may stay on disk; everything that every token reads may not.
@@ -206,7 +204,7 @@ def _on_gpus(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
     cache_tokens = sizes.cache_for(asked, max(spare // 2, room // 4))
     placement = _split(sizes, needs, budget, asked, cache_tokens)
     gpus = vram_bytes(needs, placement, config.layers, cache_tokens // PAGE_SIZE)
-    routed = sum(t.nbytes for t in gguf.tensors.values() if _ROUTED.match(t.name))
+    routed = sum(t.nbytes for t in gguf.tensors.values() if ROUTED.match(t.name))
     routed -= sum(gpu.experts for gpu in gpus)
     embedding = _embedding(gguf)
     buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens)

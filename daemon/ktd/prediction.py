@@ -27,6 +27,7 @@ from ktd.model.config import ModelConfig
 from ktd.model.device import Device
 from ktd.model.loader import build_model
 from ktd.model.ops import Matrix
+from ktd.model.placement import ROUTED
 from ktd.model.source import WeightSource
 from ktd.plan import PAGE_SIZE, Plan
 from ktd.synth.blocks import random_bytes
@@ -34,7 +35,6 @@ from ktd_kernels import Cpu
 from ktd_kernels.numa import interleaved
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_ROUTED = re.compile(r"blk\.\d+\.ffn_\w+_exps\.")
 # Each layer has its own: with one router for all, near layers would choose the same experts.
 _ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.")
 # Bytes that a token reads between two uses of a copy, and bytes of the experts it may choose from, as
@@ -180,7 +180,7 @@ def _copies(tensors: Mapping[str, TensorInfo], plan: Plan, config: ModelConfig) 
     cache = last_level_cache_bytes()
     read = (plan.ram_per_token + sum(plan.gpu_per_token)) / config.layers
     copies = math.ceil(_READ_BETWEEN * cache / max(read, 1))
-    routed = sum(t.nbytes for t in tensors.values() if _ROUTED.match(t.name))
+    routed = sum(t.nbytes for t in tensors.values() if ROUTED.match(t.name))
     if routed:
         choice = routed / (config.layers - config.dense_layers)
         copies = max(copies, math.ceil(_CHOICE * cache / choice))

@@ -217,14 +217,18 @@ def test_wrong_options_of_the_model_command(
     assert message in err
 
 
-def test_expert_bytes_of_a_batch(gguf_file: Path) -> None:
+def test_weights_that_a_step_reads(gguf_file: Path) -> None:
     with GgufFile.open(gguf_file) as file:
         config = ModelConfig.from_gguf(file)
-        total = 3 * 16 * 256 * 512 * 34 / 32  # gate, up, down of 16 experts in the one MoE layer
-        in_memory, on_gpu = Placement(), Placement(("cuda:0",), frozenset({1}))
-        assert model.expert_bytes(file, config, in_memory, 1) == pytest.approx(total * 4 / 16)
-        assert model.expert_bytes(file, config, in_memory, 2) == pytest.approx(total * (1 - 0.75**2))
-        assert model.expert_bytes(file, config, on_gpu, 2) == 0
+        experts = 3 * 16 * 256 * 512 * 34 / 32  # gate, up, down of 16 experts in the one MoE layer
+        dense = file.nbytes - experts - file.tensors["token_embd.weight"].nbytes
+        in_memory, beside_gpu = Placement(), Placement(("cuda:0",))
+        all_on_gpu = Placement(("cuda:0",), frozenset({1}))
+        one, two = experts * 4 / 16, experts * (1 - 0.75**2)
+        assert model.weight_bytes(file, config, in_memory, 1) == pytest.approx((dense + one, 0))
+        assert model.weight_bytes(file, config, in_memory, 2) == pytest.approx((dense + two, 0))
+        assert model.weight_bytes(file, config, beside_gpu, 1) == pytest.approx((one, dense))
+        assert model.weight_bytes(file, config, all_on_gpu, 2) == pytest.approx((0, dense + two))
 
 
 def test_model_bench_refuses_what_cannot_be_measured(gguf_file: Path) -> None:

@@ -19,7 +19,7 @@ from ktd.errors import KtdError, SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import find_gpus, gpus_for
 from ktd.model import ModelConfig, load_model
-from ktd.model.placement import Placement
+from ktd.model.placement import ROUTED, Placement
 from ktd.plan import PAGE_SIZE, make_plan
 from ktd.types import Ended, EngineEvent, Failed, GenerationRequest, SamplingParams, Tokens
 from ktd_kernels import Cpu
@@ -43,12 +43,13 @@ class PrefillResult:
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
     """Steps in which each of `sequences`, with `context` tokens behind it, writes one; bytes are those of the
-    routed experts in memory that they read."""
+    weights that a step reads from memory, and of those it reads from GPUs' memory."""
 
     sequences: int
     context: int
     seconds_a_step: float
-    expert_bytes_a_step: float
+    memory_bytes_a_step: float
+    gpu_bytes_a_step: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -167,8 +168,8 @@ class ModelBench:
                     for count in self.sequences:
                         say(f"{count} sequences writing, {before} tokens behind each")
                         seconds = session.decode(count, before, self.answer_tokens)
-                        read = expert_bytes(gguf, config, plan.placement, count)
-                        decode.append(DecodeResult(count, before, seconds, read))
+                        read = weight_bytes(gguf, config, plan.placement, count)
+                        decode.append(DecodeResult(count, before, seconds, *read))
                 if self.trace is not None:
                     say(f"profiling into {self.trace}")
                     _profile(session, self.trace)
@@ -194,22 +195,19 @@ class ModelBench:
             )
 
 
-def expert_bytes(gguf: GgufFile, config: ModelConfig, placement: Placement, sequences: int) -> float:
-    """Bytes of routed experts in memory that a step of `sequences` tokens reads if each token chooses at
-    random."""
-    if config.moe is None:
-        return 0.0
-    total = 0
-    for layer in range(config.layers):
-        if not placement.experts_on_gpu(layer):
-            start = f"blk.{layer}.ffn_"
-            total += sum(
-                info.nbytes
-                for name, info in gguf.tensors.items()
-                if name.startswith(start) and "_exps." in name
-            )
-    missed = (1.0 - config.moe.used / config.moe.experts) ** sequences
-    return float(total * (1.0 - missed))
+def weight_bytes(
+    gguf: GgufFile, config: ModelConfig, placement: Placement, sequences: int
+) -> tuple[float, float]:
+    """Bytes of weights, as they are in the file, that a step of `sequences` tokens reads from memory and from
+    GPUs' memory if each token chooses its experts at random."""
+    chosen = 1.0 - (1.0 - config.moe.used / config.moe.experts) ** sequences if config.moe else 1.0
+    read = [0.0, 0.0]
+    for name, info in gguf.tensors.items():
+        if name == "token_embd.weight" and "output.weight" in gguf.tensors:
+            continue  # a few rows
+        share = chosen if ROUTED.match(name) else 1.0
+        read[placement.on_gpu(name)] += share * info.nbytes
+    return read[0], read[1]
 
 
 def _profile(session: Session, path: Path) -> None:

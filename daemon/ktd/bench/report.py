@@ -111,15 +111,24 @@ def print_model(result: ModelResult, peer: PeerResult | None) -> None:
         for row, p, its in zip(rows, result.prefill, peer.prefill, strict=True):
             row += [f"{p.tokens / its.seconds:.1f}", f"{its.seconds / p.seconds:.2f}", its.flags]
     _print("Reading a prompt", names, rows)
-    names = ["sequences", "context", "ms a step", "tok/s", "expert GB/s", "of wall"]
+    names = [
+        "sequences",
+        "context",
+        "ms a step",
+        "tok/s",
+        "memory GB/s",
+        "of wall",
+        *["GPU GB/s"][: result.gpus],
+    ]
     rows = [
         [
             str(d.sequences),
             str(d.context),
             f"{d.seconds_a_step * 1e3:.1f}",
             f"{d.tokens_per_second:.2f}",
-            f"{d.expert_bytes_a_step / d.seconds_a_step / 1e9:.2f}",
-            f"{100 * d.expert_bytes_a_step / d.seconds_a_step / result.bandwidth:.0f} %",
+            f"{d.memory_bytes_a_step / d.seconds_a_step / 1e9:.2f}",
+            f"{100 * d.memory_bytes_a_step / d.seconds_a_step / result.bandwidth:.0f} %",
+            *[f"{d.gpu_bytes_a_step / d.seconds_a_step / 1e9:.0f}"][: result.gpus],
         ]
         for d in result.decode
     ]
@@ -132,7 +141,11 @@ def print_model(result: ModelResult, peer: PeerResult | None) -> None:
         names += ["llama.cpp ms", "ours/llama.cpp", "its best flags"]
         for row, d, its in zip(rows, result.decode, peer.decode, strict=True):
             row += [f"{its.seconds * 1e3:.1f}", f"{its.seconds / d.seconds_a_step:.2f}", its.flags]
-    _print("Writing, all sequences together; wall = experts read from memory", names, rows)
+    _print(
+        "Writing, all sequences together; wall = the file's bytes of the weights read from memory",
+        names,
+        rows,
+    )
 
 
 def print_serve(title: str, results: Sequence[ServeResult]) -> None:

@@ -12,7 +12,8 @@ from ktd.gguf import GgmlType, GgufFile, TensorInfo
 from ktd.model.config import ModelConfig
 from ktd.model.workspace import ATTENTION_ROWS
 
-_ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.weight")
+#: Names of routed experts; the group is their layer.
+ROUTED = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 
@@ -66,7 +67,7 @@ class Placement:
 
     def on_gpu(self, tensor: str) -> bool:
         """Whether the tensor of this name is a GPU's."""
-        routed = _ROUTED.match(tensor)
+        routed = ROUTED.match(tensor)
         if routed:
             return self.experts_on_gpu(int(routed[1]))
         return bool(self.devices) and tensor != "token_embd.weight"
@@ -117,7 +118,7 @@ class GpuNeeds:
             if block is None:
                 self._head += _head_bytes(gguf, tensor.name)
             elif int(block[1]) < config.layers:  # draft heads are not loaded
-                kind = self.experts if _ROUTED.match(tensor.name) else self.dense
+                kind = self.experts if ROUTED.match(tensor.name) else self.dense
                 kind[int(block[1])] += _layer_bytes(config, tensor)
 
     def of(self, layers: range, experts: Set[int], pages: int) -> VramBytes:
