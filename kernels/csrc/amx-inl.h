@@ -12,8 +12,9 @@
 //   store(args, row, rows, token, tokens, sums)
 // and for blocks of 256, whose run() is run_panel(),
 //   kFolding, kRight, kMinimum, kSumsAt, blocks
-//   fold(k, piece, planes, factors)                 a part of a panel's block, of kPieces
-//   add_terms(factors, c, minima, packed, sums)     the float terms of one block, panel and tile of tokens
+//   fold(k, planes, factors)                        a panel's block
+//   add_terms(factors, c, minima, packed, sums, part)   a quarter of the float terms of one block, panel and
+//                                                   tile of tokens
 
 constexpr int kTileTokensAmx = 16;     // tokens of a tile
 constexpr int64_t kChunkTokens = 256;  // whose float accumulators stay in scratch
@@ -24,14 +25,19 @@ struct Factors {
   alignas(64) float d[8][kFoldRows];
   alignas(64) float dmin[8][kFoldRows];
   alignas(64) uint8_t minima[kFoldRows][64];
-  alignas(64) uint8_t tables[33][64];  // IQ1's scales, and one that is not looked at
 };
 using TileSums = int32_t[16][16];
-struct AmxScratch {
-  alignas(64) uint8_t planes[2][2 * kWeightBytes];  // of a block and of the next
-  Factors factors[3];  // and of the block before, whose last terms are added late
-  alignas(64) TileSums c[8];
+
+// The sums of a panel and two tiles of tokens, and what their minima add.
+struct UnitSums {
+  alignas(64) TileSums c[4];
   alignas(64) float minima[4][16][16];
+};
+struct AmxScratch {
+  alignas(64) uint8_t planes[2 * kWeightBytes];
+  Factors factors[2];         // of a block and of the one before
+  UnitSums units[2];          // of the unit at hand and of the one before
+  alignas(64) TileSums c[8];  // of blocks of 32
 };
 
 // Into the L2 cache: the panel and the packed activations fill the L1.
@@ -45,18 +51,21 @@ inline void tile_keep(TileSums* c) {
   tile_store<kTile>(c[kTile], 64);
 }
 
-// The block that is folded next, piece by piece between the products of the one before.
+// Products of a panel with one or two tiles of tokens whose terms are still to be added: a quarter after each
+// step of the next ones, where the tile unit is what they would wait for.
 template <class P>
-struct Folder {
-  const P& panel;
-  int64_t k;
-  uint8_t* planes;
-  Factors& factors;
-  int piece = 0;
+struct Unit {
+  const Factors* factors = nullptr;
+  const UnitSums* at;
+  const uint8_t* packed;
+  int64_t pitch;
+  float* sums;
+  bool two;
 
-  void fold(int pieces) {
-    const int end = piece + pieces < P::kPieces ? piece + pieces : P::kPieces;
-    for (; piece < end; ++piece) panel.fold(k, piece, planes, factors);
+  void add(int part) const {
+    if (factors == nullptr) return;
+    P::add_terms(*factors, at->c, at->minima, packed, sums, part);
+    if (two) P::add_terms(*factors, at->c + 2, at->minima + 2, packed + pitch, sums + P::kSums, part);
   }
 };
 
@@ -69,12 +78,13 @@ inline void multiply_weights() {
     tile_multiply<kSigned, true, kC, kW, kX>();
 }
 
-// c[2t + w] = tile w of a panel's weights times tile t of one or two tiles of tokens.
-template <class P, bool kTwo, bool kFold>
-void multiply_tiles(const uint8_t* planes, const uint8_t* packed, int64_t second, Folder<P>& next) {
+// c[2t + w] = tile w of a panel's weights times tile t of one or two tiles of tokens. All loads of a step
+// stand before its products: two threads of a core lose less to each other than with each load where it is
+// needed.
+template <class P, bool kTwo>
+void multiply_tiles(const uint8_t* planes, const uint8_t* packed, int64_t second, const Unit<P>& late) {
   constexpr bool kSigned0 = P::kFolding.signed_high,
                  kSigned1 = P::kFolding.planes == 2 ? P::kFolding.signed_low : kSigned0;
-  constexpr int kNow = (P::kPieces + 7) / 8;
   tile_zero<0>(), tile_zero<1>();
   if constexpr (kTwo) tile_zero<2>(), tile_zero<3>();
 #pragma GCC unroll 5
@@ -82,16 +92,15 @@ void multiply_tiles(const uint8_t* planes, const uint8_t* packed, int64_t second
     const uint8_t* at = planes + s * kTileBytes;
     tile_load<6>(packed + s * kTileBytes, 64);
     tile_load<4>(at, 64);
-    multiply_weights<P, kSigned0, 0, 4, 6>();
-    if (kFold && s < 4) next.fold(kNow);
     tile_load<5>(at + kWeightBytes, 64);
+    if constexpr (kTwo) tile_load<7>(packed + second + s * kTileBytes, 64);
+    multiply_weights<P, kSigned0, 0, 4, 6>();
     multiply_weights<P, kSigned1, 1, 5, 6>();
-    if (kFold && s < 4) next.fold(kNow);
     if constexpr (kTwo) {
-      tile_load<7>(packed + second + s * kTileBytes, 64);
       multiply_weights<P, kSigned0, 2, 4, 7>();
       multiply_weights<P, kSigned1, 3, 5, 7>();
     }
+    if (s < 4) late.add(s);
   }
 }
 
@@ -111,63 +120,33 @@ inline void multiply_minima(const Factors& factors, const uint8_t* packed, float
   tile_store<0>(minima[0], 64);
 }
 
-// The products of a panel with one or two tiles of tokens whose terms are not added yet: that is done while
-// the tile unit works on the next products.
-template <class P>
-struct Late {
-  const Factors* factors = nullptr;
-  const uint8_t* packed;
-  int64_t pitch;
-  float* sums;
-  bool two;
-
-  void add(const AmxScratch& scratch) const {
-    if (factors == nullptr) return;
-    P::add_terms(*factors, scratch.c, scratch.minima, packed, sums);
-    if (two) P::add_terms(*factors, scratch.c + 2, scratch.minima + 2, packed + pitch, sums + P::kSums);
-  }
-};
-
-// One panel and 256 values times `tiles` tiles of tokens, whose packed blocks are `pitch` bytes apart. The
-// next block is folded while the last products are under way.
-template <class P>
-void multiply_panel(const uint8_t* planes, const Factors& factors, const uint8_t* packed, int64_t pitch,
-                    int64_t tiles, float* sums, AmxScratch& scratch, Folder<P> next, bool last,
-                    Late<P>& late) {
-  for (int64_t t = 0; t < tiles; t += 2) {
-    const bool fold = t + 2 >= tiles && !last, two = t + 1 < tiles;
-    const uint8_t* x = packed + t * pitch;
-    if (two && fold)
-      multiply_tiles<P, true, true>(planes, x, pitch, next);
-    else if (two)
-      multiply_tiles<P, true, false>(planes, x, pitch, next);
-    else if (fold)
-      multiply_tiles<P, false, true>(planes, x, pitch, next);
-    else
-      multiply_tiles<P, false, false>(planes, x, pitch, next);
-    late.add(scratch);
-    tile_keep<0>(scratch.c), tile_keep<1>(scratch.c);
-    if (two) tile_keep<2>(scratch.c), tile_keep<3>(scratch.c);
-    if constexpr (P::kMinimum) {
-      multiply_minima<P>(factors, x + P::kSumsAt, scratch.minima);
-      if (two) multiply_minima<P>(factors, x + pitch + P::kSumsAt, scratch.minima + 2);
-    }
-    late = {&factors, x, pitch, sums + t * P::kSums, two};
-  }
-}
-
+// All blocks of a panel times `tiles` tiles of tokens, whose packed blocks are `pitch` bytes apart.
 template <class P>
 void run_panel(const P& panel, const uint8_t* packed, int64_t pitch, int64_t tiles, float* sums,
                AmxScratch& scratch) {
-  const auto folder = [&](int64_t k) {
-    return Folder<P>{panel, k, scratch.planes[k % 2], scratch.factors[k % 3]};
-  };
-  folder(0).fold(P::kPieces);
-  Late<P> late;
-  for (int64_t k = 0; k < panel.blocks; ++k)
-    multiply_panel<P>(scratch.planes[k % 2], scratch.factors[k % 3], packed + k * P::kPackedBytes, pitch,
-                      tiles, sums, scratch, folder(k + 1), k + 1 == panel.blocks, late);
-  late.add(scratch);
+  Unit<P> late;
+  int64_t unit = 0;
+  for (int64_t k = 0; k < panel.blocks; ++k) {
+    Factors& factors = scratch.factors[k % 2];
+    panel.fold(k, scratch.planes, factors);
+    for (int64_t t = 0; t < tiles; t += 2, ++unit) {
+      const bool two = t + 1 < tiles;
+      const uint8_t* x = packed + k * P::kPackedBytes + t * pitch;
+      UnitSums& to = scratch.units[unit % 2];
+      if (two)
+        multiply_tiles<P, true>(scratch.planes, x, pitch, late);
+      else
+        multiply_tiles<P, false>(scratch.planes, x, pitch, late);
+      tile_keep<0>(to.c), tile_keep<1>(to.c);
+      if (two) tile_keep<2>(to.c), tile_keep<3>(to.c);
+      if constexpr (P::kMinimum) {
+        multiply_minima<P>(factors, x + P::kSumsAt, to.minima);
+        if (two) multiply_minima<P>(factors, x + pitch + P::kSumsAt, to.minima + 2);
+      }
+      late = {&factors, &to, x, pitch, sums + t * P::kSums, two};
+    }
+  }
+  for (int part = 0; part < 4; ++part) late.add(part);
 }
 
 // Tokens that fit into scratch with their packed activations, as tiles of 16; 0 where not even one does.
@@ -196,7 +175,7 @@ void matmul_panels(const MatmulArgs& a) {
   tile_configure(P::config());
   for (int64_t first = 0; first < all_tiles; first += chunk) {
     const int64_t tiles = all_tiles - first < chunk ? all_tiles - first : chunk;
-    for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t t = 0; t < tiles && !(a.same_x && chunks == 1); ++t) {
       TokenX x[kTileTokensAmx];
       for (int i = 0; i < kTileTokensAmx; ++i) {
         const int64_t token = (first + t) * kTileTokensAmx + i;

@@ -7,7 +7,6 @@ struct LanesPanelGrid : LanesPanel<F, 16> {
   using typename Lanes::Block;
   static constexpr Folding kFolding = {2, 8, true, false, false, 0, 0};
   static constexpr bool kHalves = false;
-  static constexpr int kPieces = 8;
   static constexpr int64_t kScalesAt = 4 * kTileBytes, kSumsAt = 0, kPackedBytes = kScalesAt + 64;
   using Lanes::Lanes;
 
@@ -15,11 +14,14 @@ struct LanesPanelGrid : LanesPanel<F, 16> {
     Lanes::pack_rows(x, k, grid_order<F>(), out, reinterpret_cast<float*>(out + kScalesAt));
   }
 
-  // A sub-block.
-  __attribute__((noinline)) void fold(int64_t k, int s, uint8_t* planes, Factors& factors) const {
+  __attribute__((noinline)) void fold(int64_t k, uint8_t* planes, Factors& factors) const {
     const Block& w = this->group[0][k];
-    Lanes::template prefetch<8>(0, k, s);
-    if (s == 0) store_f(factors.d[0], mul_f(load_f16(w.d), set_f(block_factor<F>())));
+    Lanes::prefetch(0, k);
+    store_f(factors.d[0], mul_f(load_f16(w.d), set_f(block_factor<F>())));
+    for (int s = 0; s < 8; ++s) fold_sub(w, s, planes);
+  }
+
+  static void fold_sub(const Block& w, int s, uint8_t* planes) {
     VecI u[8];
     decode_sub<F>(w, s, u);
     const auto* scales = reinterpret_cast<const uint32_t*>(w.scales);
@@ -41,8 +43,8 @@ struct LanesPanelGrid : LanesPanel<F, 16> {
   }
 
   static void add_terms(const Factors& factors, const TileSums* c, const float (*)[16][16],
-                        const uint8_t* packed, float* sums) {
-    add_lanes_terms<LanesPanelGrid>(factors, c, packed, sums);
+                        const uint8_t* packed, float* sums, int part) {
+    add_lanes_terms<LanesPanelGrid>(factors, c, packed, sums, part);
   }
 };
 template <Format F>

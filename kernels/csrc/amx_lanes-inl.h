@@ -30,13 +30,11 @@ struct LanesPanel {
     }
   }
 
-  // Asks for one of `parts` parts of a block that is folded later.
-  template <int kParts>
-  void prefetch(int64_t g, int64_t k, int part) const {
-    constexpr int64_t kPart = sizeof(Block) / kParts;
+  // Asks for a block that is folded later.
+  void prefetch(int64_t g, int64_t k) const {
     const int64_t ahead = k + kAheadBlocks;
     const Block* block = ahead < blocks ? group[g] + ahead : next[g] + (ahead - blocks);
-    prefetch_l2<kPart>(reinterpret_cast<const uint8_t*>(block) + part * kPart);
+    prefetch_l2<sizeof(Block)>(reinterpret_cast<const uint8_t*>(block));
   }
   static void touch(const MatmulArgs& a, int64_t part, int64_t) {
     if (part >= kAheadBlocks) return;
@@ -82,12 +80,13 @@ inline VecF lanes_sum(const TileSums* c, const uint8_t* packed, int t) {
 }
 
 template <class P>
-inline void add_lanes_terms(const Factors& factors, const TileSums* c, const uint8_t* packed, float* sums) {
+inline void add_lanes_terms(const Factors& factors, const TileSums* c, const uint8_t* packed, float* sums,
+                            int part) {
   const float* scales = reinterpret_cast<const float*>(packed + P::kScalesAt);
   for (int at = 0; at < P::kRows; at += 16, c += P::kFolding.planes) {
     const VecF d = load_f(factors.d[0] + at);
-#pragma GCC unroll 16
-    for (int t = 0; t < kTileTokensAmx; ++t) {
+#pragma GCC unroll 4
+    for (int t = 4 * part; t < 4 * part + 4; ++t) {
       float* to = sums + t * P::kRows + at;
       store_f(to, add_f(load_f(to), mul_f(mul_f(d, set_f(scales[t])), lanes_sum<P>(c, packed, t))));
     }
@@ -118,8 +117,7 @@ struct LanesPanelIq1 : LanesPanel<F, 32> {
   static constexpr bool kHalves = true;
   static constexpr int64_t kScalesAt = 4 * kTileBytes, kTotalsAt = kScalesAt + 64, kSumsAt = 0,
                            kPackedBytes = kTotalsAt + 64;
-  static constexpr int kTables = F == Format::IQ1_S ? 8 : 32, kTableSteps = 64 / kTables;
-  static constexpr int kGroupPieces = 1 + kTritRegisters, kPieces = 2 * kGroupPieces;
+  static constexpr int kTableSteps = F == Format::IQ1_S ? 8 : 2;  // that share a scale and a delta
   using Lanes::Lanes;
 
   static void pack(const TokenX* x, int64_t k, int64_t, uint8_t* out) {
@@ -134,27 +132,27 @@ struct LanesPanelIq1 : LanesPanel<F, 32> {
     }
   }
 
-  // The scales of a group of 16 rows as tables, or five steps of its values.
-  void fold(int64_t k, int piece, uint8_t* planes, Factors& factors) const {
-    const int g = piece / kGroupPieces, part = piece % kGroupPieces - 1;
-    const Block& w = this->group[g][k];
-    if (part < 0) {
-      Lanes::template prefetch<1>(g, k, 0);
-      store_f(factors.d[0] + 16 * g, mul_f(load_f16(w.d), set_f(block_factor<F>())));
-      for (int i = 0; i < kTables; ++i)
-        store_i(factors.tables[i], _mm512_permutexvar_epi32(scale_and_sign(w, i), load_i(kHalvesIq1.of)));
-      return;
+  void fold(int64_t k, uint8_t* planes, Factors& factors) const {
+    for (int g = 0; g < 2; ++g) {
+      Lanes::prefetch(g, k);
+      store_f(factors.d[0] + 16 * g, mul_f(load_f16(this->group[g][k].d), set_f(block_factor<F>())));
+      fold_group(this->group[g][k], planes + g * kWeightBytes);
     }
+  }
+
+  // Out of line: its unrolled steps are some 500 instructions.
+  __attribute__((noinline)) static void fold_group(const Block& w, uint8_t* to) {
     alignas(16) static constexpr uint8_t kRow[16] = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
-    const VecI row = repeat_128(kRow);
-    uint8_t* const to = planes + g * kWeightBytes;
-    VecI code = load_i(w.codes[part]);
-#pragma GCC unroll 5
-    for (int step = 5 * part; step < 5 * part + 5; ++step) {  // the 65th is past the tiles and not looked at
+    const VecI row = repeat_128(kRow), halves = load_i(kHalvesIq1.of);
+    VecI code = zero_i(), table = zero_i();
+#pragma GCC unroll 64
+    for (int step = 0; step < 64; ++step) {
+      code = step % 5 == 0 ? load_i(w.codes[step / 5]) : next_trit(code);
+      if (step % kTableSteps == 0)
+        table = _mm512_permutexvar_epi32(scale_and_sign(w, step / kTableSteps), halves);
       const VecI trit =
           _mm512_ternarylogic_epi64(_mm512_srli_epi16(trit_bits(code), 6), set_i8(3), row, 0xea);
-      store_i(to + step * 64, lookup_i8(load_i(factors.tables[step / kTableSteps]), trit));
-      code = next_trit(code);
+      store_i(to + step * 64, lookup_i8(table, trit));
     }
   }
 
@@ -174,8 +172,8 @@ struct LanesPanelIq1 : LanesPanel<F, 32> {
   }
 
   static void add_terms(const Factors& factors, const TileSums* c, const float (*)[16][16],
-                        const uint8_t* packed, float* sums) {
-    add_lanes_terms<LanesPanelIq1>(factors, c, packed, sums);
+                        const uint8_t* packed, float* sums, int part) {
+    add_lanes_terms<LanesPanelIq1>(factors, c, packed, sums, part);
   }
 };
 template <Format F>

@@ -122,8 +122,11 @@ struct RowsPanel256 : PanelRows<kFoldRows / folding<F>().planes> {
     }
   }
 
-  // Out of line: its copies between the tile products would not fit the cache of decoded instructions.
-  __attribute__((noinline)) void fold(int64_t k, int row, uint8_t* planes, Factors& factors) const {
+  void fold(int64_t k, uint8_t* planes, Factors& factors) const {
+    for (int row = 0; row < kRows; ++row) fold_row(k, row, planes, factors);
+  }
+
+  void fold_row(int64_t k, int row, uint8_t* planes, Factors& factors) const {
     const uint8_t* bytes = this->w[row] + k * kBytes;
     Rows::template prefetch<kBytes>(bytes, k, blocks);
     Fold<F>::run(bytes, {planes + row / 16 * kWeightBytes + row % 16 * 64, factors.minima[row]});
@@ -136,12 +139,12 @@ struct RowsPanel256 : PanelRows<kFoldRows / folding<F>().planes> {
   }
 
   static void add_terms(const Factors& factors, const TileSums* c, const float (*minima)[16][16],
-                        const uint8_t* packed, float* sums) {
+                        const uint8_t* packed, float* sums, int part) {
     const VecF dx = load_f(reinterpret_cast<const float*>(packed + kScalesAt));
     for (int at = 0; at < kRows; at += 16, ++c, ++minima, sums += 16 * kTileTokensAmx) {
       const float *d = factors.d[0] + at, *dmin = factors.dmin[0] + at;
-#pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) {
+#pragma GCC unroll 4
+      for (int r = 4 * part; r < 4 * part + 4; ++r) {
         VecI value = load_i(c[0][r]);
         if constexpr (kFolding.planes == 2)
           value = add_i32(_mm512_slli_epi32(value, kFolding.shift), load_i(c[1][r]));
@@ -209,7 +212,7 @@ struct RowsPanel32 : PanelRows<kFoldRows> {
 
   void run(const uint8_t* packed, int64_t pitch, int64_t tiles, float* sums, AmxScratch& scratch) const {
     for (int64_t k = 0; 256 * k < cols; ++k) {
-      fold(k, blocks_at(k, cols), scratch.planes[0], scratch.factors[0]);
+      fold(k, blocks_at(k, cols), scratch.planes, scratch.factors[0]);
       multiply(blocks_at(k, cols), packed + k * kPackedBytes, pitch, tiles, sums, scratch);
     }
   }
@@ -218,7 +221,7 @@ struct RowsPanel32 : PanelRows<kFoldRows> {
                        AmxScratch& scratch) {
     const auto product = [&]<int kC, int kX>(const uint8_t* x, int block) {
       if (block >= count) return;
-      const uint8_t* at = scratch.planes[0] + kTile32 * block;
+      const uint8_t* at = scratch.planes + kTile32 * block;
       tile_zero<kC>(), tile_zero<kC + 1>();
       tile_load<kX>(x + kTile32 * block, 64);
       tile_load<4>(at, 32);

@@ -64,6 +64,7 @@ struct MatmulArgs {
   float* out;
   int64_t out_stride;  // in floats, from one column (token) to the next
   bool accumulate;
+  bool same_x;    // the last call with this scratch had the same function, activations, index, n and cols
   int few;        // up to this many tokens decode and multiply at once; at most kMostFewTokens
   void* scratch;  // kMatmulScratch bytes, 64-byte aligned, one per thread
 };

@@ -70,8 +70,16 @@ inline float exp_clamped(float x) {
   return bits_float(float_bits(p) + (float_bits(shifted) << 23));
 }
 
+// Two loops: in one, the compiler divides by the exponential's bounds in every lane, and quotients that are
+// denormal take a hundred cycles.
 void silu_mul(float* __restrict gate, const float* __restrict up, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + exp_clamped(-gate[i])) * up[i];
+  constexpr int64_t kPart = 256;
+  alignas(64) float one_more[kPart];
+  for (int64_t at = 0; at < n; at += kPart) {
+    const int64_t end = n - at < kPart ? n - at : kPart;
+    for (int64_t i = 0; i < end; ++i) one_more[i] = 1.0f + exp_clamped(-gate[at + i]);
+    for (int64_t i = 0; i < end; ++i) gate[at + i] = gate[at + i] / one_more[i] * up[at + i];
+  }
 }
 
 void add_scaled(float* __restrict out, const float* __restrict x, float s, int64_t n) {

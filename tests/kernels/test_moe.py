@@ -168,6 +168,23 @@ def test_many_pairs_are_cut_into_slices(cpu: Cpu) -> None:
         np.testing.assert_array_equal(alone[0], got[i])
 
 
+def test_products_of_many_pairs_wait_for_their_sum_a_part_of_the_rows_at_a_time() -> None:
+    """8,192 pairs of 2,080 rows: more floats than the 2^23 that may wait at once."""
+    cpu, rows = Cpu(2, isa_list()[0]), 2080
+    experts = (
+        weight("Q8_0", EXPERTS, 32, rows),
+        weight("Q8_0", EXPERTS, 32, rows, seed=1),
+        weight("Q5_1", EXPERTS, rows, 32),
+    )
+    x, (ids, weights) = normal(9, 2048, rows), routing(2048, 4)
+    got = np.full_like(x, np.nan)
+    cpu.moe(*experts, x, ids, weights, got)
+    for i in (0, 1000, 2047):
+        alone = np.empty((1, rows), np.float32)
+        cpu.moe(*experts, x[i:][:1], ids[i:][:1], weights[i:][:1], alone)
+        np.testing.assert_array_equal(alone[0], got[i])
+
+
 @pytest.mark.parametrize("bad", [-1, EXPERTS])
 def test_unknown_experts_are_refused(cpu: Cpu, bad: int) -> None:
     x, (ids, weights) = normal(1, 2, WIDTH), routing(2, 2)
