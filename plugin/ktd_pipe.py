@@ -1107,6 +1107,7 @@ class Job:
     low_priority: bool
     opens_thought: bool
     connect_timeout: float
+    user: str  # Open WebUI's id, told to ktd alone: there users take turns
     tools: tuple[Json, ...] = ()  # OpenAI's form
 
     @property
@@ -1422,48 +1423,48 @@ async def paced(
 
 # >>> embedded by plugin/embed.py: proto/ktd_proto/v1/engine.proto as a FileDescriptorProto, base85
 SCHEMA = (
-    "3K?s3WM6P{Z**@jb}=tyZf9w3WiD`XZ**@G25WR=E_N{@vI7bWLug@iQe|;<Wpi{A4GINqZ)9a`7y%#wC<ziF3J7gwb8}&5Wpfw;"
+    "3K?s3WM6P{Z**@jb}=tyZf9w3WiD`XZ**@G25WR=E_N{@zyk^kLug@iQe|;<Wpi{A4GINqZ)9a`7y%#wC<ziF3J7gwb8}&5Wpfw;"
     "AOk21G7m0mbYw1eF)mGIb8}&5WfCF^2y<a=aBOLAXBYz@0VoSH5H4$UWG;3wE>mG`aBOLAXA%_(2y|#^Zfj|7XBY$^0VoJa0f+$s"
     "5*`W`V{dMBX>N68UuJ1;VQgP*Wpi_3XJr@#AOR={5)ujua%FLKWpi|2X=E4%AOR=|5+Vu+aB^vHa%psV7zZE$C=N0ZE^BmTE_N|4"
     "P;zN+a%psV5*rEybZ>8La~KF911JkJ3@&SQWG;3wE>v%CY!WF73u<$3ZeMR=YGq?|7zrQ&C<`(YE^BmTE_N|4N^@^+Phx6iV{}LW"
     "5-AD`YIARHUvpz<Wo=;?3LpU}3o;TeYjk8Tb}=qWb8l`_V`yb<VMqWHAPN(3VRB(?Y-Ma;bZ>8LUt?ixY;zb3AOR={NCJof0TK}k"
-    "32k+AbYEj(Y-|_|AOR={LJ<lNa%FRHZ*FsCUuJJ|ZDDjm3knHebZBXAYiVw0LKX@XUvOb^VQg$=Y+rP5Z){&<VQg%3A`A)&N^@^+"
-    "Phx6iV{{@i3JOYdZ*Eg#Xk~3-5)%pwb7N>_ZDC((b8l`K0U!Y=2@($q2W(|-X=QG77y=*xC<r2d3I|PPb8}&5WfBYu1afa|Wf%b<"
-    "0VoL)4+;lkZ*FvDZgdy|AOR=|5*Z2+a%Ew2Z*FOBXJ2D)ZggdCbQl950VoL)Bnk?2Z*Od0V_|G;a~K3511JkJ5H4$UWG;3wE>v%C"
-    "Y(rseY!Va-40LaAY+qwxY;0d?WEce?0VoL~LJ9;_Z*Oc83<?BpVQpm?0U!Y=2@(?u3uI+;V{&P5bZKvH7y=*xC<zi53J-8$a$#*{"
-    "bY*gLUutu2ZWsd~0VoL~O9}{7Z*OcvVQg#?3JL;gWEcS;0VoL)3<?BpVQpm?0w4h>2@)0x4q<X<b!}yCbaP*7b8l`K10Vq?2@(wo"
-    "1!-<%Wq23_AOR>1B9#OR2vcEgaBOLAXA&3+3v^{|aAk5~bairN7y%#wC;~_Thyei-5())$Z*X657y=*xC;~_Uhyei-5())$Z*X60"
-    "7y}>yC=Eyghyei-5())vX>MO|7z7{zC;~_Whyei-9|{t3WpHJ5X>@6CZeMU^ZeeV6c^CyC0Vo1U1c(6v5*-Q<aB^jHWo~0-UvOn^"
-    "VQh4H7zQ8#C;~_Yhyei-9tsg=a%FLKWo~16UvOn^VQh4H7zZE$C;~_Zhyei-5efuzWo2X-2p|C{1V{&n0Ra*h3JPsucwcmHYh`Y8"
-    "7zrQ&C<90chyei-3<?BubZ>AN3Lpb02@*333T$s@X>?y=X<>613m^k13o;)rYjk8Tb}=qfVQp}1X>MmOOmAmtbV6xib46}+a(NON"
-    "3Ji2_a9?b1XK-?FVsjV_AOR>1NC}7m0U9t04oq)nX>>wqVRJ=pbaHtT3km~kWqB9@AOR>15)BFkc42IFWf%e=0Vo1G0yqIe4hjrk"
-    "bY*RDWpZJ3b#i4w2nq&YbZ>B9a6$+Q248e<a9?Xe2nq&YZE0>_a6%Od6JK&=aAkC9bZKvHUvOn^VQh4HLK6xRUvP3|b7gL0WnXY*"
-    "ZeeV6c|sHl5?^L=WpQ<7Zew|0aAj^`Y;<`-2MPsWb7f^@LJbNFUu|J{UvzJ4Wo~mq4+;%mbZ>B9Y;R|9a&KaDBDVqx2}5XMbVYV$"
-    "Zgdh73JP*%adl;LbYE#?7y%#wC<zh}3J7y$adl;GV`UfuAOR=@5+Di&adl;NWn>rwAOR=~G7c_lbYw1eF)mScWp!m_NB|Nd3I}j<"
-    "WoBt?Y#0O}0VoSH4=!tTWG;3wE>Lo1W@&6}NB|Nh3JG#$VRLV8X>Mm21t0+^3o;QdYjk8Tb}=qeWnpt~ZfS03NB|Nb3I<_rb9ZHO"
-    "7zQ8#C<`(UE^BmTE_N|4L2h$*WpYRW5+w==bZ>8LUt?ixY#0Y10VoSH5H4$UWG;3wE>v%CY(rseY)AkS9ts6@b75y?7ziK%C<`(T"
-    "E^BmTE_N|4RdZoyWk>)LBnk*-X>MtAXk}y=2_OL|3o;NcYjk8Tb}=qSX>MtAXk}zb073@}1!Z<+Zge6V3I<ViWp!m_5)cXqaBp*I"
-    "bZKvH7y%#wC=DV(3I|YfWoBt?Y!VC#1Y~b+Wf%b<0VoX;4GINxZ**a77y=*xC=C)B3K4W~Yh`Y8UvOn|Uvp(+Z*F8510Vq?0U|#N"
-    "2~uTYb8l{GZf6n<3Iudzcyt&6AOR=|5+n)+bZ={AZgUs{AOk21G88UrbYw1eF)mbZYh`XsZ)b3FZ(<@m3I;)Lb9ZHO5)29ibY*yS"
-    "7y%#wC<ziI3I=p<Yh`Y87y=*zC<`(aE^BmTE_N|4RBvl#ZcJ}yaB^>ABBB8b3{-DxWo}GwXK-?FViF1p0%>Fz0U!Y=4H66r1axJ1"
-    "bQl640VoU-4+;ltZ)b3FZ(<k&AOR=>5-kb?bZ>AN1Rw(_3o;-sYjk8Tb}=qgZ);_4OmAm!a&KZTL2Ptoa&BRCX?A5AI0_3vY;<LE"
-    "Zeet3c4ZO@3Ib_l7y%#wC=C(}3Iudzcyt&7AOR>05)TRoY;R|9a&KZ710Vq?0wS^j3I$bjVP|C$6$%Y-a&K*LbYFCDYh`Y87y%#w"
-    "C=C)73JqgnV`yb$UvzJ4Wo~mA0w4h>4H6j&5o2#{aBO9CX>V>{bZ={AZgUs|AOR>15*P{)a%Ew2Z*FOBXJ2%0Yh`Y87z7{zC=C)7"
-    "3Jq~}Wp!m=b7f<1Ze(*91t0+^0TLGq4{&m2W@&6}Uvp(+Z*F9B7zQ8#C;<`{3JzptV{c?-Uvp(+Z*F9B7zZE$C;=ic3J6ANZfSF9"
-    "Wn>a03I=jzVRLV87y%#wC=N0dE^BmTE_N|4Mrm$ob7)d!VRLV8A`=P`Olfm;O>bmnY;#g&adl;LbRshf5=?1xbWLw$Wo&a&Wpi+E"
-    "ZgXW49SR0*Z)9a`a~J_211JkJ4K8bRWG;3wE=_M_Wo#mk0SX08Z)9a`5()|eX=E4yAOR=|5)ldsW@&6?Uv6P-Wf%e=0VoL)6bcMs"
-    "a${&|bY)|7b#i4G10Vq?2@(<t3UFa^VQpn}WpZ;E1Rwz@1QHes4r6a_bY*ySUu<P=XLM*71t0+^4H6Uz3~_Z~ZggpLVRUJ4ZWsn2"
-    "0VoL)4+;lka%Ew3Wn>r!AOR=?A`%J^M`d(VbYXOLb5dn-b!BsOBIg1M5l3ZoQ*>c;b#qc>b8v5Nb7c}P3I%g?VRU5}0U!Y=4l*Au"
-    "Yjk8Tb}=qTWpq<?VRUtKQe|^+Z*FsCE>m=2bY&6`3I}#&a&u{KZWsa}0VoL)3km~ib72?*AOR=|5)TRobZByAVPta{1Rwz@4H6Fu"
-    "2Xb|8ZfS037zH2!C=C)13I}&#X>@6BXBY+`0VoX;6ABA(VP|D?UvzJDVQd%&AOR>15)ujuaA9X<b6;k1Wn~x$AOR>15*7*$b#QcP"
-    "ZDn6`Wn*t{WOEn^AOR==5)}#!Y;R#?UvP47XL4n8a~KLB0Vn|y4+;luWpi_3XJr@*AOR=|B4`Q)Q*>c;WfBz%5mQt_R7GD^PE$}t"
-    "LrF$SMMMw)5)ldwQ&d4zMPE!$K}1PTM-TxL4+;xYR6$flUs6RuL|G655)ujyQ&d4zMPEcxK}k+YPDc;}5)cXuQ&d4zMPEiiNlZmV"
-    "5Ckeq3J6egX>W3Aba@gO3KURMNl#KqR9RnDPE$}tLrF$SMMMw)5)%p!P*O=xQb|-<UrtX_O+ic$0TK`j3{X-@Pf|%#Szk;~R}ca!"
-    "eF_XlX>MtAXi{Zib8l`E9SRvnNlr;qNMBM#K~qmoUsX<1P(?#YMoC3P5C9Su3KB+1PDxWpUs6RuQ%_D`Q&dk-5CIYx3KT|3PDxWp"
-    "Us6RuQ%_D`OhrydR7em45*!K`MoCUdQ%GM@ML|<fPG3|{PfTA!K}<|j5Cby70SX31Zf9w3WfCw71Vd<HbP^LTYjk8Tb}=qPXkm0x"
-    "WpQ<7b95RJE^BmTE_N|4Lug@iMRsLwbT9!DLkbE^X>)W<Z)9a`a}pUYYjk8Tb}=qYX>)W<Z)9a`b5dn-b!BsO8X7KZbYw1eF)mDL"
-    "b97B_WMyn~Qe|^+Z*FsC5<m(GM`d(VbYXOLa}pRXYjk8Tb}=qTWpq<?VRUtKQe|;<Wpi{I87^ydWG;3wE=Of_Q*>c;b#qc>b8v5N"
-    "b7f)%aB^>SZ!-"
+    "32k+AbYEj(Y-|_|AOR={5)29ib#rBM7!4o+C<#Il3J-E+b8v5Nb7fy<Z*py6bV3UX314(*X>Mz2Zf8Ok3KU;(VRB(?Y-Ma;bZ>8L"
+    "Ut?ixY;z(E3JOYdZ*EUwYGq?|A~FgJN^@^+Q)6glZDA4<3JY^%Xk~3-Uutu2ZWsX|0VoL)4+;ltWo~I@Zgdy|AOR={B7X`8O=WX)"
+    "VP|C$3<?BtZ){~40U!Y=2@($q2V-w;bY*UI7y=*xC<zi73K4Q;VRLV8X>Mm<V{dMBWo~pB10Vq?2@)g<3UqI8Y+qwxY;1EF1Rw(_"
+    "3o;NcYjk8Tb}=qgZ*OcvVQg#?6bcM<Z*Od0V_|G;Uuk3*1t0+^2_ixY1XOQtY!VC#1a4t%Wf%b<0VoL)6ABAtWpiV4X>fFDZ*CX@"
+    "AOR=|5*G>&aA9&`ZDn+2a&up5b8l`K10Vq?2_j1h2vl!xY(rseY!V6z0%>Fz0U!Y=2@(tn1a4t%Wf%e=0VoL)777kwa%XjIWo~qH"
+    "Uutu2ZWsd~0VoL)4GINmZe(S67z7{zC=DW&1PTaKVQp}1X>Ml{7zzt?Wo>X}a$$6Ja%C6+AOR=>NC1cd0TL1l1$1w4UvL-#AOR=>"
+    "NCAie0TL1l1$1w4UuzfxAOR>1NCJof0TL1l1#M|=UvL-%AOR=>NCSug0TLey5^`m5WprtDX>V>{aAj^`Y;<`T1t0+^0!Rdi0Ra*n"
+    "3J`E|Wpib2V`X1(Wo}_?ba@yCAOR=>NCk)i0TLbx5oU5_adl;GV|ib2Wo}_?ba@yDAOR=>NCt=j0TK}k1aoC&WEcn_0Vo7W2Z#Xy"
+    "5*G>zZDDv{bZ={AZgUt3AOR=?NC=1l0TK)f1aow6a2N_811Jd+GYSf9Z)a(AUt(!ta~KOC11JkJA1-TjWG;3wE>mG`aBOLAXD&={"
+    "XK8doX<>6kZgg^a5*Z2%bZ>B9Y;R|9a&KaD7z`i*C=Eynhyei_FbWP#Z)a(ALTO=hMQ(I*c@hf>18Ze@7y%#wC=C(~3I%pyY;|QA"
+    "0w4h>0y+XX0YVN63}19*ZE$6BVRUtJWkLuF248e<a9?mj2nq&YbZ>B9YeEPL248JyZeMUh6$%qya%FI3bZK;HZ*E_3Wo}_?ba_G("
+    "3K3s$a%FR6ZewL%aAj^`Y;<`-6bcewW^!e5b!Bd2d0%j4ZeeV6c|r#Y1z&SzWn@AP3JYItVR&D3Z);_4b3zXa4PSI`a9?b1XK-?F"
+    "Vsj$50tyL3Xkm0kc4cmK5)ujua%FLKWpi|2X=E4yAOR=|5)cXqb7gULWo~0-7y=*xC<GE93I=g?Wp!m_7y}>yC<`(UE^BmTE_N|4"
+    "QFUc?Wn@SI5+Vu*aB^j4X>4p51Rwz@3o;KbYjk8Tb}=qca%E;|Y-~sX5+(`>a%Ew2Z*FOBXBY(_0VoSH5iV<VWG;3wE>dM-b8l{G"
+    "Zf8gU5+Di&VQzDGWpWq>AOR=~G7c_lbYw1eF)l%Fb9ZHONB|Ng3JG*?Z){&<VQg#|2Ot3`3o;NcYjk8Tb}=qgZ*OcvVQg$j01_Sw"
+    "1$A>_XJr@&AOR=~G7T<kbYw1eF)meeVP|DX01_k$2xe(+X>(|0WEcq`0VoSH5H4$UWG;3wE=Fl?X>(|0WJmx)2MPscc4cmKA{q(?"
+    "QFUc?Wn>Z%3J7p-b7^#GZ*CX?AOR>1B0&lVP;zBvX>4o~3<?BfZ*FB60U!Y=4H69s1$1w8VQd%zAOR>15*Z2+bZ={AZgXF7WpZD0"
+    "Wn*t{WEcY=0Vn|?KMDy_Wnpt~ZfS035)29ibY*yS7y%#wC<ziI3I=p<Yh`Y87y=*zC<`(aE^BmTE_N|4RBvl#ZcJ}yaB^>AB0LHP"
+    "L2h$*WpWY>3Iudzcyt&6AOR=|5+n)+bZ={AZgUs{AOk21G88UrbYw1eF)mbZYh`XsZ)b3FZ(<^%0SXLMZ);_4OmAm!a&KZ13JL;g"
+    "WEcS;0VoX;3<?BvWq5QL0w4h>3=$6t2W)R=aB^>A7y}>yC;}2K3IlX+a2Nz211JkJATDckWG;3wE>v%8Wo}GwXK-?FVlF{!bY*gG"
+    "VRUJBWg0jN3qfpjWpZv|bZK^F5()|eX=E4yAOR>15)29ibY*yS7y=*xC=3!03I}X&XK-?FVi*G;0Vo0@vH=PORdZoyWfBz%4RCUA"
+    "ZE$p7bZ={AZgUs`AOR>15)}#!V_{=xWn^D;Z);_4a~J|30VoX;843|&Z*6dFWprt8ZeMh7Yh`Y87y}>yC=C)A3J`K-VRLV8X>Mm<"
+    "bZ={AZgUs}AOR>15)}#!adl;NWnXh;V{dL`a~K660Vn|y7YYw>a%E;|Y;0e1Wn*t{WOEn>AOR==5*7*$WMyM-WMyA-Wn*t{WOEn?"
+    "AOR==A}|UFMrm$ob7*B`5+n)+a%Ew2Z*CX?AOR>2G88UrbYw1eF)l`FZfSF9Qe|OtZ*C$J3K2|cb97B_WMyn~Qe|;<Wpi{QGYS$+"
+    "X>)W<Z)9a`b5dn<aBpsNWfC0<25oO-Wo&a80U!e?3o;EZYjk8Tb}=qZZ)9a`B98$I1x;^cWo!}(3Ib_l7y%#wC<zh~3JGRuY-L|="
+    "VQpm?0w4h>2@(_v3}JF(XlZn1V{~<LWf%h>0VoL)5()}%VRB(@Wprh7a~K350Vo6#777kyZ*FvDcywQEWo~D5Xcz?`0VoX;6bcM+"
+    "bzyFFX>(z8X>V>A1|R__2@($q2V-(&VRU6=7zZE$C<7uA3J^zSbW?O;baiu5WpQ<7b95r-0tyjFWpq<?VRUtKQe|^+Z*FsC5-th_"
+    "b97;JWf%b<0VobKA1-TjWG;3wE=Of_Q*>c;b#qc>b8v5Nb7d}5bYXO55)TRoc4cyNX>V>A0w4h>2@(qm18H+%7y}>yC<zh|3I}v("
+    "a%Ev;a~K350VoX;4+;lzb#88HZf6(;AOR>15)TRocVTICX>Mm21|R__4H6Ry3vgj)WpiJ2Z**a77zZE$C=C)43JP#xXJvC=W^!d^"
+    "7ziK%C=C)83J!H}bZKp6Uvp(+Z*F9B7zrQ&C;<``3Jq*;VPs!$a&KpHWpi^F3LpU}0TK@i2W@3@b75y?7z-c)C<!8H3I$ViVRU5@"
+    "6$%kkR6$flUsX<1P(?#YMoC3P5C9Sp3Jp_KK~zOwOiw{XNlr%)0TK@i3sY1<R7GD>ML|Sa5CRes3Jz0LK~zOwL{dRXPDxHj5Cakr"
+    "3Jg<JK~zOwMnOqTMMMw;DoY9oP;zN+a%psV5*P{;P*O=xQb|-<UsX<1P(?#YMoC3P5C9Sr3J*|HNl#KqR9Rn6Pf|@mOb`JQ5DE-X"
+    "Qb|uzNmN;1Oix!30xEq93`S{gX>({&Wnpt~ZW0{|8AeG?NmEE)Qbj>iPflM|PE$}tLrF$SMMMw)5*7*)MoCUdQ%GM@ML|<fPG3`0"
+    "Pf!p65*P{;MoCUdQ%GM@ML|<fPG3w#PDfNo5CRe$3K&L7PDxWpUs6RuQ%_D`R8LP#UqeAmOj8g8GQj}~21RaXX>Mf_FbV`iXkl~`"
+    "6E16XWG;3wE<<QxbW&w;b!BsO8WApQbYw1eF)l-BVRS`yWo~pZ0TM$B3QTEpbWLw$Wo&a287^ydWG;3wE=*~2bWLw$Wo&a&WpQ<7"
+    "b95RSE^BmTE_N|4Olfm;O>bmnY;#g&b8v5Nb7c}h3JFJLbW?O;baitQ7%ppcWG;3wE=Of_Q*>c;b#qc>adl;LbQ&2hYjk8Tb}=qT"
+    "Wpq<?VRUtKQe|^+Z*FsCVg_(>Z**@n"
 )
 # <<< embedded
 
@@ -1549,6 +1550,7 @@ def grpc_request(job: Job, wire: Wire) -> Any:
         continue_final_message=job.continues,
         request_id=f"owui-{uuid.uuid4().hex[:12]}",
         priority=2 if job.low_priority else 1,
+        user=job.user,
     )
     if job.thinking is not None:
         request.thinking = job.thinking
@@ -2825,16 +2827,24 @@ class Pipe:
         """Answers one request: an async generator of chunks when it streams, else a chat.completion."""
         valves, metadata = self.valves, __metadata__ or {}
         model = str(body.get("model") or "")
+        user = str((__user__ or {}).get("id") or "")
         task = str(__task__ or "")
         if task and task != "moa_response_generation":
-            text = await self._task(body, task, __task_body__ or {}, valves)
+            text = await self._task(body, task, __task_body__ or {}, valves, user)
             return await as_completion(_one_chunk(text), model)
         own = (__user__ or {}).get("valves") or self.UserValves()
-        answer = self._answer(body, valves, own, metadata, __event_emitter__, __tools__ or {})
+        answer = self._answer(body, valves, own, user, metadata, __event_emitter__, __tools__ or {})
         return answer if body.get("stream") else await as_completion(answer, model)
 
     async def _answer(
-        self, body: Json, valves: Valves, own: Any, metadata: Json, emitter: Emitter | None, tools: Json
+        self,
+        body: Json,
+        valves: Valves,
+        own: Any,
+        user: str,
+        metadata: Json,
+        emitter: Emitter | None,
+        tools: Json,
     ) -> AsyncIterator[Json]:
         language = pick_language(own.LANGUAGE, metadata)
         show = {"show": True, "hide": False}.get(own.THOUGHTS, valves.SHOW_THOUGHTS)
@@ -2867,7 +2877,7 @@ class Pipe:
                 sources.expect_late()
                 page.allow_markers()
             thinking = read_thinking(body, own.THINKING, valves.THINKING)
-            job = replace(self._job(body, valves, target, model, messages, thinking), tools=offered)
+            job = replace(self._job(body, valves, target, model, messages, thinking, user), tools=offered)
             if target.speaks_grpc:
                 upstream = self._within_budget(job, own.THINKING_BUDGET, valves, language)
             else:
@@ -2913,6 +2923,7 @@ class Pipe:
         model: str,
         messages: Sequence[Json],
         thinking: bool | None,
+        user: str,
     ) -> Job:
         options = read_options(body)
         if valves.TEMPERATURE is not None:
@@ -2928,6 +2939,7 @@ class Pipe:
             low_priority=False,
             opens_thought=valves.OPENS_THOUGHT,
             connect_timeout=valves.CONNECT_TIMEOUT,
+            user=user,
         )
 
     async def _events(self, job: Job, payload: Json | None, valves: Valves) -> AsyncGenerator[Event]:
@@ -3012,21 +3024,21 @@ class Pipe:
             await asyncio.sleep(0)  # whole pages may come, and others wait
         await page.show_sources(sources, query=query, to_prompt=True)
 
-    async def _task(self, body: Json, task: str, task_body: Json, valves: Valves) -> str:
+    async def _task(self, body: Json, task: str, task_body: Json, valves: Valves, user: str) -> str:
         """The text for a background task."""
         if valves.TASKS == "off":
             return ""
         if valves.TASKS == "fast":
             try:
                 async with asyncio.timeout(FAST_TASK_TIMEOUT):
-                    text = await self._ask_fast(body, task, valves)
+                    text = await self._ask_fast(body, task, valves, user)
                 if "{" in text or task == "emoji_generation":
                     return text
             except (PipeError, TimeoutError) as error:
                 log.info("task %s answered by rule: %s", task, error)
         return rule_reply(task, task_body, body)
 
-    async def _ask_fast(self, body: Json, task: str, valves: Valves) -> str:
+    async def _ask_fast(self, body: Json, task: str, valves: Valves, user: str) -> str:
         target, model = self._resolve(body, valves)
         most = {"max_tokens": TASK_TOKENS.get(task, 256)}
         job = Job(
@@ -3038,6 +3050,7 @@ class Pipe:
             low_priority=True,
             opens_thought=False,
             connect_timeout=valves.CONNECT_TIMEOUT,
+            user=user,
         )
         payload = None if target.speaks_grpc else http_payload(job, most)
         text = ""

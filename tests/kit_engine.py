@@ -162,8 +162,10 @@ def generation(
     sampling: SamplingParams = GREEDY,
     stop: Sequence[int] = (),
     priority: Priority = Priority.NORMAL,
+    client: str = "",
 ) -> GenerationRequest:
-    return GenerationRequest(name, list(prompt), max_tokens, sampling, frozenset(stop), priority)
+    stops = frozenset(stop)
+    return GenerationRequest(name, list(prompt), max_tokens, sampling, stops, priority, client=client)
 
 
 def make_engine(

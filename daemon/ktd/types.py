@@ -93,7 +93,7 @@ class ChatRequest:
     """A checked chat request. `max_tokens` counts thought and answer; None means what the context leaves.
 
     Without `parallel_tool_calls` the answer ends with its first call. With `must_call` the answer is calls of
-    the tools and nothing else.
+    the tools and nothing else. `client`: who asks; clients take turns.
     """
 
     request_id: str
@@ -108,6 +108,7 @@ class ChatRequest:
     schema: AnswerSchema | None = None
     parallel_tool_calls: bool = True
     must_call: bool = False
+    client: str = ""
 
 
 class Constraint(Protocol):
@@ -130,6 +131,7 @@ class GenerationRequest:
 
     `max_tokens` is at least 1 and prompt + max_tokens fits in the context. Drawing one of `stop_ids`, or what
     makes the `constraint` complete, ends the request with FinishReason.STOP; a stop token is not published.
+    Clients take turns: "" is one like any other.
     """
 
     request_id: str
@@ -139,6 +141,7 @@ class GenerationRequest:
     stop_ids: frozenset[int]
     priority: Priority = Priority.NORMAL
     constraint: Constraint | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,7 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """`position` requests are in front; 0 = next."""
+    """`position` requests are in front; 0 = next. Others may yet come in front."""
 
     position: int
 

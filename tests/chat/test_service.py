@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -270,7 +270,7 @@ async def test_few_prompts_are_prepared_at_once(monkeypatch: pytest.MonkeyPatch)
     gate, render = threading.Event(), FakeText.render
     monkeypatch.setattr(FakeText, "render", lambda *args, **rest: gate.wait(10) and render(*args, **rest))
     async with service() as (chat, _):
-        monkeypatch.setattr(chat, "_most_prepared", 3)
+        monkeypatch.setattr(chat._line, "_most", 3)
         tasks = [asyncio.create_task(events_of(chat, ask(str(n)))) for n in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(Busy, match="3 prompts are being prepared already"):
@@ -278,6 +278,37 @@ async def test_few_prompts_are_prepared_at_once(monkeypatch: pytest.MonkeyPatch)
         gate.set()
         await asyncio.gather(*tasks)
         assert await events_of(chat, ask("again"))
+
+
+async def test_clients_take_turns_in_front_of_the_renderers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where there is no room the last of whoever has most gives way."""
+    gate, render, order = threading.Event(), FakeText.render, list[str]()
+
+    def slow(self: FakeText, messages: Sequence[Message], **rest: Any) -> Any:
+        gate.wait(10)
+        order.append(messages[0].content)
+        return render(self, messages, **rest)
+
+    monkeypatch.setattr(FakeText, "render", slow)
+    async with service() as (chat, _):
+        monkeypatch.setattr(chat._line, "_most", 6)
+
+        async def begin(text: str) -> asyncio.Task[list[ChatEvent]]:
+            task = asyncio.create_task(events_of(chat, ask(text, client=text[0])))
+            await asyncio.sleep(0)
+            return task
+
+        flood = [await begin(f"a{n}") for n in range(6)]
+        others = [await begin("b"), await begin("c")]
+        for refused in flood[4:]:
+            with pytest.raises(Busy, match="6 prompts are being prepared"):
+                await refused
+        others[1].cancel()
+        gate.set()
+        await asyncio.gather(*flood[:4], others[0])
+    assert sorted(order[:2]) == ["a0", "a1"]
+    assert order.index("b") < order.index("a2")
+    assert len(order) == 5
 
 
 async def test_a_schema_that_compiles_for_long_is_refused_and_holds_up_nobody(

@@ -291,6 +291,28 @@ def test_full_queue_is_busy(started: list[Engine]) -> None:
     engine.submit(generation("later", PROMPT, 1), heard[0])
 
 
+def test_in_a_full_queue_whoever_has_most_gives_way(started: list[Engine]) -> None:
+    gate = Gate()
+    engine = start(started, FakeModel(hook=gate), max_sequences=1, queue_limit=4)
+    heard = {name: Recorder() for name in ("a0", "a1", "a2", "a3", "a4", "b0", "b1")}
+
+    def submit(name: str, recorder: Recorder) -> None:
+        engine.submit(generation(name, PROMPT, 1, client=name[0]), recorder)
+
+    submit("a0", heard["a0"])
+    assert gate.waiting.wait(10)
+    for name in list(heard)[1:]:
+        submit(name, heard[name])
+    for name in ("a5", "b2"):
+        with pytest.raises(Busy, match="4 requests are waiting"):
+            submit(name, Recorder())
+    gate.open()
+    for name, recorder in heard.items():
+        recorder.wait().check_order()
+        assert isinstance(recorder.error, Busy) == (name in ("a3", "a4"))
+    assert heard["b0"].times[-1] < heard["a2"].times[-1]
+
+
 def test_refused_requests(started: list[Engine]) -> None:
     engine = start(started, FakeModel(), context=32)
     for request, error, text in [

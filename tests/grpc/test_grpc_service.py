@@ -68,6 +68,18 @@ async def test_the_daemon_makes_a_request_id(daemon: FakeDaemon) -> None:
     assert first != second
 
 
+async def test_who_asks(daemon: FakeDaemon) -> None:
+    """By the request's own word, or by the connection."""
+    await events_of(daemon.address, ask("x", user="u"))
+    for _ in range(2):
+        async with grpc.aio.insecure_channel(daemon.address) as channel:
+            for _ in range(2):
+                [event async for event in engine_pb2_grpc.EngineStub(channel).Chat(ask("x"))]
+    named, first, again, other, _ = [request.client for request in daemon.engine.requests]
+    assert named == "u"
+    assert first == again != other
+
+
 @pytest.mark.parametrize("model", ["", "ktd-fake", "fake-Q8_0.gguf", "fake-Q8_0", "ktransformers"])
 async def test_names_of_the_model(daemon: FakeDaemon, model: str) -> None:
     assert await events_of(daemon.address, ask("x", model=model))

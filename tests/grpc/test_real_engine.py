@@ -35,6 +35,7 @@ class Daemon:
     stub: engine_pb2_grpc.EngineAsyncStub
     url: str
     engine: Engine
+    address: str
 
 
 @asynccontextmanager
@@ -46,9 +47,11 @@ async def served(loaded: Loaded, prepared: launch.Prepared) -> AsyncIterator[Dae
     host.ready(loaded)
     assert isinstance(loaded.engine, Engine)
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        address = f"127.0.0.1:{server.port}"
+        async with grpc.aio.insecure_channel(address) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
-            yield Daemon(stub, f"http://127.0.0.1:{http.port}/v1", loaded.engine)  # type: ignore[arg-type]
+            url = f"http://127.0.0.1:{http.port}/v1"
+            yield Daemon(stub, url, loaded.engine, address)  # type: ignore[arg-type]
     finally:
         await http.stop(0)
         await server.stop(0)
@@ -117,6 +120,24 @@ async def test_a_question_is_thought_about_and_answered(daemon: Daemon) -> None:
     assert "think>" not in thought + answer
     assert 0 < usage.reasoning_tokens < usage.completion_tokens
     assert usage.decode_seconds > 0
+
+
+async def test_a_flood_holds_up_no_other_client(daemon: Daemon) -> None:
+    """The other's question is answered next, not after the hundreds that came before it."""
+    flood = [asyncio.create_task(answer_of(daemon, ask(QUESTION, max_tokens=64))) for _ in range(500)]
+    async with asyncio.timeout(30):
+        while daemon.engine.status().waiting < 100:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    own = [("grpc.use_local_subchannel_pool", 1)]  # channels of one process share a connection otherwise
+    async with grpc.aio.insecure_channel(daemon.address, own) as channel:
+        other = engine_pb2_grpc.EngineStub(channel)
+        events = [event async for event in other.Chat(ask("Who are you?", max_tokens=1))]
+        assert events[-1].HasField("finished")
+    assert daemon.engine.status().waiting > 60
+    for task in flood:
+        task.cancel()
+    await asyncio.gather(*flood, return_exceptions=True)
+    await idle(daemon)
 
 
 async def test_the_official_client(daemon: Daemon) -> None:

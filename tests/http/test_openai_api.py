@@ -173,6 +173,18 @@ def test_no_effort_is_no_thought(effort: Any, thinking: Any, expected: bool | No
     assert from_openai(json.dumps(body).encode(), RequestDefaults()).chat.thinking is expected
 
 
+async def test_who_asks() -> None:
+    """By the body's own word, or by the machine: a client opens many connections."""
+    names: list[dict[str, Any]] = [{}, {"user": "u"}, {"user": "u", "safety_identifier": "s"}, {"user": 7}]
+    async with fake_daemon() as daemon, httpx.AsyncClient() as client:
+        for name in names:
+            body = {"messages": user("x"), **name}
+            answer = await client.post(f"{daemon.url}/v1/chat/completions", json=body)
+            answer.raise_for_status()
+    asked = [request.client for request in daemon.engine.requests]
+    assert asked == ["127.0.0.1", "u", "s", "127.0.0.1"]
+
+
 async def test_the_tutorials_curl() -> None:
     """As printed, but for the port."""
     async with fake_daemon() as daemon:

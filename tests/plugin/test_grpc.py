@@ -53,6 +53,13 @@ async def test_every_sampling_parameter_reaches_the_daemon() -> None:
     assert {field.name for field in first.DESCRIPTOR.fields} == known, "a new field has no way in"
 
 
+async def test_the_daemon_is_told_whose_turn_it_is() -> None:
+    async with scripted_pipe([text("x"), STOP], [text("x"), STOP], TASKS="fast") as (pipe, daemon):
+        await ask(pipe, browser_body("q"), __user__={"id": "u-7", "email": "private"})
+        await pipe.pipe(browser_body("q"), __user__={"id": "u-8"}, __task__="emoji_generation")
+    assert [request.user for request in daemon.requests] == ["u-7", "u-8"]
+
+
 async def test_the_format_of_the_answer_reaches_the_daemon() -> None:
     schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
     wanted: list[Any] = [

@@ -15,11 +15,12 @@ ALLOWED = {
     "errors": set(),
     "gguf": {"errors"},
     "text": {"errors", "types", "gguf"},
+    "turns": set(),
     "cache": {"errors", "types"},
-    "sched": {"errors", "types", "cache"},
+    "sched": {"errors", "types", "turns", "cache"},
     "model": {"errors", "types", "gguf", "cache"},
     "engine": {"errors", "types", "cache", "sched", "model"},
-    "chat": {"errors", "types", "engine", "text"},
+    "chat": {"errors", "types", "turns", "engine", "text"},
 }
 
 

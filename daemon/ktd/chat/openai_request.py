@@ -33,8 +33,7 @@ from ktd.types import AnswerSchema, ChatRequest, Message, Priority, ToolCall
 
 # Fields that change nothing here, and that clients send all the same.
 _WITHOUT_EFFECT = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity",
-    "num_ctx",
+    "metadata", "store", "service_tier", "prompt_cache_key", "verbosity", "num_ctx",
 }  # fmt: skip
 _NUMBERS = {**{name: name for name in RANGES}, "repeat_penalty": "repetition_penalty"}
 _WHOLE = {"top_k", "seed", "top_logprobs"}
@@ -42,7 +41,8 @@ _KNOWN = {
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "n",
     "logit_bias", "tools", "tool_choice", "response_format", "thinking", "chat_template_kwargs",
     "continue_final_message", "return_speed", "functions", "logprobs", "parallel_tool_calls",
-    "reasoning_effort", "modalities", "web_search_options", *_NUMBERS, *_WITHOUT_EFFECT,
+    "reasoning_effort", "modalities", "web_search_options", "user", "safety_identifier", *_NUMBERS,
+    *_WITHOUT_EFFECT,
 }  # fmt: skip
 # Looking for what a name may have meant takes time in the event loop, which is everybody's.
 _MOST_UNKNOWN = 100
@@ -92,6 +92,7 @@ def from_openai(data: bytes, defaults: RequestDefaults) -> Completion:
             schema=_schema(object_of(body, "response_format")),
             parallel_tool_calls=flag_of(body, "parallel_tool_calls", True) and named is None,
             must_call=must_call,
+            client=_user(body),
             defaults=defaults,
         ),
         stream=flag_of(body, "stream", False),
@@ -234,6 +235,12 @@ def _logit_bias(body: Mapping[str, Any]) -> dict[int, float]:
     if not all(token.isdecimal() and len(token) <= _LONGEST_TOKEN_ID for token in given):
         raise RequestError("A key of logit_bias is no token id: keys are numbers of tokens.")
     return {int(token): number_of(given, token, whole=False) for token in given}
+
+
+def _user(body: Mapping[str, Any]) -> str:
+    """Who asks, under OpenAI's newer name or its older one."""
+    names = (body.get("safety_identifier"), body.get("user"))
+    return next((name for name in names if isinstance(name, str)), "")
 
 
 def _max_tokens(body: Mapping[str, Any]) -> int | None:

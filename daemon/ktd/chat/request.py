@@ -104,6 +104,7 @@ def from_proto(request: pb.ChatRequest, defaults: RequestDefaults) -> ChatReques
         schema=_schema(request),
         parallel_tool_calls=request.parallel_tool_calls or not request.HasField("parallel_tool_calls"),
         must_call=request.must_call,
+        client=request.user,
         defaults=defaults,
     )
 
@@ -144,6 +145,7 @@ def checked(
     defaults: RequestDefaults,
     parallel_tool_calls: bool = True,
     must_call: bool = False,
+    client: str = "",
 ) -> ChatRequest:
     """The rules that hold for requests from anywhere. `sampling` holds the fields that were given.
 
@@ -179,6 +181,7 @@ def checked(
         schema=schema,
         parallel_tool_calls=parallel_tool_calls,
         must_call=must_call,
+        client=client,
     )
 
 

@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 from ktd.chat.interfaces import Generator, Prompt, Text
+from ktd.chat.line import Line, Place
 from ktd.chat.mailbox import Mailbox
 from ktd.chat.served import ServedModel
 from ktd.chat.teller import Teller, TokenTeller
 from ktd.chat.turn import Turn
-from ktd.errors import Busy, ContextExceeded, RequestError
+from ktd.errors import ContextExceeded, RequestError
 from ktd.types import (
     ChatEvent,
     ChatRequest,
@@ -23,6 +24,7 @@ from ktd.types import (
     FinishReason,
     GenerationRequest,
     Prefilled,
+    Priority,
     Queued,
     Tokens,
 )
@@ -43,8 +45,7 @@ class ChatService:
     ) -> None:
         """`most_prepared`: requests on their way to the engine, whose queue does not count them yet."""
         self.served = served
-        self._most_prepared = most_prepared
-        self._prepared = 0
+        self._line = Line(RENDERERS, most_prepared)
         self._engine = engine
         self._text = text
         self._numbers = itertools.count(1)
@@ -62,13 +63,8 @@ class ChatService:
         Raises: ContextExceeded when the prompt leaves no room for an answer; RequestError for what only the
         tokenizer can find wrong; Busy, Unavailable and EngineFailure as the engine tells them.
         """
-        if self._prepared >= self._most_prepared:
-            raise Busy(f"{self._prepared} prompts are being prepared already; try again later.")
-        self._prepared += 1
-        try:
-            prompt, generation = await self._prepare(request)
-        finally:
-            self._prepared -= 1
+        with self._line.place(request.client, request.priority is Priority.LOW) as place:
+            prompt, generation = await self._prepare(request, place)
         mailbox = Mailbox(asyncio.get_running_loop())
         turn = Turn(
             self._text.detokenizer(),
@@ -109,9 +105,10 @@ class ChatService:
         yield turn.usage()
         yield Finished(turn.finish_reason(FinishReason.STOP))
 
-    async def _prepare(self, request: ChatRequest) -> tuple[Prompt, GenerationRequest]:
+    async def _prepare(self, request: ChatRequest, place: Place) -> tuple[Prompt, GenerationRequest]:
         self._refuse_overlong(request)
-        prompt = await asyncio.get_running_loop().run_in_executor(self._renderers, self._render, request)
+        async with self._line.turn(place):
+            prompt = await asyncio.get_running_loop().run_in_executor(self._renderers, self._render, request)
         room = self.served.context - len(prompt.ids)
         if room < 1:
             raise ContextExceeded(
@@ -128,6 +125,7 @@ class ChatService:
             sampling=request.sampling,
             stop_ids=self._text.stop_ids,
             priority=request.priority,
+            client=request.client,
             constraint=await self._constraint(request, prompt) if constrained else None,
         )
 

@@ -32,6 +32,7 @@ _PREFILL_EVERY = 0.9  # seconds; clients are promised progress at least once a s
 _LONG = 32
 _FAULT = "The engine failed while it worked on this request; the daemon's log has the trace."
 _CLOSED = "The engine takes no requests now: it is not started yet, or is stopping."
+_GAVE_WAY = "The queue is full, and others have fewer requests in it: this one gave way; try again later."
 _DIED = "The engine died: the daemon ends, to be started again; its log has the trace."
 _DEAD = "The engine failed and takes no more requests: the daemon has to be restarted."
 # After these no later step could do better.
@@ -99,6 +100,7 @@ class Engine:
         self._unfinished = 0  # submitted and not yet told their last word
         self._arrived: list[LiveRequest] = []
         self._aborted: set[str] = set()
+        self._given_way: set[str] = set()
         self._prompt_tokens = self._completion_tokens = self._steps = 0
         self._next_turn = 0.0  # of those that decode, while a long step is under way; monotonic seconds
         self.death: Future[EngineFailure] = Future()
@@ -113,8 +115,9 @@ class Engine:
     def submit(self, request: GenerationRequest, listener: Listener) -> None:
         """Queues a request. `listener` then gets its events, exactly one of them terminal (Ended or Failed).
 
-        Raises ContextExceeded, RequestError (empty prompt, foreign token id, id in use), Busy when the queue
-        is full, Unavailable before start, once draining began and after the loop's death.
+        Raises ContextExceeded, RequestError (empty prompt, foreign token id, id in use), Unavailable before
+        start, once draining began and after the loop's death, and Busy when the queue is full. If another
+        client has more requests in it, the last of these ends with Failed(Busy) instead.
         """
         check_request(request, self._config.context, self._vocab_size)
         live = LiveRequest(request, listener)
@@ -123,12 +126,24 @@ class Engine:
                 raise Unavailable(_DEAD if self._state is _State.DEAD else _CLOSED)
             if request.request_id in self._live:
                 raise RequestError(f"A request with the id {request.request_id} is being worked on.")
-            if len(self._live) >= self._config.max_sequences + self._config.queue_limit:
-                raise Busy(f"{self._config.queue_limit} requests are waiting already; try again later.")
+            most = self._config.max_sequences + self._config.queue_limit
+            if len(self._live) - len(self._given_way) >= most:
+                self._make_way(live)
             self._live[request.request_id] = live
             self._unfinished += 1
             self._arrived.append(live)
             self._inbox.notify_all()
+
+    def _make_way(self, newcomer: LiveRequest) -> None:
+        """Marks the last in the line of those who wait. Raises Busy when that is the newcomer."""
+        with self._books:
+            waiting = [*self._scheduler.waiting, *(live.sequence for live in self._arrived)]
+            leaving = self._given_way | self._aborted
+            line = [each for each in waiting if each.request.request_id not in leaving]
+            last = self._scheduler.in_turn([*line, newcomer.sequence])[-1]
+        if last is newcomer.sequence:
+            raise Busy(f"{self._config.queue_limit} requests are waiting already; try again later.")
+        self._given_way.add(last.request.request_id)
 
     def abort(self, request_id: str) -> None:
         """Ends a request with Failed(Unavailable) before the next step; does nothing for one that has
@@ -221,6 +236,7 @@ class Engine:
                 lambda: (
                     self._arrived
                     or self._aborted
+                    or self._given_way
                     or self._state is _State.STOPPED
                     or not self._scheduler.idle
                 )
@@ -228,10 +244,16 @@ class Engine:
             arrived, self._arrived = self._arrived, []
             aborted = [self._live[name] for name in self._aborted if name in self._live]
             self._aborted.clear()
+            given_way = [self._live[name] for name in self._given_way]
+            self._given_way.clear()
         with self._books:
             for live in arrived:
                 self._scheduler.add(live.sequence)
         self._fail(aborted, Unavailable("cancelled"))
+        # One that was admitted in the meantime stays: the queue has its place.
+        running = self._scheduler.running
+        gone = [live for live in given_way if live.sequence not in running and live not in aborted]
+        self._fail(gone, Busy(_GAVE_WAY))
         return self._state is not _State.STOPPED
 
     def _step(self) -> None:
@@ -344,6 +366,7 @@ class Engine:
             with self._inbox:
                 del self._live[name]
                 self._aborted.discard(name)  # the name may be used again at once
+                self._given_way.discard(name)
             live.tell(event)
             with self._inbox:
                 self._unfinished -= 1

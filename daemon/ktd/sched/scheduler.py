@@ -7,21 +7,22 @@ engine takes further steps in between for the sequences that decode.
 Pages are taken as they are needed, not reserved to the end of an answer: answers are usually far shorter than
 their limit. A request is admitted when the pages of its prompt are there. When a running sequence then needs
 a page and none is free, the one admitted last (LOW ones first) is preempted: it gives its pages back, keeps
-the tokens it has drawn, and returns to the front of the queue. Reading them again gives the same bits, so the
+the tokens it has drawn, and returns to the front of its queue. Reading them again gives the same bits, so the
 client sees a pause and no difference. The oldest sequence is never preempted and one whole context always
 fits, so the oldest always gets on and none is lost.
+
+Clients take turns (`ktd.turns`): one client's many requests are only in each other's way.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 
 from ktd.cache import BlockPool, page_key
 from ktd.sched.budget import fair_shares
 from ktd.sched.sequence import Sequence
+from ktd.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +45,37 @@ class Scheduler:
         self._page_size = page_size
         self._max_sequences = max_sequences
         self._step_tokens = step_tokens
-        self._waiting: tuple[deque[Sequence], deque[Sequence]] = (deque(), deque())
+        self._turns = Turns()
+        self._waiting: list[Sequence] = []  # those that were preempted first, then in order of arrival
         self.running: list[Sequence] = []  # NORMAL before LOW, each in order of admission
 
     @property
     def waiting(self) -> list[Sequence]:
         """Sequences in the queue, the next to be admitted first."""
-        return [*chain.from_iterable(self._waiting)]
+        return self.in_turn(self._waiting)
+
+    def in_turn(self, waiting: Iterable[Sequence]) -> list[Sequence]:
+        """`waiting`, in order of arrival, in the order in which they would be admitted: NORMAL ones first, of
+        these those that were preempted, then clients in turns."""
+        running = [sequence.request.client for sequence in self.running]
+        return self._turns.order(
+            waiting,
+            running,
+            client=lambda s: s.request.client,
+            rank=lambda s: 2 * s.low + (not s.preemptions),
+        )
 
     @property
     def idle(self) -> bool:
-        return not (self.running or any(self._waiting))
+        return not (self.running or self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of its queue. Its whole length must fit in the pool."""
-        self._waiting[sequence.low].append(sequence)
+        """Puts a new sequence into its queue. Its whole length must fit in the pool."""
+        self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and gives its pages back. After a fault it may be nowhere."""
-        for queue in (self.running, *self._waiting):
+        for queue in (self.running, self._waiting):
             if sequence in queue:
                 queue.remove(sequence)
         self._release(sequence)
@@ -112,16 +125,18 @@ class Scheduler:
             raise RuntimeError("a waiting sequence holds pages")
 
     def _admit(self) -> None:
-        for queue in self._waiting:
-            while queue and len(self.running) < self._max_sequences:
-                sequence = queue[0]
-                found = self._find_prefix(sequence)
-                missing = self._pages_for(len(sequence.tokens)) - len(found)
-                # One page to grow for each that runs, lest the newcomer be preempted at once.
-                if not self._pool.can_allocate(missing + len(self.running), found):
-                    return  # first come, first served: nobody overtakes
-                queue.popleft()
-                self._start(sequence, found)
+        if len(self.running) == self._max_sequences:
+            return
+        # Who is admitted counts as running instead of waiting in front: the others' order stays as it is.
+        for sequence in self.waiting[: self._max_sequences - len(self.running)]:
+            found = self._find_prefix(sequence)
+            missing = self._pages_for(len(sequence.tokens)) - len(found)
+            # One page to grow for each that runs, lest the newcomer be preempted at once.
+            if not self._pool.can_allocate(missing + len(self.running), found):
+                return  # whose turn it is waits for pages: nobody overtakes
+            self._waiting.remove(sequence)
+            self._turns.serve(sequence.request.client)
+            self._start(sequence, found)
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Pages that hold the beginning of the sequence; at least one token is left, for its logits."""
@@ -152,7 +167,7 @@ class Scheduler:
             victim = self.running.pop()
             self._release(victim)
             victim.preemptions += 1
-            self._waiting[victim.low].appendleft(victim)
+            self._waiting.insert(0, victim)
             if victim is sequence:
                 return False
         if missing > 0:

@@ -66,7 +66,7 @@ class EngineServicer:
                 raise _undecoded(pb.ChatRequest)
             self._host.served.check_name(request.model)
             checked = from_proto(request, self._host.defaults)
-            async with aclosing(self._host.chat(checked)) as events:
+            async with aclosing(self._host.chat(checked, context.peer())) as events:
                 sequence = 0
                 async for event in events:
                     sequence += 1

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -73,8 +73,11 @@ class Host:
         """New requests are refused with `message` from now on."""
         self.state, self.message = state, message
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
-        """As ChatService.chat, counted. Raises Unavailable unless the daemon is ready."""
+    async def chat(self, request: ChatRequest, peer: str) -> AsyncGenerator[ChatEvent, None]:
+        """As ChatService.chat, counted. `peer` asks where the request does not say who. Raises Unavailable
+        unless the daemon is ready."""
+        if not request.client:
+            request = replace(request, client=peer)
         if self.state is not State.READY or self.loaded is None:
             progress = f" ({self.load_progress:.0%})" if self.state is State.LOADING else ""
             raise Unavailable(f"{self.message}{progress}")

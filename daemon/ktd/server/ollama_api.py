@@ -18,7 +18,7 @@ from ktd.chat.ollama_request import OllamaRequest, from_chat, from_generate, mod
 from ktd.chat.request import RequestDefaults
 from ktd.server.host import Host, State
 from ktd.server.logprobs_json import token_objects
-from ktd.server.responses import Json, WholeAnswer, body_of, guarded, respond
+from ktd.server.responses import Json, WholeAnswer, body_of, guarded, peer_of, respond
 from ktd.server.status import sentence_of, status_of
 from ktd.types import Answer, ChatEvent, Finished, FinishReason, Reasoning, TokenLogprob, ToolCall, Usage
 
@@ -101,7 +101,8 @@ class OllamaApi:
         writer = _Writer(self._name(), say)
         if asked.chat is None:
             return JSONResponse(writer.loaded())
-        return await respond(request, self._host.chat(asked.chat), writer, stream=asked.stream)
+        events = self._host.chat(asked.chat, peer_of(request))
+        return await respond(request, events, writer, stream=asked.stream)
 
     def _name(self) -> str:
         """The served name with a tag, as Ollama's clients know models."""

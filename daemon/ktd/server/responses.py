@@ -52,6 +52,11 @@ async def body_of(request: Request) -> bytes:
     return bytes(data)
 
 
+def peer_of(request: Request) -> str:
+    """Whose request it is where it does not say so: its machine's, as a client opens many connections."""
+    return request.client.host if request.client else ""
+
+
 @dataclass(frozen=True, slots=True)
 class WholeAnswer:
     """Everything that was said in one answer; the tokens of it where they are asked for."""

@@ -5,7 +5,8 @@ The wire between a client and the ktd daemon.
 
 A call to Chat ends in exactly one terminal: a Finished event followed by status OK, or a gRPC status other than OK
 whose message a person can read. Statuses in use: INVALID_ARGUMENT (the request is wrong: the message says what),
-UNAUTHENTICATED (missing or wrong key), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full),
+UNAUTHENTICATED (missing or wrong key), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full; also for one that
+waits and gives way to somebody who has fewer requests),
 UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED, CANCELLED, INTERNAL.
 The key travels in metadata as "authorization: Bearer <key>".
 """
@@ -88,6 +89,7 @@ class ChatRequest(_message.Message):
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     MUST_CALL_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty means: the model that is loaded."""
     thinking: _builtins.bool
@@ -102,6 +104,10 @@ class ChatRequest(_message.Message):
     must_call: _builtins.bool
     """The answer must be calls of the tools, with arguments that fit their schemas; what of these cannot be enforced is
     ignored. The thought before it is free.
+    """
+    user: _builtins.str
+    """Who asks, in the client's own words: those who wait take turns, whoever has the fewest requests running or waiting
+    in front first. Empty: whoever uses this connection.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
@@ -132,10 +138,11 @@ class ChatRequest(_message.Message):
         json_schema: Global___JsonSchema | None = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
         must_call: _builtins.bool = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_thinking", b"_thinking", "json_object", b"json_object", "json_schema", b"json_schema", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "sampling", b"sampling", "thinking", b"thinking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_thinking", b"_thinking", "continue_final_message", b"continue_final_message", "json_object", b"json_object", "json_schema", b"json_schema", "messages", b"messages", "model", b"model", "must_call", b"must_call", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "thinking", b"thinking", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_thinking", b"_thinking", "continue_final_message", b"continue_final_message", "json_object", b"json_object", "json_schema", b"json_schema", "messages", b"messages", "model", b"model", "must_call", b"must_call", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "thinking", b"thinking", "tools", b"tools", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
     _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
@@ -467,7 +474,7 @@ Global___ChatEvent: _TypeAlias = ChatEvent  # noqa: Y015
 
 @_typing.final
 class Queued(_message.Message):
-    """Requests in front of this one; 0 = next."""
+    """Requests in front of this one; 0 = next. It may grow: somebody who has fewer requests goes first."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -5,7 +5,8 @@ The wire between a client and the ktd daemon.
 
 A call to Chat ends in exactly one terminal: a Finished event followed by status OK, or a gRPC status other than OK
 whose message a person can read. Statuses in use: INVALID_ARGUMENT (the request is wrong: the message says what),
-UNAUTHENTICATED (missing or wrong key), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full),
+UNAUTHENTICATED (missing or wrong key), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full; also for one that
+waits and gives way to somebody who has fewer requests),
 UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED, CANCELLED, INTERNAL.
 The key travels in metadata as "authorization: Bearer <key>".
 """
