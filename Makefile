@@ -139,7 +139,7 @@ test:
 
 .PHONY: test-setup
 test-setup:
-	deploy/require.sh ccache chromium chromium-driver fonts-noto-cjk qemu-user-static binutils
+	deploy/require.sh ccache chromium chromium-driver fonts-noto-cjk qemu-user-static binutils g++-aarch64-linux-gnu
 	$(MAKE) --no-print-directory $(VENV)/.dev $(VENV)/.built peers webui-env
 
 lint: $(VENV)/.dev $(VENV)/.built

@@ -73,7 +73,8 @@ def _instruction_set(settings: Settings) -> Iterator[Check]:
             "leave --isa and KTD_ISA unset for full speed",
         )
     elif best == "scalar":
-        yield Check("instruction set", "note", f"scalar: AVX2 is missing ({features})", "use a CPU with AVX2")
+        found = f"scalar: neither AVX2 nor ARM's dot products ({features})"
+        yield Check("instruction set", "note", found, "use a CPU with one of them")
     else:
         yield Check("instruction set", "ok", f"{best}, the best this CPU and system have ({features})")
 

@@ -51,17 +51,18 @@ void float_rows(const MatmulArgs& a, int64_t first) {
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
       float value[kRows];
-      _mm_storeu_ps(value, sum_four(acc[t]));
+      const Four sums = sum_four(acc[t]);
+      __builtin_memcpy(value, &sums, sizeof value);
       for (int64_t k = whole; k < a.cols; ++k)
         for (int i = 0; i < kRows; ++i) value[i] += load_weight<F>(rows.w[i], k) * x[t][k];
-      store_rows(a, rows, first + t, _mm_loadu_ps(value));
+      store_rows(a, rows, first + t, Four{value[0], value[1], value[2], value[3]});
     }
   }
 }
 
 template <Format F>
 void matmul_float(const MatmulArgs& a) {
-  constexpr int64_t kAtOnce = kRowLanes == 16 ? 4 : 2;
+  constexpr int64_t kAtOnce = kRowLanes == 8 ? 2 : 4;  // AVX2 has half the registers
   int64_t t = 0;
   for (; t + kAtOnce <= a.n; t += kAtOnce) float_rows<F, kAtOnce>(a, t);
   for (; t < a.n; ++t) float_rows<F, 1>(a, t);

@@ -1,12 +1,13 @@
 #include "hand_off.h"
 
-#include <immintrin.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <vector>
+
+#include "pause.h"
 
 namespace ktd {
 
@@ -20,11 +21,11 @@ double hand_off(Pool& pool, int loops, double gap) {
     const Clock::time_point start = Clock::now();
     pool.parallel_for(pool.threads(), 1, [&](int64_t begin, int64_t end, int) {
       met.fetch_add(static_cast<int>(end - begin));
-      for (int spins = 0; met.load() < all; ++spins) spins < 2000 ? _mm_pause() : (void)sched_yield();
+      for (int spins = 0; met.load() < all; ++spins) spins < 2000 ? pause_cpu() : (void)sched_yield();
     });
     const Clock::time_point stop = Clock::now();
     seconds.push_back(std::chrono::duration<double>(stop - start).count());
-    while (std::chrono::duration<double>(Clock::now() - stop).count() < gap) _mm_pause();
+    while (std::chrono::duration<double>(Clock::now() - stop).count() < gap) pause_cpu();
   }
   std::nth_element(seconds.begin(), seconds.begin() + loops / 2, seconds.end());
   return seconds[static_cast<size_t>(loops / 2)];

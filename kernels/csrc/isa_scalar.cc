@@ -1,5 +1,3 @@
-#include <immintrin.h>
-
 #include "blocks.h"
 #include "kernel_table.h"
 

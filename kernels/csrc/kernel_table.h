@@ -96,9 +96,4 @@ struct KernelTable {
   OpsTable ops;
 };
 
-// Instruction sets, worst to best. avx512 means F, BW, VL, DQ and VNNI (Cascade Lake), avx512bw the same
-// without VNNI (Skylake-X), avx512vbmi with VBMI too (Ice Lake, Sapphire Rapids, Zen 4 and later). amx means
-// avx512vbmi with BF16 and AMX (Sapphire Rapids).
-enum class Isa : int { scalar, avx2, avx512bw, avx512, avx512vbmi, amx };
-
 }  // namespace ktd

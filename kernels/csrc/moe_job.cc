@@ -1,11 +1,12 @@
 #include "moe_job.h"
 
-#include <immintrin.h>
 #include <string.h>
 
 #include <chrono>
 #include <exception>
 #include <stdexcept>
+
+#include "pause.h"
 
 namespace ktd {
 
@@ -47,7 +48,7 @@ int64_t serve(const std::vector<MoeJob*>& jobs, const MoeFlags& flags, int64_t f
   for (; first < count; ++first) {
     const Clock::time_point limit = Clock::now() + std::chrono::nanoseconds(patience);
     while (flags.asked(first).load(std::memory_order_acquire) == 0) {
-      for (int i = 0; i < 16; ++i) _mm_pause();
+      for (int i = 0; i < 16; ++i) pause_cpu();
       if (Clock::now() > limit) return first;
     }
     MoeJob::run(jobs[static_cast<size_t>(first)]);

@@ -1,12 +1,13 @@
 #include "pool.h"
 
-#include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "pause.h"
 
 namespace ktd {
 namespace {
@@ -86,7 +87,7 @@ void Pool::run(int64_t n, int64_t grain, Task task) {
   uint64_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel);
   for (int spins = 0; (state & kInside) != 0; state = state_.load(std::memory_order_acquire)) {
     if (++spins < 2000) {
-      _mm_pause();
+      pause_cpu();
     } else {
       sched_yield();  // the worker may need this very CPU
     }
@@ -111,7 +112,7 @@ void Pool::work(int thread, int core) {
   for (;;) {
     uint32_t epoch = epoch_.load(std::memory_order_acquire);
     for (int64_t deadline = 0; epoch == seen; epoch = epoch_.load(std::memory_order_acquire)) {
-      for (int i = 0; i < 64 && epoch_.load(std::memory_order_relaxed) == seen; ++i) _mm_pause();
+      for (int i = 0; i < 64 && epoch_.load(std::memory_order_relaxed) == seen; ++i) pause_cpu();
       const int64_t t = now();
       if (deadline == 0) deadline = t + kSpinNanoseconds;
       if (t > deadline) {

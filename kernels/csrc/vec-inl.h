@@ -29,6 +29,9 @@ inline VecF fma(VecF a, VecF b, VecF c) {
 #elif defined(__FMA__)
   return reinterpret_cast<VecF>(
       _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__ARM_FEATURE_DOTPROD)  // not of the baseline: scalar kernels give the same bits everywhere
+  return reinterpret_cast<VecF>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
+                                          reinterpret_cast<float32x4_t>(b)));
 #else
   return a * b + c;
 #endif

@@ -2,7 +2,7 @@
 
 A page lies on the node of the thread that touches it first, unless a memory policy says otherwise. Threads of
 all nodes read all weights, so weights are to lie on all nodes in turn: then every memory channel serves, and
-no node is asked for more than its part. Linux (x86-64) is asked by system call, since libnuma may be missing.
+no node is asked for more than its part. Linux is asked by system call, since libnuma may be missing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import platform
 import random
 import re
 from collections import Counter
@@ -20,10 +21,11 @@ from pathlib import Path
 
 from ktd_kernels._C import read_topology
 
-_SET_MEMPOLICY, _GET_MEMPOLICY, _MOVE_PAGES = 238, 239, 279
+_ARM = platform.machine() == "aarch64"
+_SET_MEMPOLICY, _GET_MEMPOLICY, _MOVE_PAGES = (237, 236, 239) if _ARM else (238, 239, 279)
 _DEFAULT, _INTERLEAVE = 0, 3
 _BITS = 1024  # nodes that Linux can be built for, the least that get_mempolicy takes
-_PAGE = 4096
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
