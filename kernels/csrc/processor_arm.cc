@@ -9,6 +9,9 @@ namespace ktd {
 namespace neon {
 const KernelTable& table();
 }
+namespace i8mm {
+const KernelTable& table();
+}
 
 namespace {
 
@@ -20,7 +23,10 @@ enum Bit : uint32_t {
 
 constexpr Feature kFeatures[] = {{kNeon, "neon"}, {kDotProd, "dotprod"}, {kI8mm, "i8mm"}};
 
+// neon means with dot products (every server processor since 2018), i8mm with matrix products too (Neoverse
+// V1 and N2, Graviton 3, Grace).
 constexpr InstructionSet kSets[] = {
+    {"i8mm", kNeon | kDotProd | kI8mm, false, i8mm::table},
     {"neon", kNeon | kDotProd, false, neon::table},
     {"scalar", 0, false, scalar::table},
 };

@@ -1,5 +1,5 @@
-// Tiles for NEON: a register is four columns of four rows, and a dot product takes the four activations that
-// all rows share from a lane of another, so that a lane ends up with its row's sum.
+// Tiles for NEON. How codes lie in one and what a register sums is told by sums_dotprod-inl.h or
+// sums_i8mm-inl.h, whichever the instruction set has.
 
 constexpr int kPanel = 2 * kRowLanes;  // two registers of rows share every activation load
 
@@ -10,8 +10,8 @@ constexpr int kTileTokens = 4;
 constexpr int64_t kTileChunk = 4096 / kPanel, kTileRows = 256, kTileXBytes = 512 << 10;
 
 struct Tile {
-  alignas(64) int8_t codes[64][kPanel][4];  // four columns, less the offset
-  alignas(64) int16_t sc[16][kPanel];       // by 16 columns
+  alignas(64) int8_t codes[256 * kPanel];  // less the offset
+  alignas(64) int16_t sc[16][kPanel];      // by 16 columns
   alignas(64) int16_t mn[16][kPanel];
   alignas(64) float d[8][kPanel];
   alignas(64) float dmin[8][kPanel];
@@ -20,52 +20,11 @@ struct Tile {
 
 #include "tile_loop-inl.h"
 
-// Rows of `chunks` times 16 codes -> four columns of all rows.
-inline void transpose_codes(Tile& tile, int chunks) {
-  for (int a = 0; a < kPanel; a += 4)
-    for (int c = 0; c < chunks; ++c) {
-      int32x4_t r[4];
-      for (int i = 0; i < 4; ++i) r[i] = vreinterpretq_s32_s8(vld1q_s8(tile.rows[a + i] + 16 * c));
-      const int64x2_t low01 = vreinterpretq_s64_s32(vzip1q_s32(r[0], r[1])),
-                      low23 = vreinterpretq_s64_s32(vzip1q_s32(r[2], r[3])),
-                      high01 = vreinterpretq_s64_s32(vzip2q_s32(r[0], r[1])),
-                      high23 = vreinterpretq_s64_s32(vzip2q_s32(r[2], r[3]));
-      vst1q_s8(tile.codes[4 * c][a], vreinterpretq_s8_s64(vzip1q_s64(low01, low23)));
-      vst1q_s8(tile.codes[4 * c + 1][a], vreinterpretq_s8_s64(vzip2q_s64(low01, low23)));
-      vst1q_s8(tile.codes[4 * c + 2][a], vreinterpretq_s8_s64(vzip1q_s64(high01, high23)));
-      vst1q_s8(tile.codes[4 * c + 3][a], vreinterpretq_s8_s64(vzip2q_s64(high01, high23)));
-    }
-}
-
-// acc[t] += sums of two registers of rows' four columns times lane kLane of each token's 16 activations.
-template <int kLane, int kTokens>
-inline void multiply_lane(const int8_t (*codes)[4], const int8x16_t (&x)[kTokens],
-                          int32x4_t (&acc)[2][kTokens]) {
-  const int8x16_t first = vld1q_s8(codes[0]), second = vld1q_s8(codes[kRowLanes]);
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) {
-    acc[0][t] = vdotq_laneq_s32(acc[0][t], first, x[t], kLane);
-    acc[1][t] = vdotq_laneq_s32(acc[1][t], second, x[t], kLane);
-  }
-}
-
-// acc[t] += columns 16 g to 16 g + 15 of the tile times each token's.
-template <int kTokens>
-inline void multiply_16(const Tile& tile, int g, const ColumnsX* x, int32x4_t (&acc)[2][kTokens]) {
-  int8x16_t q[kTokens];
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) q[t] = vld1q_s8(x[t].q + 16 * g);
-  multiply_lane<0, kTokens>(tile.codes[4 * g], q, acc);
-  multiply_lane<1, kTokens>(tile.codes[4 * g + 1], q, acc);
-  multiply_lane<2, kTokens>(tile.codes[4 * g + 2], q, acc);
-  multiply_lane<3, kTokens>(tile.codes[4 * g + 3], q, acc);
-}
-
-template <int kTokens>
-inline void clear(int32x4_t (&acc)[2][kTokens]) {
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) acc[0][t] = acc[1][t] = vdupq_n_s32(0);
-}
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#include "sums_i8mm-inl.h"
+#else
+#include "sums_dotprod-inl.h"
+#endif
 
 // out[t] += d * dx * value, for a panel of rows; or -=.
 template <int kTokens>
@@ -85,38 +44,33 @@ inline void accumulate(const float* d, const ColumnsX* x, int block, const int32
 
 template <int kSub, bool kUnit, bool kMinimum, int kTokens>
 void multiply_tile_256(const Tile& tile, const ColumnsX* x, float* out) {
-  int32x4_t acc[2][kTokens];
-  clear<kTokens>(acc);
+  Sums<kTokens> acc;
   for (int g = 0; g < 16; g += kSub / 16) {
     if constexpr (kUnit) {
-      multiply_16<kTokens>(tile, g, x, acc);
-      multiply_16<kTokens>(tile, g + 1, x, acc);
+      acc.add_16(tile.codes, g, x);
+      acc.add_16(tile.codes, g + 1, x);
       continue;
     }
-    int32x4_t sum[2][kTokens];
-    clear<kTokens>(sum);
-    multiply_16<kTokens>(tile, g, x, sum);
-    if constexpr (kSub == 32) multiply_16<kTokens>(tile, g + 1, x, sum);
-    const int16x8_t sc = vld1q_s16(tile.sc[g]);
-    const int32x4_t first = vmovl_s16(vget_low_s16(sc)), second = vmovl_high_s16(sc);
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) {
-      acc[0][t] = vmlaq_s32(acc[0][t], sum[0][t], first);
-      acc[1][t] = vmlaq_s32(acc[1][t], sum[1][t], second);
-    }
+    Sums<kTokens> part;
+    part.add_16(tile.codes, g, x);
+    if constexpr (kSub == 32) part.add_16(tile.codes, g + 1, x);
+    acc.add_scaled(part, vld1q_s16(tile.sc[g]));
   }
-  accumulate<kTokens>(tile.d[0], x, 0, acc, false, out);
+  int32x4_t value[2][kTokens];
+  acc.split(value);
+  accumulate<kTokens>(tile.d[0], x, 0, value, false, out);
   if constexpr (kMinimum) {
-    clear<kTokens>(acc);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) value[0][t] = value[1][t] = vdupq_n_s32(0);
     for (int g = 0; g < 16; ++g) {
       const int16x8_t mn = vld1q_s16(tile.mn[g]);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
-        acc[0][t] = vmlal_n_s16(acc[0][t], vget_low_s16(mn), x[t].sums[g]);
-        acc[1][t] = vmlal_high_n_s16(acc[1][t], mn, x[t].sums[g]);
+        value[0][t] = vmlal_n_s16(value[0][t], vget_low_s16(mn), x[t].sums[g]);
+        value[1][t] = vmlal_high_n_s16(value[1][t], mn, x[t].sums[g]);
       }
     }
-    accumulate<kTokens>(tile.dmin[0], x, 0, acc, true, out);
+    accumulate<kTokens>(tile.dmin[0], x, 0, value, true, out);
   }
 }
 
@@ -124,15 +78,16 @@ void multiply_tile_256(const Tile& tile, const ColumnsX* x, float* out) {
 template <bool kMinimum, int kTokens>
 void multiply_tile_32(const Tile& tile, const ColumnsX* x, int count, float* out) {
   for (int b = 0; b < count; ++b) {
-    int32x4_t acc[2][kTokens];
-    clear<kTokens>(acc);
-    multiply_16<kTokens>(tile, 2 * b, x, acc);
-    multiply_16<kTokens>(tile, 2 * b + 1, x, acc);
-    accumulate<kTokens>(tile.d[b], x, b, acc, false, out);
+    Sums<kTokens> acc;
+    acc.add_16(tile.codes, 2 * b, x);
+    acc.add_16(tile.codes, 2 * b + 1, x);
+    int32x4_t value[2][kTokens];
+    acc.split(value);
+    accumulate<kTokens>(tile.d[b], x, b, value, false, out);
     if constexpr (kMinimum) {
       for (int t = 0; t < kTokens; ++t)
-        acc[0][t] = acc[1][t] = vdupq_n_s32(x[t].sums[2 * b] + x[t].sums[2 * b + 1]);
-      accumulate<kTokens>(tile.dmin[b], x, b, acc, true, out);
+        value[0][t] = value[1][t] = vdupq_n_s32(x[t].sums[2 * b] + x[t].sums[2 * b + 1]);
+      accumulate<kTokens>(tile.dmin[b], x, b, value, true, out);
     }
   }
 }
@@ -159,7 +114,7 @@ struct FileRows {
         for (int b = 0; b < count; ++b) build_block(bytes + b * kBytes, r, b, tile);
       }
     }
-    transpose_codes(tile, T::block / 16 * count);
+    transpose_codes(tile.rows, T::block / 16 * count, tile.codes);
   }
   static void build_row(const uint8_t* bytes, int r, Tile& tile) {
     const Source<F> source{block_at<F>(bytes)};

@@ -14,7 +14,7 @@ import pytest
 from ktd_kernels import Cpu, amx_refusal, cpu_features, isa_list
 
 X86 = ["amx", "avx512vbmi", "avx512", "avx512bw", "avx2", "scalar"]  # best first
-KNOWN = X86 if platform.machine() == "x86_64" else ["neon", "scalar"]
+KNOWN = X86 if platform.machine() == "x86_64" else ["i8mm", "neon", "scalar"]
 on_x86 = pytest.mark.skipif(KNOWN is not X86, reason="about x86; test_arm.py looks at ARM")
 
 
