@@ -13,19 +13,20 @@ struct LanesPanel {
   static constexpr int64_t kSums = kRows * kTileTokensAmx;
   static constexpr int64_t kGroups = kRows / kPackedRows;
   static constexpr int64_t kAheadBlocks = 2;
-  const Block *group[kGroups], *next[kGroups];  // next: what the thread reads after the panel
-  int64_t blocks;
+  const Block *group[kGroups], *next[kGroups];  // next: what the thread reads after the range
+  Range range;
 
   static TileConfig config() { return full_tiles(); }
 
-  LanesPanel(const MatmulArgs& a, int64_t row, int64_t rows) : blocks(a.cols / 256) {
+  LanesPanel(const MatmulArgs& a, int64_t row, int64_t rows, const Range& r) : range(r) {
     const auto at = [](const uint8_t* p) { return reinterpret_cast<const Block*>(p); };
     for (int64_t g = 0; g < kGroups; ++g) {
       const uint8_t* w = a.w + (row / kPackedRows + (g * kPackedRows < rows ? g : 0)) * a.row_bytes;
-      group[g] = next[g] = at(w);
+      group[g] = at(w);
+      next[g] = group[g] + range.first;
       if (row + kRows < a.rows)
-        next[g] = at(w + kGroups * a.row_bytes);
-      else if (a.next)
+        next[g] = at(w + kGroups * a.row_bytes) + range.first;
+      else if (a.next && range.end == a.cols / 256)
         next[g] = at(a.next + g * a.row_bytes);
     }
   }
@@ -33,7 +34,7 @@ struct LanesPanel {
   // Asks for a block that is folded later.
   void prefetch(int64_t g, int64_t k) const {
     const int64_t ahead = k + kAheadBlocks;
-    const Block* block = ahead < blocks ? group[g] + ahead : next[g] + (ahead - blocks);
+    const Block* block = ahead < range.end ? group[g] + ahead : next[g] + (ahead - range.end);
     prefetch_l2<sizeof(Block)>(reinterpret_cast<const uint8_t*>(block));
   }
   static void touch(const MatmulArgs& a, int64_t part, int64_t) {

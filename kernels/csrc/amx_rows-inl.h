@@ -35,17 +35,24 @@ struct PanelRows {
   static constexpr int kRows = kCount;
   static constexpr int64_t kSums = kRows * kTileTokensAmx;
   const uint8_t* w[kRows];
-  int64_t to_next;  // from a row's end to the start of the row that is read next
+  Range range;
+  int64_t to_next;  // from the end of a row's range to what is read next
 
-  PanelRows(const MatmulArgs& a, int64_t row, int64_t rows) : to_next((kRows - 1) * a.row_bytes) {
-    for (int64_t r = 0; r < kRows; ++r) w[r] = a.w + (row + (r < rows ? r : 0)) * a.row_bytes;
-    if (row + kRows >= a.rows) to_next = a.next ? a.next - w[0] - a.row_bytes : -a.row_bytes;
+  // `bytes` of a row for 256 columns.
+  PanelRows(const MatmulArgs& a, int64_t row, int64_t rows, const Range& r, int64_t bytes)
+      : range(r), to_next(kRows * a.row_bytes - (r.end - r.first) * bytes) {
+    for (int64_t i = 0; i < kRows; ++i) w[i] = a.w + (row + (i < rows ? i : 0)) * a.row_bytes;
+    if (row + kRows < a.rows) return;
+    if (r.end * 256 < a.cols)
+      to_next = a.w - w[0];
+    else
+      to_next = (a.next ? a.next - w[0] : 0) - r.end * bytes;
   }
   template <int64_t kBytes>
-  void prefetch(const uint8_t* at, int64_t k, int64_t blocks) const {
+  void prefetch(const uint8_t* at, int64_t k) const {
     constexpr int64_t kBlocks = (kAheadBytes + kBytes - 1) / kBytes;
-    const int64_t ahead = kBlocks < blocks ? kBlocks : blocks;
-    prefetch_l2<kBytes>(at + ahead * kBytes + (k + ahead < blocks ? 0 : to_next));
+    const int64_t blocks = range.end - range.first, ahead = kBlocks < blocks ? kBlocks : blocks;
+    prefetch_l2<kBytes>(at + ahead * kBytes + (k + ahead < range.end ? 0 : to_next));
   }
   // What the first panel's folding finds no time to ask for: the rows' first bytes, a part for each of
   // `parts`.
@@ -85,11 +92,10 @@ struct RowsPanel256 : PanelRows<kFoldRows / folding<F>().planes> {
   static constexpr bool kRight = false, kMinimum = T::minimum;
   static constexpr int64_t kScalesAt = (4 + kFolding.delta) * kTileBytes, kSumsAt = kScalesAt + 64,
                            kPackedBytes = kSumsAt + (kMinimum ? kTileBytes : 0);
-  int64_t blocks;
-
   static TileConfig config() { return full_tiles(); }
 
-  RowsPanel256(const MatmulArgs& a, int64_t row, int64_t rows) : Rows(a, row, rows), blocks(a.cols / 256) {}
+  RowsPanel256(const MatmulArgs& a, int64_t row, int64_t rows, const Range& range)
+      : Rows(a, row, rows, range, kBytes) {}
 
   static void pack(const TokenX* x, int64_t k, int64_t, uint8_t* out) {
     for (int c = 0; c < 4; ++c) pack_dwords<F>(x, 256 * k + 64 * c, 16 * c, out);
@@ -128,7 +134,7 @@ struct RowsPanel256 : PanelRows<kFoldRows / folding<F>().planes> {
 
   void fold_row(int64_t k, int row, uint8_t* planes, Factors& factors) const {
     const uint8_t* bytes = this->w[row] + k * kBytes;
-    Rows::template prefetch<kBytes>(bytes, k, blocks);
+    Rows::template prefetch<kBytes>(bytes, k);
     Fold<F>::run(bytes, {planes + row / 16 * kWeightBytes + row % 16 * 64, factors.minima[row]});
     factors.d[0][row] = block_d<F>(bytes);
     if constexpr (kMinimum) factors.dmin[0][row] = block_dmin<F>(bytes);
@@ -176,8 +182,8 @@ struct RowsPanel32 : PanelRows<kFoldRows> {
     return config;
   }
 
-  RowsPanel32(const MatmulArgs& a, int64_t row, int64_t rows)
-      : PanelRows<kFoldRows>(a, row, rows), cols(a.cols) {}
+  RowsPanel32(const MatmulArgs& a, int64_t row, int64_t rows, const Range& range)
+      : PanelRows<kFoldRows>(a, row, rows, range, 8 * kBytes), cols(a.cols) {}
 
   // Blocks of 256 values or, at the end, of less.
   static int blocks_at(int64_t k, int64_t cols) {
@@ -198,7 +204,7 @@ struct RowsPanel32 : PanelRows<kFoldRows> {
   void fold(int64_t k, int count, uint8_t* planes, Factors& factors) const {
     for (int r = 0; r < kFoldRows; ++r) {
       const uint8_t* bytes = w[r] + 8 * k * kBytes;
-      prefetch<8 * kBytes>(bytes, k, (cols + 255) / 256);
+      prefetch<8 * kBytes>(bytes, k);
       for (int b = 0; b < count; ++b) {
         __m256i u = unpack_32<F>(bytes + b * kBytes);
         if constexpr (T::max != 255 && T::offset != 0) u = _mm256_sub_epi8(u, _mm256_set1_epi8(T::offset));
@@ -211,9 +217,9 @@ struct RowsPanel32 : PanelRows<kFoldRows> {
   }
 
   void run(const uint8_t* packed, int64_t pitch, int64_t tiles, float* sums, AmxScratch& scratch) const {
-    for (int64_t k = 0; 256 * k < cols; ++k) {
+    for (int64_t k = range.first; k < range.end; ++k) {
       fold(k, blocks_at(k, cols), scratch.planes, scratch.factors[0]);
-      multiply(blocks_at(k, cols), packed + k * kPackedBytes, pitch, tiles, sums, scratch);
+      multiply(blocks_at(k, cols), packed + (k - range.first) * kPackedBytes, pitch, tiles, sums, scratch);
     }
   }
 
@@ -296,9 +302,5 @@ struct AmxPanel<F, FileRows<F>> {
 
 template <Format F, class Rows = FileRows<F>>
 void matmul_amx(const MatmulArgs& a) {
-  using P = typename AmxPanel<F, Rows>::Type;
-  if (tiles_that_fit<P>(a.cols) == 0)
-    matmul_tiled<F, Rows>(a);
-  else
-    matmul_panels<P>(a);
+  matmul_panels<typename AmxPanel<F, Rows>::Type>(a);
 }

@@ -132,6 +132,9 @@ void compare_all(const char* name) {
     compare<F>(name, 33, cols, 300);
     if (cols <= 256) compare<F>(name, 530, cols, 20);  // more rows than are stored together
   }
+  // More columns than fit into scratch with 128 tokens.
+  if constexpr (F == Format::Q4_K || F == Format::Q5_1 || F == Format::IQ1_S)
+    compare<F>(name, 33, 10240, 129);
 }
 
 }  // namespace
