@@ -15,7 +15,6 @@ import grpc
 import pytest
 from fake_daemon import FakeDaemon, fake_daemon, make_certificate
 from fakes import SERVED
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -153,8 +152,12 @@ class _Context:
         raise _Kept
 
 
+class _Data(bytearray):
+    """Bytes that can be watched."""
+
+
 async def test_a_refused_request_is_let_go_at_once() -> None:
-    request = DecodeError()
+    request = _Data(b"\xff")
     alive = weakref.ref(request)
     answer = EngineServicer(Host(SERVED)).chat(request, cast(Any, _Context()))
     del request

@@ -121,6 +121,15 @@ def test_a_template_that_asks_for_too_much_is_stopped_before(source: str) -> Non
     assert time.monotonic() - start < 3
 
 
+@pytest.mark.parametrize("use", ["urlize", "wordwrap", "pprint", "sort|first", "max"])
+def test_a_filter_that_is_slow_on_long_texts_gets_none(use: str) -> None:
+    """Each takes seconds for a text of some MB, in calls that no limit of time interrupts."""
+    source = "{{ ('a b ' * 20000)|" + use + " }}"
+    assert render(source.replace("20000", "1"))
+    with pytest.raises(RequestError, match="was stopped"):
+        render(source)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -10,13 +10,18 @@ from ktd.chat.request import MOST_STOPS, MOST_TOOLS, at_most
 from ktd.errors import RequestError
 from ktd.types import Tool
 
-# Parsing millions of lists takes many seconds. Brackets within texts count too: so many fit into no context.
+# Parsing millions of values takes seconds in one call. What is within texts counts too: so many fit into no
+# context.
 MOST_BRACKETS = 1 << 18
+MOST_COMMAS = 1 << 19
+MOST_BACKSLASHES = 1 << 21
 
 
 def json_object(data: bytes) -> dict[str, Any]:
     """The object that a body holds, without the fields that are null. Raises RequestError."""
     at_most(MOST_BRACKETS, data.count(b"[") + data.count(b"{"), "brackets in the body")
+    at_most(MOST_COMMAS, data.count(b","), "commas in the body")
+    at_most(MOST_BACKSLASHES, data.count(b"\\"), "backslashes in the body")
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:

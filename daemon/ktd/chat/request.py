@@ -15,7 +15,7 @@ from ktd.types import AnswerSchema, ChatRequest, Message, Priority, SamplingPara
 from ktd_proto.v1 import engine_pb2 as pb
 
 ROLES = ("system", "user", "assistant", "tool")
-# A request is read in the event loop, which is everybody's: what it holds is counted before it is looked at.
+# Others wait while a request is read: what it holds is counted before it is looked at.
 MOST_MESSAGES = 8_192  # with the tool calls in them
 MOST_TOOLS = 1_024
 MOST_TOOL_TEXT = 512 << 10

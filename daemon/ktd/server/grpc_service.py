@@ -18,11 +18,13 @@ from ktd.chat.request import from_proto
 from ktd.errors import RequestError, SettingsError
 from ktd.server.authorization import carries_key
 from ktd.server.host import Host, State
+from ktd.server.reading import SMALL, chat_request, read
 from ktd.server.responses import MOST_BYTES
 from ktd.server.status import sentence_of, status_of
 from ktd.types import (
     Answer,
     ChatEvent,
+    ChatRequest,
     Finished,
     FinishReason,
     Prefill,
@@ -59,13 +61,10 @@ class EngineServicer:
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    async def chat(self, request: pb.ChatRequest | DecodeError, context: Context) -> None:
+    async def chat(self, request: bytes, context: Context) -> None:
         """Streams one answer. Leaving this method, by cancellation or deadline too, frees the sequence."""
         try:
-            if isinstance(request, DecodeError):
-                raise _undecoded(pb.ChatRequest)
-            self._host.served.check_name(request.model)
-            checked = from_proto(request, self._host.defaults)
+            checked = await read(request, self._checked)
             async with aclosing(self._host.chat(checked, context.peer())) as events:
                 sequence = 0
                 async for event in events:
@@ -78,6 +77,11 @@ class EngineServicer:
         # take a gigabyte.
         del request
         await context.abort(status, sentence)
+
+    def _checked(self, data: bytes) -> ChatRequest:
+        request = chat_request(data)
+        self._host.served.check_name(request.model)
+        return from_proto(request, self._host.defaults)
 
     async def list_models(
         self, request: pb.ListModelsRequest | DecodeError, context: Context
@@ -181,9 +185,12 @@ async def _refuse_key(request: object, context: Context) -> None:
 
 
 def _parser(kind: type[_Request]) -> Callable[[bytes], _Request | DecodeError]:
-    """Reads requests. gRPC would answer INTERNAL to an exception here; it is the client's mistake."""
+    """Reads requests, of which none is large. gRPC would answer INTERNAL to an exception here; it is the
+    client's mistake."""
 
     def parse(data: bytes) -> _Request | DecodeError:
+        if len(data) > SMALL:
+            return DecodeError()
         try:
             return kind.FromString(data)
         except DecodeError as error:
@@ -225,7 +232,7 @@ class GrpcServer:
         servicer = EngineServicer(host)
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Chat": grpc.unary_stream_rpc_method_handler(
-                servicer.chat, _parser(pb.ChatRequest), pb.ChatEvent.SerializeToString
+                servicer.chat, response_serializer=pb.ChatEvent.SerializeToString
             ),
             "ListModels": grpc.unary_unary_rpc_method_handler(
                 servicer.list_models,

@@ -18,6 +18,7 @@ from ktd.chat.ollama_request import OllamaRequest, from_chat, from_generate, mod
 from ktd.chat.request import RequestDefaults
 from ktd.server.host import Host, State
 from ktd.server.logprobs_json import token_objects
+from ktd.server.reading import read
 from ktd.server.responses import Json, WholeAnswer, body_of, guarded, peer_of, respond
 from ktd.server.status import sentence_of, status_of
 from ktd.types import Answer, ChatEvent, Finished, FinishReason, Reasoning, TokenLogprob, ToolCall, Usage
@@ -35,7 +36,7 @@ _NOT_HERE = {
 }
 _NEVER = "9999-12-31T23:59:59Z"
 
-_Read = Callable[[bytes, RequestDefaults], OllamaRequest]
+_Made = Callable[[bytes, RequestDefaults], OllamaRequest]
 
 
 class OllamaApi:
@@ -71,7 +72,8 @@ class OllamaApi:
 
     async def _show(self, request: Request) -> Response:
         served = self._host.served
-        served.check_name(model_name(json_object(await body_of(request))))
+        body = await read(await body_of(request), json_object)
+        served.check_name(model_name(body))
         sampling = self._host.defaults.sampling
         can = {"completion": True, "tools": served.takes_tools, "thinking": served.thinks}
         return JSONResponse(
@@ -95,8 +97,9 @@ class OllamaApi:
     async def _generate(self, request: Request) -> Response:
         return await self._answer(request, from_generate, _said_in_generate)
 
-    async def _answer(self, request: Request, read: _Read, say: _Say) -> Response:
-        asked = read(await body_of(request), self._host.defaults)
+    async def _answer(self, request: Request, made: _Made, say: _Say) -> Response:
+        defaults = self._host.defaults
+        asked = await read(await body_of(request), lambda body: made(body, defaults))
         self._host.served.check_name(asked.model)
         writer = _Writer(self._name(), say)
         if asked.chat is None:

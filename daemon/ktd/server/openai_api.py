@@ -13,6 +13,7 @@ from ktd.chat.openai_request import Completion, from_openai
 from ktd.errors import UnknownModel
 from ktd.server.host import Host
 from ktd.server.logprobs_json import token_objects
+from ktd.server.reading import read
 from ktd.server.responses import Json, WholeAnswer, body_of, peer_of, respond
 from ktd.server.status import sentence_of, status_of
 from ktd.types import Answer, ChatEvent, Finished, Prefill, Queued, Reasoning, TokenLogprob, ToolCall, Usage
@@ -45,7 +46,8 @@ class OpenAiApi:
 
     async def chat_completions(self, request: Request) -> Response:
         """One answer, streamed or whole. Raises what is wrong before its first byte."""
-        completion = from_openai(await body_of(request), self._host.defaults)
+        defaults = self._host.defaults
+        completion = await read(await body_of(request), lambda body: from_openai(body, defaults))
         self._host.served.check_name(completion.model)
         events = self._host.chat(completion.chat, peer_of(request))
         writer = _Writer(self._host.served.name, completion)

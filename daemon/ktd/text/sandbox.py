@@ -23,13 +23,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # What one rendering may take. A prompt of 160,000 tokens is about 600,000 characters and takes milliseconds.
 _MAX_SECONDS = 10.0
 _MAX_CHARACTERS = 1 << 26
-# No template pads, indents or cuts to so many.
+# No template pads, indents or cuts to so many, or sorts so many.
 _MAX_NUMBER = 1 << 16
 _WIDE_FORMAT = re.compile(r"\d{6}|\*")
 _SIZED_BY_NUMBERS = frozenset(
     ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "wordwrap", "tojson",
      "format", "format_map")
 )  # fmt: skip
+# What takes seconds for a long text, in few calls that nothing interrupts; no template needs it for one.
+_SLOW = frozenset(("pprint", "striptags", "title", "urlencode", "urlize", "wordcount", "wordwrap"))
+_SLOW_FOR_MANY = frozenset(("groupby", "max", "min", "sort", "unique"))
 _deadline: ContextVar[float] = ContextVar("_deadline")
 
 
@@ -157,6 +160,9 @@ def _check_arguments(name: str, value: object, arguments: tuple[object, ...]) ->
     if name in _SIZED_BY_NUMBERS and any(isinstance(a, int) and a > _MAX_NUMBER for a in arguments):
         raise LimitError("it asks for too much at once")
     if name in ("format", "format_map") and _WIDE_FORMAT.search(str(value)):
+        raise LimitError("it asks for too much at once")
+    many = len(str(value)) if name in _SLOW else len(value) if isinstance(value, Sized) else 0
+    if name in _SLOW | _SLOW_FOR_MANY and many > _MAX_NUMBER:
         raise LimitError("it asks for too much at once")
     texts = [argument for argument in arguments if isinstance(argument, str)]
     if name == "replace" and isinstance(value, str) and len(texts) > 1:
