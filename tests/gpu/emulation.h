@@ -29,9 +29,9 @@ struct Index {
 static thread_local Index threadIdx, blockIdx;
 static Index blockDim, gridDim;
 
-constexpr int kBlockThreads = 256;
-static std::unique_ptr<std::barrier<>> block_barrier, warp_barriers[kBlockThreads / 32];
-static unsigned exchanged[kBlockThreads];
+constexpr int kMostThreads = 1024;
+static std::unique_ptr<std::barrier<>> block_barrier, warp_barriers[kMostThreads / 32];
+static unsigned exchanged[kMostThreads];
 
 static inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 static inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
@@ -56,14 +56,15 @@ static inline unsigned __float_as_uint(float value) {
 using std::max;
 using std::min;
 static inline void wait_for_previous() {}
+static inline void wait_alone() {}
 
 template <class Kernel>
-void launch(int blocks, Kernel kernel) {
-  blockDim = {kBlockThreads, 1}, gridDim = {blocks, 1};
-  block_barrier = std::make_unique<std::barrier<>>(kBlockThreads);
+void launch(int blocks, Kernel kernel, int block_threads = 256) {
+  blockDim = {block_threads, 1}, gridDim = {blocks, 1};
+  block_barrier = std::make_unique<std::barrier<>>(block_threads);
   for (auto& warp : warp_barriers) warp = std::make_unique<std::barrier<>>(32);
   std::vector<std::thread> threads;
-  for (int thread = 0; thread < kBlockThreads; ++thread)
+  for (int thread = 0; thread < block_threads; ++thread)
     threads.emplace_back([=] {
       threadIdx = {thread, 0};
       for (int block = 0; block < blocks; ++block) {

@@ -34,6 +34,18 @@ extern "C" void run(const u8* raw, u8* planes, int tile, const ProductArgs* argu
 }
 """
 
+EXPERTS = """#include "emulation.h"
+#include "experts.cu"
+#include "repack.cuh"
+extern "C" void run(const u8* raw, u8* planes, int, const ProductArgs* arguments) {
+  const ProductArgs a = *arguments;
+  for (int i = 0; i < a.matrices; ++i)
+    for (u64 unit = 0; unit < a.blocks * F::kUnits; ++unit)
+      repack_unit<KTD_TYPE>(raw + i * a.blocks * F::kBytes, {planes + i * a.matrix_bytes, a.blocks}, unit);
+  launch(2, [=] { product_experts(a); }, kWide);
+}
+"""
+
 Run = Callable[..., NDArray[np.float32]]
 
 
@@ -91,17 +103,25 @@ class Emulated:
         return seen.reshape(x.shape)
 
 
+def compiled(folder: Path, source: str, name: str, *more: str) -> ctypes.CDLL:
+    (folder / "tables.cuh").write_text(tables.header())
+    (folder / "host.cc").write_text(source)
+    defines = [
+        f"-DKTD_TYPE={name}",
+        *([f"-DKTD_GRID=kTable{name}"] if kernels.has_table(name) else []),
+        *more,
+    ]
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-w", *defines]
+    include = [f"-I{path}" for path in (SOURCES, Path(__file__).parent)]
+    return ctypes.CDLL(
+        str(build(folder, "host.so", [folder / "host.cc"], [*flags, *include], "-shared", "-pthread"))
+    )
+
+
 @pytest.fixture(scope="module", params=["Q4_K", "IQ1_S", "Q8_0"])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
     name = str(request.param)
-    folder = tmp_path_factory.mktemp(name)
-    (folder / "tables.cuh").write_text(tables.header())
-    (folder / "host.cc").write_text(HARNESS)
-    defines = [f"-DKTD_TYPE={name}", *([f"-DKTD_GRID=kTable{name}"] if kernels.has_table(name) else [])]
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-w", *defines]
-    include = [f"-I{path}" for path in (SOURCES, Path(__file__).parent)]
-    built = build(folder, "host.so", [folder / "host.cc"], [*flags, *include], "-shared", "-pthread")
-    library = ctypes.CDLL(str(built))
+    library = compiled(tmp_path_factory.mktemp(name), HARNESS, name)
     return lambda *shape: Emulated(library, name, *shape)
 
 
@@ -114,8 +134,13 @@ def check(got: F32, want: NDArray[np.float64]) -> None:
 def test_one_matrix(make: Callable[..., Emulated], n: int, cols: int, lanes: int) -> None:
     w, x, out = make(1, 21, cols), normal(1, n, cols), np.full((n, 21), np.nan, np.float32)
     tile = n if n < 4 else 4 if n == 4 else 8
-    seen = w.run(x, out, lanes, tile, slots=1, terms=1, tokens=n, stacks=1, share=1, out_token=21)
+    numbers = {"slots": 1, "terms": 1, "tokens": n, "stacks": 1, "share": 1, "out_token": 21}
+    seen = w.run(x, out, lanes, tile, **numbers)
     check(out, seen @ w.values[0].T)
+    for token in range(n):
+        alone = np.full((1, 21), np.nan, np.float32)
+        w.run(x[token : token + 1], alone, lanes, 1, **numbers | {"tokens": 1})
+        np.testing.assert_array_equal(out[token : token + 1], alone)  # another kernel, the same bits
 
 
 def test_experts_of_tokens(make: Callable[..., Emulated]) -> None:
@@ -139,4 +164,27 @@ def test_sums_over_experts(make: Callable[..., Emulated], used: int) -> None:
     for t, j in np.ndindex(2, used):
         if 0 <= ids[t, j] < 6:
             want[t] += weights[t, j] * (w.values[ids[t, j]] @ seen[t * used + j])
+    check(out, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "cols", "rows", "used"),
+    [("IQ1_S", 3072, 248, 1), ("IQ1_S", 1024, 20, 3), ("Q4_K", 2048, 40, 3), ("Q8_0", 1024, 20, 1)],
+)
+def test_experts_in_columns(tmp_path: Path, name: str, cols: int, rows: int, used: int) -> None:
+    """Gate and up in one launch, or a sum over experts; more rows than are summed up at once."""
+    defines = (f"-DKTD_COLS={cols}", f"-DKTD_TERMS={used}", "-DKTD_HALVES=28")
+    library = compiled(tmp_path, EXPERTS, name, *defines)
+    w, stacks, slots = Emulated(library, name, 5, rows, cols), 2 if used == 1 else 1, 6 // used
+    ids = np.array([[4, 0, 3], [-1, 5, 2]], np.int32)
+    x, weights = normal(5, 2 if used == 1 else 6, cols), np.abs(normal(6, 2, 3))
+    out = normal(7, stacks * slots, rows)
+    want = out.astype(np.float64)
+    numbers = {"slots": slots, "terms": used, "tokens": 1, "stacks": stacks, "accumulate": 1}
+    numbers |= {"out_stack": slots * rows, "out_slot": rows, "share": 3 if used == 1 else 1}
+    seen = w.run(x, out, 32, 1, ids=ids, weights=weights, **numbers)
+    for i, expert in enumerate(ids.flat):
+        if 0 <= expert < 5:
+            product = weights.flat[i] * (w.values[expert] @ seen[i // 3 if used == 1 else i])
+            want[i // used :: slots] += product
     check(out, want)

@@ -57,6 +57,13 @@ def test_grouped_products_compile(name: str, arch: int) -> None:
     assert kernels.grouped_cubin(TYPES[name], known(arch)).startswith(b"\x7fELF")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize(("cols", "terms", "arch"), [(7168, 1, 75), (2048, 8, 90)])
+def test_experts_compile(cols: int, terms: int, arch: int) -> None:
+    assert kernels.experts_cubin(TYPES["IQ1_S"], cols, terms, 28, known(arch)).startswith(b"\x7fELF")
+
+
 def test_a_cubin_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = 'extern "C" __global__ void nothing() {}'
     first = nvrtc.compile_cubin("nothing", source, {}, 80)

@@ -170,8 +170,10 @@ def test_linear_heads(name: str, n: int) -> None:
         assert (np.abs(out[:, h].cpu().numpy() - want) <= bound).all()
 
 
-def layer(mix: tuple[str, str, str], hidden: int, *stack: int) -> tuple[list[GpuWeight], list[F32]]:
-    shapes = [(hidden, 256), (hidden, 256), (256, hidden)]
+def layer(
+    mix: tuple[str, str, str], hidden: int, *stack: int, cols: int = 256
+) -> tuple[list[GpuWeight], list[F32]]:
+    shapes = [(hidden, cols), (hidden, cols), (cols, hidden)]
     made = [
         gpu_weight(name, *stack, *shape, seed=i)
         for i, (name, shape) in enumerate(zip(mix, shapes, strict=True))
@@ -196,16 +198,20 @@ def test_mlp_is_what_the_plain_products_give(mix: tuple[str, str, str], n: int) 
 
 
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-@pytest.mark.parametrize("n", [1, 3, 64, 65, 200])
-def test_moe_against_a_sum_over_experts(mix: tuple[str, str, str], n: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "cols", "hidden"),
+    [*((n, 256, 512) for n in (1, 3, 64, 65, 200)), (1, 3072, 1024), (3, 1024, 2048)],
+)
+def test_moe_against_a_sum_over_experts(mix: tuple[str, str, str], n: int, cols: int, hidden: int) -> None:
     """Experts out of range live elsewhere and add nothing."""
     experts, used = 6, 4
-    (gate, up, down), values = layer(mix, 288 if mix[2] == "Q8_0" else 512, experts)
+    narrow = mix[2] == "Q8_0" and hidden == 512
+    (gate, up, down), values = layer(mix, 288 if narrow else hidden, experts, cols=cols)
     rng = np.random.default_rng(7)
     ids = np.stack([rng.permutation(experts + 2)[:used] for _ in range(n)]).astype(np.int32) - 1
-    x, weights = normal(8, n, 256) * np.float32(0.1), rng.uniform(0.1, 1, (n, used)).astype(np.float32)
+    x, weights = normal(8, n, cols) * np.float32(0.1), rng.uniform(0.1, 1, (n, used)).astype(np.float32)
     g, u, d = (v.astype(np.float64) for v in values)
-    want = np.zeros((n, 256))
+    want = np.zeros((n, cols))
     for t in range(n):
         for j in range(used):
             e = ids[t, j]
@@ -215,21 +221,21 @@ def test_moe_against_a_sum_over_experts(mix: tuple[str, str, str], n: int) -> No
                     d[e] @ (gate_x / (1 + np.exp(np.minimum(-gate_x, 700))) * (u[e] @ x[t]))
                 )
     arguments = [torch.from_numpy(a).cuda() for a in (x, ids, weights)]
-    out = poisoned(n, 256)
+    out = poisoned(n, cols)
     ops.moe(gate, up, down, *arguments, out)
     # Two roundings of activations to int8 (0.7 % of a normal vector each), the first seen by both factors;
     # random signs make the sums of products no better than their terms. bfloat16 is closer (0.2 % each).
     assert np.linalg.norm(out.cpu().numpy() - want) < (0.035 if n <= 64 else 0.01) * np.linalg.norm(want)
     if n <= 64:
         for i in {0, n // 2, n - 1}:
-            alone = poisoned(1, 256)
+            alone = poisoned(1, cols)
             ops.moe(gate, up, down, *(a[i : i + 1] for a in arguments), alone)
             assert torch.equal(alone[0], out[i])
     elif mix[0] == mix[1]:  # tensor cores; fewer tokens are cut into smaller tiles
-        fewer = poisoned(65, 256)
+        fewer = poisoned(65, cols)
         ops.moe(gate, up, down, *(a[:65] for a in arguments), fewer)
         assert torch.equal(fewer, out[:65])
-    more = torch.full((n, 256), 2.0, device="cuda")
+    more = torch.full((n, cols), 2.0, device="cuda")
     ops.moe(gate, up, down, *arguments, more, accumulate=True)
     torch.testing.assert_close(more, out + 2, rtol=0, atol=8 * 2.0**-24 * (2 + out.abs().max().item()))
 

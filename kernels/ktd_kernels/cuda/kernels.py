@@ -71,6 +71,14 @@ def grouped_cubin(ggml_type: int, arch: int) -> bytes:
     return _cubin(f"grouped-{kind.name}", "grouped.cu", arch, _defines(kind))
 
 
+def experts_cubin(ggml_type: int, cols: int, terms: int, halves: int, arch: int) -> bytes:
+    """Chosen experts of `cols` columns, `terms` of them summed, by blocks of up to `halves` half warps, for
+    sm_`arch`: for IQ1_S."""
+    kind = GGMLQuantizationType(ggml_type)
+    defines = (*_defines(kind), f"KTD_COLS={cols}", f"KTD_TERMS={terms}", f"KTD_HALVES={halves}")
+    return _cubin(f"experts-{kind.name}", "experts.cu", arch, defines)
+
+
 def unpack_cubin(ggml_type: int, arch: int) -> bytes:
     """From a layout of the CPU kernels to planes, for sm_`arch`: for the types of `packed.LAYOUTS`."""
     kind = GGMLQuantizationType(ggml_type)

@@ -19,6 +19,7 @@ from ktd_kernels.cuda.scratch import scratch
 from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over, processors, product_module
 
 _THREADS = 256  # kThreads of product.cuh
+_HALVES = 28  # half warps of a thread block of experts.cu, at most
 
 
 class ProductArgs(ctypes.Structure):
@@ -119,9 +120,11 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x if rows else x.clone(memory_format=torch.contiguous_format)
 
 
-def _rows(w: GpuWeight, tile: int) -> int:
-    """Rows that a group of lanes takes at a time, as in the sources, where it takes `tile` tokens."""
-    return 1 if not w.format.coded else 4 if tile == 1 else 2
+def _tile_rows(w: GpuWeight, lanes: int, tile: int) -> int:
+    """Rows that a thread block takes at a time, as in the sources, where it takes `tile` tokens."""
+    if not w.format.coded:
+        return _THREADS // lanes
+    return _THREADS // lanes * (4 if tile == 1 else 2)
 
 
 def lanes_per_row(w: GpuWeight) -> int:
@@ -136,6 +139,19 @@ def lanes_per_row(w: GpuWeight) -> int:
     while 32 <= lanes < _THREADS and rows * lanes < wanted and pieces >= 2 * lanes:
         lanes *= 2
     return lanes
+
+
+@functools.cache
+def _experts_module(ggml_type: int, cols: int, terms: int, device: int) -> Module:
+    with torch.cuda.device(device):
+        return Module(kernels.experts_cubin(ggml_type, cols, terms, _HALVES, architecture(device)))
+
+
+def _in_columns(w: GpuWeight, terms: int) -> bool:
+    """Whether experts.cu takes a stack: a choice by the matrix and the experts of a token."""
+    fits = w.format.coded and w.cols % 1024 == 0 and w.rows % 4 == 0
+    halves = w.cols // 1024 * terms
+    return fits and halves * (1 + halves % 2) <= _HALVES
 
 
 def product(
@@ -168,11 +184,19 @@ def product(
     args.rows, args.cols, args.matrices = first.rows, first.cols, first.matrices
     args.slots, args.terms, args.tokens, args.stacks = slots, terms, tokens, len(w)
     args.share, args.accumulate = share, accumulate
+    if ids is not None and tokens == 1 and _in_columns(first, terms):
+        halves = first.cols // 1024 * terms
+        step = 1 + halves % 2
+        threads = 16 * halves * (_HALVES // halves // step * step)
+        module = _experts_module(first.ggml_type, first.cols, terms, first.index)
+        kernel = module.function("product_experts")
+        kernel.launch((processors(first.index) * kernel.resident(threads), 1), threads, args)
+        return
     args.term_warps = math.gcd(terms, _THREADS // 32)
     args.lanes = 32 * args.term_warps if args.term_warps > 1 else lanes_per_row(first)
     tile = 1 if tokens == 1 else 2 if tokens == 2 else 4 if tokens <= 4 else 8
     kernel = product_module(first.ggml_type, first.index).function(f"product_{tile}")
-    tile_rows = _THREADS // args.lanes * _rows(first, tile)
+    tile_rows = _tile_rows(first, args.lanes, tile)
     items = -(-first.rows // tile_rows) * -(-tokens // tile) * slots * len(w)
     rounds = -(-items // (processors(first.index) * kernel.resident(_THREADS)))
     blocks = -(-items // rounds)  # all of them do the same number

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 
 #: Kernels run in Triton's interpreter, on the CPU: for tests. Its products know no bfloat16.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def early(device: torch.device) -> bool:
+    """Whether kernels may be launched before the one ahead has ended (compute capability 9.0 and up): they
+    wait for it with gdc_wait before they read or write anything."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def require(

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ktd_kernels.triton.checks import require
+from ktd_kernels.triton.checks import early, require
 
 _FLOAT = (torch.float32,)
 
@@ -27,9 +28,12 @@ def _route_kernel(
     logits, bias, ids, weights, experts, groups, size, groups_used, used, scale,
     logits_row, ids_row, weights_row,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, TOP2: tl.constexpr, NORMALISE: tl.constexpr,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row. Experts lie as [GROUPS, SIZE], so that a group's score is a reduction along one axis."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, GROUPS)
     e = g[:, None] * size + tl.arange(0, SIZE)[None, :]
@@ -114,5 +118,6 @@ def route(
             SIGMOID=gating == "sigmoid", BIAS=bias is not None, TOP2=group_score == "top2",
             NORMALISE=normalise,
             GROUPS=triton.next_power_of_2(groups), SIZE=triton.next_power_of_2(size),
-            USED=triton.next_power_of_2(used), num_warps=1 if experts <= 128 else 4,
+            USED=triton.next_power_of_2(used), EARLY=early(logits.device),
+            num_warps=1 if experts <= 128 else 4, launch_pdl=early(logits.device),
         )  # fmt: skip

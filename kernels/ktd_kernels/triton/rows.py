@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ktd_kernels.triton.checks import require
+from ktd_kernels.triton.checks import early, require
 
 _FLOAT = (torch.float32,)
 _CACHE = (torch.bfloat16, torch.float32)
@@ -22,7 +23,10 @@ def _normed(x, weight, d, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, d, eps, x_row, out_row, D: tl.constexpr):
+def _rms_norm_kernel(x, weight, out, d, eps, x_row, out_row, D: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, D)
     tl.store(out + row * out_row + offs, _normed(x + row * x_row, weight, d, eps, D), mask=offs < d)
@@ -38,8 +42,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     if n:
         width = triton.next_power_of_2(d)
         _rms_norm_kernel[(n,)](
-            x, weight, out, d, eps, x.stride(0), out.stride(0), D=width, num_warps=_warps(width)
-        )
+            x, weight, out, d, eps, x.stride(0), out.stride(0),
+            D=width, EARLY=early(x.device), num_warps=_warps(width), launch_pdl=early(x.device),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -55,7 +60,10 @@ def _rotated(x, angles, dr, DR: tl.constexpr):
 
 
 @triton.jit
-def _rope_kernel(x, positions, table, dr, x_row, x_head, table_row, DR: tl.constexpr):
+def _rope_kernel(x, positions, table, dr, x_row, x_head, table_row, DR: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     x += row * x_row + tl.program_id(1) * x_head
     even, odd = _rotated(x, table + tl.load(positions + row).to(tl.int64) * table_row, dr, DR)
@@ -75,7 +83,7 @@ def rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
     if n and heads:
         _rope_kernel[(n, heads)](
             x, positions, table, dr, x.stride(0), x.stride(1), table.stride(0),
-            DR=triton.next_power_of_2(dr), num_warps=1,
+            DR=triton.next_power_of_2(dr), EARLY=early(x.device), num_warps=1, launch_pdl=early(x.device),
         )  # fmt: skip
 
 
@@ -110,8 +118,11 @@ def store_latent(latent: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor)
 def _store_normed_kernel(
     kv, weight, eps, positions, table, slots, cache, r, dr, page_size,
     kv_row, table_row, page_stride, token_stride,
-    R: tl.constexpr, DR: tl.constexpr,
+    R: tl.constexpr, DR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     if slot >= 0:
@@ -149,7 +160,8 @@ def store_normed(
         _store_normed_kernel[(n,)](
             kv, weight, eps, positions, table, slots, cache, kv_lora, dr, cache.shape[1],
             kv.stride(0), table.stride(0), cache.stride(0), cache.stride(1),
-            R=triton.next_power_of_2(kv_lora), DR=triton.next_power_of_2(dr), num_warps=4,
+            R=triton.next_power_of_2(kv_lora), DR=triton.next_power_of_2(dr),
+            EARLY=early(kv.device), num_warps=4, launch_pdl=early(kv.device),
         )  # fmt: skip
 
 

@@ -19,11 +19,19 @@ KTD_FN float4 load_weights(const u8* p) {
 template <int T, int R>
 KTD_FN void product(const ProductArgs& a) {
   __shared__ float partial[kThreads / 32 * R * T];
-  wait_for_previous();
   const Share share = share_of(a);
-  const u32 count = item_count<T, R>(a);
+  const int tile_rows = tile_rows_of(a, R);
+  const u32 count = item_count(a, T, tile_rows);
+  if (!a.ids && blockIdx.x < count) {  // weights need not wait for the kernel ahead
+    const Item item = item_at(a, T, tile_rows, blockIdx.x);
+    const i64 row = min(item.row + group_of(a.lanes) * R, a.rows - 1);
+    const u8* w = a.w[item.stack] + item.slot * a.matrix_bytes + row * a.cols * KTD_BYTES;
+    for (int k = 4 * share.lane; k < a.cols; k += 4 * share.stride) prefetch(w + static_cast<i64>(k) * KTD_BYTES);
+  }
+  wait_for_previous();
   for (u32 index = blockIdx.x; index < count; index += gridDim.x) {
-    const Item item = item_at<T, R>(a, index);
+    Item item = item_at(a, T, tile_rows, index);
+    item.row += group_of(a.lanes) * R;
     float sum[R * T] = {};
     for (int term = share.term; term < a.terms; term += share.term_stride) {
       const int product = item.slot * a.terms + term;

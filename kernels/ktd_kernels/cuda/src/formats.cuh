@@ -8,6 +8,7 @@
 //   IQ4, MXFP4: nibble i of word j is weight 8j + i (byte permutes look four of them up at once)
 //   2 bits: (word j >> 2k) & 3 in byte b is weight 16j + 4k + b
 //   1 bit:  (word >> k) & 1 in byte b is weight 4k + b
+// IQ1_S: bits of 64 weights, see iq1_last
 #pragma once
 
 #ifdef __CUDACC__
@@ -44,6 +45,16 @@ KTD_FN void wait_for_previous() {
   asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
 #endif
 }
+// The same, but none starts before this one has ended: products read weights ahead of wait_for_previous, so
+// what writes weights must not overlap with them.
+KTD_FN void wait_alone() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Into the second-level cache.
+KTD_FN void prefetch(const u8* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 KTD_FN u32 load1(const u8* p) { return __ldg(p); }
 KTD_FN u32 load2(const u8* p) { return __ldg(reinterpret_cast<const u16*>(p)); }
@@ -145,13 +156,15 @@ enum Type {
 
 // kBlock: weights of a block; kBytes: its bytes in the file; kSub16: two scales per unit; kFactor: the power
 // of two that d lacks; kTable: words of the lookup table; W0..W4: bytes per block of each plane, in an order
-// that keeps every plane aligned; kHeaders: the first plane of which every unit of a block reads all.
+// that keeps every plane aligned; kHeaders: the first plane of which every unit of a block reads all;
+// kSpan: units that share their words of the planes before it.
 #define KTD_FORMAT(NAME, BLOCK, BYTES, OFFSET, MINIMUM, SUB16, FACTOR, TABLE, HEADERS, W0, W1, W2, W3, W4)   \
   template <>                                                                                                \
   struct Format<NAME> {                                                                                      \
     static constexpr int kBlock = BLOCK, kBytes = BYTES, kOffset = OFFSET, kTable = TABLE,                   \
                          kHeaders = HEADERS;                                                                 \
     static constexpr int kUnits = BLOCK / 32;                                                                \
+    static constexpr int kSpan = NAME == IQ1_S ? 2 : 1;                                                      \
     static constexpr float kFactor = FACTOR;                                                                 \
     static constexpr bool kMinimum = MINIMUM, kSub16 = SUB16;                                                \
     template <int P>                                                                                         \
@@ -218,7 +231,8 @@ template <int TYPE>
 struct Raw {
   using F = Format<TYPE>;
   template <int P>
-  static constexpr int bytes = P < F::kHeaders ? F::template width<P> / F::kUnits : F::template width<P>;
+  static constexpr int bytes =
+      P < F::kHeaders ? F::template width<P> / F::kUnits * F::kSpan : F::template width<P>;
   template <int P>
   static constexpr int words = (bytes<P> + 3) / 4;
   template <int P>
@@ -251,7 +265,7 @@ template <int P, int TYPE>
 KTD_FN void fetch_plane(const Matrix<TYPE>& w, u32 unit, Raw<TYPE>& r) {
   using F = Format<TYPE>;
   constexpr int bytes = Raw<TYPE>::template bytes<P>;
-  const u32 index = P < F::kHeaders ? unit : unit / F::kUnits;
+  const u32 index = unit / (P < F::kHeaders ? F::kSpan : F::kUnits);
   if constexpr (bytes > 0)
     load<bytes>(w.p[P] + static_cast<u64>(index) * bytes, r.v + Raw<TYPE>::template start<P>);
 }
@@ -445,13 +459,35 @@ KTD_FN void put_iq1(u32 selectors, bool negative, u32* c) {
   put_group(selectors, negative ? 0x0007fff7u : 0x000901f9u, 0, c);
 }
 
-KTD_FN void decode(const Raw<IQ1_S>& r, u32, const u32* table, Unit& o) {
-  const u32 qs = *at<0>(r), h = *at<1>(r);
+// Two units of IQ1_S are three words of two indices of the grid each, at the low and the high end, where one
+// instruction takes them out. The ten bits between make a fourth word: four bits for each unit, the sign of
+// the delta and three of the scale, then two indices more.
+constexpr u32 kIq1Entry = 0x7ff, kIq1Spare = 0x3ff;
+KTD_FN u32 iq1_last(const u32* words) {
+  return (words[0] >> 11 & kIq1Spare) | (words[1] >> 1 & kIq1Spare << 10) | (words[2] << 9 & kIq1Spare << 20);
+}
+KTD_FN u32 iq1_entry(const u32* words, u32 last, int i) {
+  if (i < 6) return i % 2 ? words[i / 2] >> 21 : words[i / 2] & kIq1Entry;
+  return i == 6 ? last >> 8 & kIq1Entry : last >> 19;
+}
+
+// Writes units s and s + 1 of a block, s even: `entries` has their indices, `nibbles` their four bits.
+KTD_FN void put_iq1_units(const u32* entries, const u32* nibbles, Planes<u8> out, u32 index, int s) {
+  const u32 last = nibbles[0] | nibbles[1] << 4 | entries[6] << 8 | entries[7] << 19;
+  u32 words[3];
+  for (int k = 0; k < 3; ++k)
+    words[k] = entries[2 * k] | (last >> (10 * k) & kIq1Spare) << 11 | entries[2 * k + 1] << 21;
+  u32* first = reinterpret_cast<u32*>(plane<IQ1_S, 0>(out, index)) + s;
+  first[0] = words[0], first[1] = words[1];
+  reinterpret_cast<u32*>(plane<IQ1_S, 1>(out, index))[s / 2] = words[2];
+}
+
+KTD_FN void decode(const Raw<IQ1_S>& r, u32 s, const u32* table, Unit& o) {
+  const u32 last = iq1_last(r.v), header = s & 1 ? last >> 4 : last;
 #pragma unroll
   for (int l = 0; l < 4; ++l)
-    put_iq1(table_at(table, byte_of(qs, l) * 4 + (h & 7u << (3 * l)) * (1024u >> (3 * l))), h & 0x8000,
-            o.c + 2 * l);
-  set_scale(o, static_cast<int>(moved(h, -11, 14) | 1));
+    put_iq1(table[s & 1 ? iq1_entry(r.v, last, 4 + l) : iq1_entry(r.v, last, l)], header & 1, o.c + 2 * l);
+  set_scale(o, static_cast<int>((header & 14) | 1));
   o.d = half_float(*at<2>(r));
 }
 

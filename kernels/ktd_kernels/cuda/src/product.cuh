@@ -77,25 +77,26 @@ struct Item {
   int slot, stack, token, row;  // first token and row
 };
 
-template <int T, int R>
-KTD_FN u32 item_count(const ProductArgs& a) {
-  const u32 tile_rows = (kThreads >> log2_of(a.lanes)) * R;
-  return (a.rows + tile_rows - 1) / tile_rows * ((a.tokens + T - 1) / T) * a.stacks * a.slots;
+// Rows of a tile where each group of lanes takes `rows` of them.
+KTD_FN int tile_rows_of(const ProductArgs& a, int rows) { return (kThreads >> log2_of(a.lanes)) * rows; }
+
+// Tiles of some tokens and rows.
+KTD_FN u32 item_count(const ProductArgs& a, u32 tokens, u32 tile_rows) {
+  return (a.rows + tile_rows - 1) / tile_rows * ((a.tokens + tokens - 1) / tokens) * a.stacks * a.slots;
 }
 
 // Tokens change fastest: tiles that share weights run side by side.
-template <int T, int R>
-KTD_FN Item item_at(const ProductArgs& a, u32 index) {
-  const u32 tile_rows = (kThreads >> log2_of(a.lanes)) * R, row_tiles = (a.rows + tile_rows - 1) / tile_rows;
+KTD_FN Item item_at(const ProductArgs& a, u32 tokens, u32 tile_rows, u32 index) {
+  const u32 row_tiles = (a.rows + tile_rows - 1) / tile_rows;
   Item item;
   item.token = 0;
-  if (T > 1) {
-    const u32 token_tiles = (a.tokens + T - 1) / T, rest = index / token_tiles;
-    item.token = static_cast<int>(index - rest * token_tiles) * T;
+  if (tokens > 1) {
+    const u32 token_tiles = (a.tokens + tokens - 1) / tokens, rest = index / token_tiles;
+    item.token = static_cast<int>((index - rest * token_tiles) * tokens);
     index = rest;
   }
   const u32 matrix = index / row_tiles;
-  item.row = static_cast<int>((index - matrix * row_tiles) * tile_rows + group_of(a.lanes) * R);
+  item.row = static_cast<int>((index - matrix * row_tiles) * tile_rows);
   item.stack = a.stacks == 2 ? matrix & 1 : 0;
   item.slot = static_cast<int>(a.stacks == 2 ? matrix / 2 : matrix);
   return item;

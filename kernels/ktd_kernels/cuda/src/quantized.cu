@@ -1,39 +1,6 @@
 // Products, dequantisation and repacking of one block type: KTD_TYPE is its name, KTD_GRID its table, if any.
-#include "product.cuh"
 #include "repack.cuh"
-
-using F = Format<KTD_TYPE>;
-
-// The lookup table in shared memory, where 32 different addresses cost a few cycles.
-struct Table {
-  u32 words[F::kTable ? F::kTable : 1];
-};
-
-KTD_FN void load_table(Table& table) {
-#ifdef KTD_GRID
-  for (int i = threadIdx.x; i < F::kTable; i += blockDim.x) table.words[i] = KTD_GRID[i];
-  __syncthreads();
-#endif
-}
-
-KTD_FN int dot4(u32 a, u32 b, int sum) { return __dp4a(static_cast<int>(a), static_cast<int>(b), sum); }
-
-// Per unit: sum += (d * d_x) * float(exact integer), and with a minimum -= (dmin * d_x) * float(exact
-// integer).
-KTD_FN void add_unit(const Unit& o, const uint4& a, const uint4& b, float scale, int sums, float& sum) {
-  int first = dot4(o.c[0], a.x, 0), second = dot4(o.c[4], b.x, 0);
-  first = dot4(o.c[1], a.y, first), second = dot4(o.c[5], b.y, second);
-  first = dot4(o.c[2], a.z, first), second = dot4(o.c[6], b.z, second);
-  first = dot4(o.c[3], a.w, first), second = dot4(o.c[7], b.w, second);
-  const int low = static_cast<short>(sums), high = sums >> 16;
-  if (F::kOffset) first -= F::kOffset * low, second -= F::kOffset * high;
-  const int dot = F::kSub16 ? o.sc[0] * first + o.sc[1] * second : o.sc[0] * (first + second);
-  sum = fmaf(o.d * scale, static_cast<float>(dot), sum);
-  if (F::kMinimum) {
-    const int minimum = F::kSub16 ? o.mn[0] * low + o.mn[1] * high : o.mn[0] * (low + high);
-    sum = fmaf(-(o.dmin * scale), static_cast<float>(minimum), sum);
-  }
-}
+#include "units.cuh"
 
 // What a group of lanes multiplies next: one step along the columns of R rows. Steps of a row, terms of a
 // result and results of a thread block follow each other in one stream, so that the bytes of a step are on
@@ -61,10 +28,10 @@ KTD_FN void product(const ProductArgs& a) {
   __shared__ Table table;
   __shared__ float partial[kThreads / 32 * R * T];
   load_table(table);
-  wait_for_previous();
   const Share share = share_of(a);
   const int units = a.cols / 32;
-  const u32 count = item_count<T, R>(a);
+  const int tile_rows = tile_rows_of(a, R);
+  const u32 count = item_count(a, T, tile_rows);
 
   const auto open_term = [&](Step<T, R>& s) {
     const int product = s.item.slot * a.terms + s.term;
@@ -76,7 +43,8 @@ KTD_FN void product(const ProductArgs& a) {
   };
   const auto open_item = [&](Step<T, R>& s) {
     if (s.index >= count) return;
-    s.item = item_at<T, R>(a, s.index);
+    s.item = item_at(a, T, tile_rows, s.index);
+    s.item.row += group_of(a.lanes) * R;
     s.term = share.term;
     open_term(s);
   };
@@ -87,13 +55,17 @@ KTD_FN void product(const ProductArgs& a) {
     scale = a.scales[at / F::kUnits] * F::kFactor;
     sums = F::kOffset || F::kMinimum ? a.sums[at] : 0;
   };
-  const auto bring = [&](const Step<T, R>& s, Fetched<T, R>& f) {
+  const auto bring_weights = [&](const Step<T, R>& s, Fetched<T, R>& f) {
     const int unit = s.unit + share.lane;
     if (s.index >= count || !s.there || unit >= units) return;
 #pragma unroll
     for (int r = 0; r < R; ++r)
       fetch(s.w, static_cast<u32>(min(s.item.row + r, a.rows - 1)) * units + unit, f.raw[r]);
-    if (T == 1) activations(s.x, unit, f.low, f.high, f.scale, f.sums);
+  };
+  const auto bring_activations = [&](const Step<T, R>& s, Fetched<T, R>& f) {
+    const int unit = s.unit + share.lane;
+    if (T > 1 || s.index >= count || !s.there || unit >= units) return;
+    activations(s.x, unit, f.low, f.high, f.scale, f.sums);
   };
 
   Step<T, R> next;
@@ -112,7 +84,8 @@ KTD_FN void product(const ProductArgs& a) {
       next.term += share.term_stride;
       open_term(next);
     }
-    bring(next, ahead);
+    bring_weights(next, ahead);
+    bring_activations(next, ahead);
 
     if (there) {
       Unit o[R];
@@ -141,8 +114,16 @@ KTD_FN void product(const ProductArgs& a) {
 
   Fetched<T, R> even, odd;
   next.index = blockIdx.x;
-  open_item(next);
-  bring(next, even);
+  if (!a.ids) {  // weights do not wait for the kernel ahead: see repack
+    open_item(next);
+    bring_weights(next, even);
+  }
+  wait_for_previous();
+  if (a.ids) {
+    open_item(next);
+    bring_weights(next, even);
+  }
+  bring_activations(next, even);
   while (next.index < count) {
     step(even, odd);
     if (next.index >= count) break;
@@ -150,15 +131,15 @@ KTD_FN void product(const ProductArgs& a) {
   }
 }
 
-// T: tokens, R: rows of a group of lanes, RESIDENT: thread blocks that a multiprocessor must hold.
-#define KTD_PRODUCT(T, R, RESIDENT)                                                                   \
+// T: tokens, RESIDENT: thread blocks that a multiprocessor must hold.
+#define KTD_PRODUCT(T, RESIDENT, ...)                                                                 \
   extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT) product_##T(const ProductArgs a) { \
-    product<T, R>(a);                                                                                 \
+    __VA_ARGS__(a);                                                                                   \
   }
-KTD_PRODUCT(1, 4, 2)
-KTD_PRODUCT(2, 2, 1)
-KTD_PRODUCT(4, 2, 1)
-KTD_PRODUCT(8, 2, 1)
+KTD_PRODUCT(1, 2, product<1, 4>)
+KTD_PRODUCT(2, 1, product<2, 2>)
+KTD_PRODUCT(4, 1, product<4, 2>)
+KTD_PRODUCT(8, 1, product<8, 2>)
 
 // Rows to floats, bit-equal to gguf.quants.dequantize, then rounded to nearest even.
 struct DequantizeArgs {
@@ -229,7 +210,7 @@ extern "C" __global__ void dequantize_f16(const DequantizeArgs a) { dequantize<u
 extern "C" __global__ void dequantize_bf16(const DequantizeArgs a) { dequantize<u16, put_bfloat>(a); }
 
 extern "C" __global__ void repack(const u8* raw, u8* out, u64 matrix_bytes, u64 blocks, u64 matrices) {
-  wait_for_previous();
+  wait_alone();
   const u64 units = blocks * F::kUnits;
   for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < units * matrices;
        i += static_cast<u64>(gridDim.x) * blockDim.x) {

@@ -90,6 +90,18 @@ KTD_FN void fill_plane(const u8* block, int offset, const u8* codes, Planes<u8> 
   if (fill == kOne4) pack1(codes, 4, p);
 }
 
+KTD_FN void repack_iq1(const u8* block, Planes<u8> out, u32 index, int s) {
+  if (s % 2) return;
+  u32 entries[8], nibbles[2];
+  for (int i = 0; i < 2; ++i) {
+    const u32 high = load1(block + 34 + 2 * (s + i)) | load1(block + 35 + 2 * (s + i)) << 8;
+    for (int l = 0; l < 4; ++l)
+      entries[4 * i + l] = load1(block + 2 + 4 * (s + i) + l) | (high >> (3 * l) & 7) << 8;
+    nibbles[i] = high >> 15 | (high >> 12 & 7) << 1;
+  }
+  put_iq1_units(entries, nibbles, out, index, s);
+}
+
 // KTD_PLANE(P, how, offset in the file's block) in the order of the planes.
 #define KTD_PLANE(P, FILL, OFFSET) fill_plane<kType, P, FILL>(block, OFFSET, codes, out, index, s);
 #define KTD_REPACK(NAME, ...)                                                                         \
@@ -111,7 +123,7 @@ KTD_REPACK(Q4_K, KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(Q5_K, KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kOne4, 0) KTD_PLANE(2, kCopy, 0))
 KTD_REPACK(Q6_K,
            KTD_PLANE(0, kFour, 0) KTD_PLANE(1, kTwoHigh, 0) KTD_PLANE(2, kCopy, 192) KTD_PLANE(3, kCopy, 208))
-KTD_REPACK(IQ1_S, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 34) KTD_PLANE(2, kCopy, 0))
+KTD_REPACK(IQ1_S, repack_iq1(block, out, index, s); KTD_PLANE(2, kCopy, 0))
 KTD_REPACK(IQ1_M, KTD_PLANE(0, kCopy, 0) KTD_PLANE(1, kCopy, 32) KTD_PLANE(2, kCopy, 48))
 KTD_REPACK(IQ2_XXS, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 0))
 KTD_REPACK(IQ2_XS, KTD_PLANE(0, kCopy, 2) KTD_PLANE(1, kCopy, 66) KTD_PLANE(2, kCopy, 0))

@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const UnpackArgs a) {
   for (int i = threadIdx.x; i < kEntries; i += blockDim.x) entry_of[i] = KTD_ENTRIES[i];
   __syncthreads();
 #endif
-  wait_for_previous();
+  wait_alone();
   for (u64 i = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.items;
        i += static_cast<u64>(gridDim.x) * blockDim.x)
     unpack_item<KTD_TYPE>(a, i, entry_of);

@@ -110,20 +110,23 @@ KTD_FN u32 low_bytes(const u32 (&entry)[4]) {
   return (entry[0] & 255) | (entry[1] & 255) << 8 | (entry[2] & 255) << 16 | (entry[3] & 255) << 24;
 }
 
-// Scales of IQ1: nibble of sub-block i of eight.
+// Scales of IQ1: nibble of sub-block i of eight; of IQ1_S, bit 0 says that the delta is negative.
 KTD_FN u32 iq1_nibble(u32 scales, int i) { return scales >> (i / 2 * 4 + i % 2 * 16) & 15; }
 
 KTD_FN void unpack(Tag<IQ1_S> type, const Packed<IQ1_S>& b, int r, int s, const u16* entry_of, Planes<u8> out,
                    u32 index) {
-  u32 entry[4];
-  grid_entries(b.codes, r, s, entry_of, entry);
-  put<0>(type, out, index, 4 * s, low_bytes(entry));
-  const u32 scale = iq1_nibble(b.scales[r], s);  // bit 0: delta is negative
-  u32 high = scale >> 1 << 12 | (scale & 1) << 15;
-#pragma unroll
-  for (int g = 0; g < 4; ++g) high |= entry[g] >> 8 << (3 * g);
-  put<1>(type, out, index, 2 * s, static_cast<u16>(high));
   if (s == 0) put<2>(type, out, index, 0, b.d[r]);
+  if (s % 2) return;
+  u32 entries[8], nibbles[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    u32 four[4];
+    grid_entries(b.codes, r, s + i, entry_of, four);
+#pragma unroll
+    for (int g = 0; g < 4; ++g) entries[4 * i + g] = four[g];
+    nibbles[i] = iq1_nibble(b.scales[r], s + i);
+  }
+  put_iq1_units(entries, nibbles, out, index, s);
 }
 
 KTD_FN void unpack(Tag<IQ1_M> type, const Packed<IQ1_M>& b, int r, int s, const u16* entry_of, Planes<u8> out,
