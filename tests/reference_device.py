@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
@@ -134,8 +135,11 @@ class ReferenceDevice:
         self._room = nbytes
         self.allocated += (rooms + 2) * nbytes  # two are there rearranged
 
-    def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[Weight]]:
-        for group in groups:
+    def begin_stream(self, groups: Iterable[Sequence[Weight]]) -> None:
+        self._groups = iter(groups)
+
+    def pass_through(self, count: int) -> Iterator[list[Weight]]:
+        for group in islice(self._groups, count):
             assert all(self.reads(w.layout, w.ggml_type) for w in group)
             assert sum(w.nbytes for w in group) <= self._room
             self.passed += sum(w.nbytes for w in group)

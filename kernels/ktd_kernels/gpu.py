@@ -121,10 +121,14 @@ class Gpu:
         """Makes room for `pass_through`: so many `rooms` for groups of up to `nbytes`."""
         self._weights = WeightStream(self._uploader, self.device, nbytes, rooms)
 
-    def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[GpuWeight]]:
-        """Groups of weights that are sent for once: each is there until the next is asked for, which is on
-        its way meanwhile."""
-        return self._weights.pass_through(groups)
+    def begin_stream(self, groups: Iterable[Sequence[Weight]]) -> None:
+        """Groups of weights that will `pass_through` in this order; the first are sent at once."""
+        self._weights.begin(groups)
+
+    def pass_through(self, count: int) -> Iterator[list[GpuWeight]]:
+        """The next `count` groups, sent for once: each is there until the next is asked for. As many as have
+        room are on their way meanwhile, those of the next call too."""
+        return self._weights.pass_through(count)
 
     def launch(self, job: MoeJob) -> None:
         """The CPU runs `job` when the stream gets there, and the stream waits for it."""

@@ -7,6 +7,7 @@ import bisect
 import ctypes
 import mmap
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -24,6 +25,9 @@ _PIECES = 8
 _THREADS = 8
 _PART = 1 << 20
 _ALIGNMENT = 256
+# Groups whose work may be launched before the first of them is done: more, and a step that is given up takes
+# long to end; fewer, and the device waits for this thread.
+_AHEAD = 12
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: what the pages of a mapped file need
 
 
@@ -103,36 +107,62 @@ def _unlock(driver: ctypes.CDLL, locked: list[tuple[int, int]]) -> None:
 
 
 class WeightStream:
-    """Weights that pass through the device: so many `rooms` for groups of up to `nbytes`."""
+    """Weights that pass through the device, in so many `rooms` for groups of up to `nbytes`."""
 
     def __init__(self, uploader: Uploader, device: torch.device, nbytes: int, rooms: int) -> None:
         self._uploader = uploader
         self._rooms = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(rooms)]
+        self._arrived = [event() for _ in self._rooms]
         self._free = [event() for _ in self._rooms]
-        self._arrived = event()
+        self._done = [event() for _ in range(_AHEAD)]
         self._stream = stream()
+        self._coming: Iterator[Sequence[Weight]] = iter(())
+        self._sent: deque[tuple[int, Sequence[Weight], list[torch.Tensor]]] = deque()
+        self._sendings = self._works = 0
 
-    def pass_through(self, groups: Iterable[Sequence[Weight]]) -> Iterator[list[GpuWeight]]:
-        """Each group on the device, for work on the current stream until the next is asked for. The next are
-        sent while that work, and what the stream was given before, is done."""
+    def begin(self, groups: Iterable[Sequence[Weight]]) -> None:
+        """The first of `groups` are sent, the others as rooms become free. What was begun before and has not
+        passed is forgotten."""
+        self._coming = iter(groups)
+        self._sent.clear()
+        for _ in self._rooms:
+            self._send_next()
+
+    def pass_through(self, count: int) -> Iterator[list[GpuWeight]]:
+        """The next `count` groups, each on the device for work on the current stream until the next is asked
+        for. Those behind them are sent while that work, and what the stream is given in between, is done."""
         work = torch.cuda.current_stream()
-        for number, group in enumerate(groups):
-            room, free = self._rooms[number % len(self._rooms)], self._free[number % len(self._free)]
-            places: list[torch.Tensor] = []
-            start = 0
-            free.synchronize()  # no further ahead, so that a step that is given up ends soon
-            with torch.cuda.stream(self._stream):
-                for weight in group:
-                    places.append(room[start : start + weight.nbytes])
-                    self._uploader.send(weight.bytes, places[-1])
-                    start += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
-                self._arrived.record()
-            work.wait_event(self._arrived)
+        for _ in range(count):
+            room, group, places = self._sent.popleft()
+            done = self._done[self._works % _AHEAD]
+            self._works += 1
+            done.synchronize()
+            work.wait_event(self._arrived[room])
             yield [
                 weight_of(place, weight.layout, weight.ggml_type, weight.shape)
                 for place, weight in zip(places, group, strict=True)
             ]
-            free.record(work)
+            self._free[room].record(work)
+            done.record(work)
+            self._send_next()
+
+    def _send_next(self) -> None:
+        group = next(self._coming, None)
+        if group is None:
+            return
+        room = self._sendings % len(self._rooms)
+        self._sendings += 1
+        places: list[torch.Tensor] = []
+        start = 0
+        # The stream waits, not this thread: while the CPU computes experts a thread is woken late.
+        self._stream.wait_event(self._free[room])
+        with torch.cuda.stream(self._stream):
+            for weight in group:
+                places.append(self._rooms[room][start : start + weight.nbytes])
+                self._uploader.send(weight.bytes, places[-1])
+                start += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
+            self._arrived[room].record()
+        self._sent.append((room, group, places))
 
 
 def stream() -> torch.cuda.Stream:

@@ -101,14 +101,14 @@ class Shares:
 
     def _seconds(self, experts: Elsewhere, layer: Experts, n: int) -> float:
         """The better of two runs, the first of which may compile kernels."""
-        if isinstance(experts, SplitExperts):
-            experts.begin([(n, slice(0, n))])
         v = self._workspace.rows(n)
         _fill(v, layer.gate.shape[0])
         taken = []
         for _ in range(2):
             self._device.synchronize()
             start = time.perf_counter()
+            if isinstance(experts, SplitExperts):
+                experts.begin([(n, slice(0, n))])
             experts.start(layer, v)
             experts.finish(layer, v)
             self._device.synchronize()

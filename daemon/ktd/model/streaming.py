@@ -3,7 +3,8 @@ same time: of a layer's experts the first are sent, the rest is the CPU's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,8 +19,8 @@ _ALIGNMENT = 256
 
 
 class SentExperts:
-    """The first experts of a layer, computed on the device: while a group of them is computed the next is on
-    its way.
+    """The first experts of layers, computed on the device: while a group of them is computed the next are on
+    their way, those of the next layer too.
 
     Sent is what the CPU computes with, so that no second copy of a layer need stay in memory; what the device
     cannot read in the CPU's layout is sent from the file.
@@ -30,6 +31,7 @@ class SentExperts:
         self._stacks = {experts.layer: _sent(device, experts) for experts in layers}
         sizes = [sum(w.nbytes + _ALIGNMENT for w in stacks) for stacks in self._stacks.values()]
         self._room = min(GROUP_BYTES, max(sizes, default=0))
+        self._coming: deque[tuple[int, int]] = deque()  # layer and share
 
     @property
     def file_bytes(self) -> int:
@@ -47,20 +49,33 @@ class SentExperts:
             if weight in self._stacks[experts.layer]:
                 self._device.lock(weight)  # what cannot be is sent too, slower
 
-    def add(self, experts: Experts, share: int, ids: torch.Tensor, v: Views) -> None:
-        """Adds the first `share` experts to v.x, chosen by `ids`, int32 [n, used], where they are not
-        negative."""
-        firsts, groups = self._cut(self._stacks[experts.layer], share)
-        for first, (gate, up, down) in zip(firsts, self._device.pass_through(groups), strict=True):
-            # Those outside the group add nothing.
-            self._device.prompt.moe(gate, up, down, v.h, ids - first, v.expert_weights, v.x, accumulate=True)
+    def begin(self, shares: Mapping[int, int]) -> None:
+        """Of these layers the first so many experts will be added, in the order of the layers."""
+        self._coming = deque((layer, share) for layer in self._stacks if (share := shares.get(layer, 0)))
+        self._device.begin_stream(
+            [w.part(part.start, len(part)) for w in self._stacks[layer]]
+            for layer, share in tuple(self._coming)
+            for part in self._parts(layer, share)
+        )
 
-    def _cut(self, stacks: list[Weight], share: int) -> tuple[range, Iterator[list[Weight]]]:
-        """First experts of the groups, and the groups."""
+    def add(self, experts: Experts, ids: torch.Tensor, v: Views) -> None:
+        """Adds the layer's first experts to v.x, chosen by `ids`, int32 [n, used], where they are not
+        negative."""
+        layer, share = self._coming.popleft()
+        if layer != experts.layer:
+            raise RuntimeError(f"experts of layer {layer} were sent for layer {experts.layer}")
+        parts = self._parts(layer, share)
+        for part, (gate, up, down) in zip(parts, self._device.pass_through(len(parts)), strict=True):
+            # Those outside the group add nothing.
+            chosen = ids - part.start
+            self._device.prompt.moe(gate, up, down, v.h, chosen, v.expert_weights, v.x, accumulate=True)
+
+    def _parts(self, layer: int, share: int) -> list[range]:
+        """The experts of each group."""
+        stacks = self._stacks[layer]
         each = sum(w.nbytes // w.shape[0] for w in stacks)
         count = max((self._room - len(stacks) * _ALIGNMENT) // each, 1)
-        firsts = range(0, share, count)
-        return firsts, ([w.part(first, min(count, share - first)) for w in stacks] for first in firsts)
+        return [range(first, min(first + count, share)) for first in range(0, share, count)]
 
 
 #: Consecutive rows of a step, and the number by which their shares are chosen.
@@ -86,9 +101,14 @@ class SplitExperts:
         self._jobs: list[tuple[int, MoeJob]] = []
 
     def begin(self, spans: Sequence[Span]) -> None:
-        """The rows of the next step; the jobs of the last have ended."""
+        """The rows of the next step; the jobs of the last have ended. Sending begins."""
         self._spans = spans
         self._jobs.clear()
+        most: dict[int, int] = {}
+        for n, _ in spans:
+            for layer, share in self._shares.get(n, {}).items():
+                most[layer] = max(share, most.get(layer, 0))
+        self._sent.begin(most)
 
     def start(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
@@ -112,14 +132,13 @@ class SplitExperts:
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says. What was sent is added first."""
         shares = self._of(experts)
-        most = max(share for share, _ in shares)
-        if not most:
+        if not any(share for share, _ in shares):
             self._others.finish(experts, v)
             return
         ids = v.expert_ids.clone()
         for share, rows in shares:
             ids[rows].masked_fill_(ids[rows] >= share, -1)
-        self._sent.add(experts, most, ids, v)
+        self._sent.add(experts, ids, v)
         rest = [rows for share, rows in shares if share < experts.gate.shape[0]]
         if rest:
             self._exchange.device.join()
