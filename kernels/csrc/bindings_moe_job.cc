@@ -97,7 +97,7 @@ void bind_moe_job(nb::module_& m) {
            "Experts "
            "below `first` are elsewhere: they add nothing.")
       .def_prop_ro_static(
-          "function", [](nb::handle) { return reinterpret_cast<uintptr_t>(&MoeJob::run); },
+          "function", [](nb::handle) { return reinterpret_cast<uintptr_t>(&MoeJob::host_function); },
           "Address of void run(void* data), which throws nothing.")
       .def_prop_ro(
           "data", [](PyMoeJob& self) { return reinterpret_cast<uintptr_t>(static_cast<MoeJob*>(&self)); },

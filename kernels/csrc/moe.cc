@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace ktd {
 namespace {
@@ -342,6 +343,8 @@ void moe(Cpu& cpu, const MoeArgs& args) {
     return;
   }
   const auto turn = cpu.pool.turn();
+  std::optional<Pool::SpareCore> spare;
+  if (args.spare_core) spare.emplace(cpu.pool);
   const int64_t slice = std::max<int64_t>(1, kMaxPairs / args.k);
   for (int64_t t = 0; t < args.n; t += slice) {
     MoeArgs part = args;

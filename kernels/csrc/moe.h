@@ -19,6 +19,7 @@ struct MoeArgs {
   Rows<float> out;
   bool accumulate;
   int64_t first;
+  bool spare_core = false;  // as of Pool::SpareCore
 };
 
 void moe(Cpu& cpu, const MoeArgs& args);

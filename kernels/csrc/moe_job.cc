@@ -10,29 +10,30 @@
 
 namespace ktd {
 
-void MoeJob::run(void* job) noexcept {
-  MoeJob& self = *static_cast<MoeJob*>(job);
+void MoeJob::run(bool spare_core) noexcept {
   try {
-    self.compute();
+    compute(spare_core);
   } catch (const std::exception& error) {
-    const MoeArgs& a = self.args_;
+    const MoeArgs& a = args_;
     for (int64_t t = 0; t < a.n; ++t)
       memset(a.out.data + t * a.out.stride, 0, static_cast<size_t>(a.down->rows) * sizeof(float));
     try {
-      const std::lock_guard<std::mutex> held(self.lock_);
-      self.error_ = error.what();
+      const std::lock_guard<std::mutex> held(lock_);
+      error_ = error.what();
     } catch (...) {  // no memory for the sentence: the zeros remain
     }
   }
 }
 
-void MoeJob::compute() {
+void MoeJob::compute(bool spare_core) {
   const int64_t experts = args_.gate->count;
   for (int64_t i = 0; i < args_.n * args_.k; ++i)
     if (args_.ids[i] < 0 || args_.ids[i] >= experts)
       throw std::out_of_range("the router chose expert " + std::to_string(args_.ids[i]) + " of " +
                               std::to_string(experts));
-  moe(cpu_, args_);
+  MoeArgs args = args_;
+  args.spare_core = spare_core;
+  moe(cpu_, args);
 }
 
 std::string MoeJob::take_error() {
@@ -51,7 +52,7 @@ int64_t serve(const std::vector<MoeJob*>& jobs, const MoeFlags& flags, int64_t f
       for (int i = 0; i < 16; ++i) pause_cpu();
       if (Clock::now() > limit) return first;
     }
-    MoeJob::run(jobs[static_cast<size_t>(first)]);
+    jobs[static_cast<size_t>(first)]->run(false);
     flags.done(first).store(1, std::memory_order_release);
   }
   return first;

@@ -19,15 +19,19 @@ class MoeJob {
   MoeJob(const MoeJob&) = delete;
   MoeJob& operator=(const MoeJob&) = delete;
 
-  // For cuLaunchHostFunc: `job` is a MoeJob. Nothing may be thrown through the driver, so what goes wrong is
-  // kept for `take_error` and the output is zeros. Calls no CUDA function, which a host function must not.
-  static void run(void* job) noexcept;
+  // For cuLaunchHostFunc: `job` is a MoeJob. Calls no CUDA function, which a host function must not. The
+  // thread that launched this launches the device's share meanwhile, and has a core left to it.
+  static void host_function(void* job) noexcept { static_cast<MoeJob*>(job)->run(true); }
+
+  // Nothing may be thrown through the driver, so what goes wrong is kept for `take_error` and the output is
+  // zeros.
+  void run(bool spare_core) noexcept;
 
   // What went wrong since the last call; empty where nothing did. From any thread.
   std::string take_error();
 
  private:
-  void compute();
+  void compute(bool spare_core);
 
   Cpu& cpu_;
   const MoeArgs args_;

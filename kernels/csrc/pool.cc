@@ -40,7 +40,7 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
 
 }  // namespace
 
-Pool::Pool(int threads, std::vector<int> cores) : threads_(threads) {
+Pool::Pool(int threads, std::vector<int> cores) : threads_(threads), taking_part_(threads) {
   for (int i = 1; i < threads; ++i) {
     const int core = cores.empty() ? -1 : cores[static_cast<size_t>(i) % cores.size()];
     workers_.emplace_back([this, i, core] { work(i, core); });
@@ -124,7 +124,7 @@ void Pool::work(int thread, int core) {
     }
     seen = epoch;
     if (stop_.load()) return;
-    if (!try_enter(epoch)) continue;
+    if (thread >= taking_part_.load(std::memory_order_relaxed) || !try_enter(epoch)) continue;
     drain(thread);
     state_.fetch_sub(1, std::memory_order_release);
   }

@@ -44,6 +44,22 @@ class Pool {
 
   std::unique_lock<std::mutex> turn() { return std::unique_lock<std::mutex>(turn_); }
 
+  // Within a turn: while it lives, one worker of many takes no part in loops, so that a thread that launches
+  // work on a GPU meanwhile finds a core at once and not when the system takes one from a worker.
+  class SpareCore {
+   public:
+    explicit SpareCore(Pool& pool) : pool_(pool) {
+      if (pool.threads_ >= kSpare) pool.taking_part_.store(pool.threads_ - 1, std::memory_order_relaxed);
+    }
+    ~SpareCore() { pool_.taking_part_.store(pool_.threads_, std::memory_order_relaxed); }
+    SpareCore(const SpareCore&) = delete;
+    SpareCore& operator=(const SpareCore&) = delete;
+
+   private:
+    static constexpr int kSpare = 8;  // threads; of fewer one is too large a part
+    Pool& pool_;
+  };
+
  private:
   void run(int64_t n, int64_t grain, Task task);
   void work(int thread, int core);
@@ -51,6 +67,7 @@ class Pool {
   bool try_enter(uint32_t epoch);
 
   const int threads_;
+  std::atomic<int> taking_part_;  // threads from this one on sit loops out
   std::mutex turn_;
   Task task_{};
   int64_t n_ = 0, grain_ = 1;

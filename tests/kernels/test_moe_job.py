@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,3 +163,29 @@ def test_a_device_that_stops_asking_is_told_and_can_be_released(cpu: Cpu) -> Non
 def test_flags_of_another_size_are_refused(cpu: Cpu) -> None:
     with pytest.raises(ValueError, match="flags has shape"):
         MoeSequence([], np.zeros((1, 2, 16), np.int32))
+
+
+def test_a_host_function_leaves_one_core_of_many_to_the_thread_that_launches() -> None:
+    """The last worker does next to nothing; the bits are the same."""
+
+    def tasks() -> set[int]:
+        return {int(name) for name in os.listdir("/proc/self/task")}
+
+    def worked(task: int) -> float:
+        return int(Path(f"/proc/self/task/{task}/schedstat").read_text().split()[0]) / 1e9
+
+    before = tasks()
+    cpu = Cpu(threads=8)
+    workers = sorted(tasks() - before)
+    weights = stacks()
+    x, ids, scales, out = arguments(2000)
+    job = MoeJob(cpu, *weights, x, ids, scales, out)
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(MoeJob.function)
+    for _ in range(3):
+        function(job.data)
+    expected = np.empty_like(out)
+    beside = [worked(task) for task in workers]
+    cpu.moe(*weights, x, ids, scales, expected)
+    assert np.array_equal(out, expected)
+    assert len(workers) == 7
+    assert beside[-1] < 0.03 * sum(beside)
