@@ -47,6 +47,18 @@ static inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 32; i += 8) sum += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
   return sum;
 }
+// mma.sync.m16n8k16 of bytes.
+static inline void multiply_bytes(int (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+  static unsigned operands[kMostThreads][3];
+  const int lane = threadIdx.x % 32, first = threadIdx.x - lane;
+  operands[threadIdx.x][0] = a0, operands[threadIdx.x][1] = a1, operands[threadIdx.x][2] = b;
+  __syncwarp();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 4; ++k)
+      c[i] = __dp4a(operands[first + lane / 4 * 4 + k][i / 2],
+                    operands[first + (lane % 4 * 2 + i % 2) * 4 + k][2], c[i]);
+  __syncwarp();
+}
 static inline int __clz(int value) { return __builtin_clz(value); }
 static inline unsigned __float_as_uint(float value) {
   unsigned bits;

@@ -29,7 +29,12 @@ extern "C" void run(const u8* raw, u8* planes, int tile, const ProductArgs* argu
   for (int i = 0; i < a.matrices; ++i)
     for (u64 unit = 0; unit < a.blocks * F::kUnits; ++unit)
       repack_unit<KTD_TYPE>(raw + i * a.blocks * F::kBytes, {planes + i * a.matrix_bytes, a.blocks}, unit);
-  const auto kernel = tile == 1 ? product_1 : tile == 2 ? product_2 : tile == 4 ? product_4 : product_8;
+  const auto kernel = tile == 1    ? product_1
+                      : tile == 2  ? product_2
+                      : tile == 4  ? product_4
+                      : tile == 8  ? product_8
+                      : tile == -4 ? several_4
+                                   : several_8;
   launch(3, [=] { kernel(a); });
 }
 """
@@ -130,17 +135,22 @@ def check(got: F32, want: NDArray[np.float64]) -> None:
     assert np.abs(got - want).max() <= 64 * 2.0**-24 * np.abs(want).max()
 
 
-@pytest.mark.parametrize(("n", "cols", "lanes"), [(1, 256, 8), (2, 512, 16), (4, 1536, 32), (5, 1536, 128)])
+@pytest.mark.parametrize(
+    ("n", "cols", "lanes"), [(1, 256, 8), (2, 512, 16), (3, 512, 16), (4, 1536, 32), (5, 1536, 128)]
+)
 def test_one_matrix(make: Callable[..., Emulated], n: int, cols: int, lanes: int) -> None:
     w, x, out = make(1, 21, cols), normal(1, n, cols), np.full((n, 21), np.nan, np.float32)
-    tile = n if n < 4 else 4 if n == 4 else 8
+    tile = n if n < 3 else 4 if n <= 4 else 8
     numbers = {"slots": 1, "terms": 1, "tokens": n, "stacks": 1, "share": 1, "out_token": 21}
     seen = w.run(x, out, lanes, tile, **numbers)
     check(out, seen @ w.values[0].T)
+    again, numbers["tokens"] = np.full((n, 21), np.nan, np.float32), 1  # of other kernels, with the same bits
     for token in range(n):
-        alone = np.full((1, 21), np.nan, np.float32)
-        w.run(x[token : token + 1], alone, lanes, 1, **numbers | {"tokens": 1})
-        np.testing.assert_array_equal(out[token : token + 1], alone)  # another kernel, the same bits
+        w.run(x[token : token + 1], again[token : token + 1], lanes, 1, **numbers)
+    np.testing.assert_array_equal(out, again)
+    if tile >= 4:
+        w.run(x, again, lanes, -tile, **numbers | {"tokens": n})
+        np.testing.assert_array_equal(out, again)
 
 
 def test_experts_of_tokens(make: Callable[..., Emulated]) -> None:

@@ -120,11 +120,16 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x if rows else x.clone(memory_format=torch.contiguous_format)
 
 
-def _tile_rows(w: GpuWeight, lanes: int, tile: int) -> int:
-    """Rows that a thread block takes at a time, as in the sources, where it takes `tile` tokens."""
-    if not w.format.coded:
-        return _THREADS // lanes
-    return _THREADS // lanes * (4 if tile == 1 else 2)
+def _cut(w: GpuWeight, lanes: int, tile: int, others: int) -> tuple[str, int]:
+    """The kernel for `tile` tokens and how many tiles of rows there are for its thread blocks, `others` for
+    each tile of a matrix. Which kernel it is changes no bits."""
+    rows = 1 if not w.format.coded else 4 if tile == 1 else 2
+    tiles = -(-w.rows // (_THREADS // lanes * rows)) * others
+    if tile >= 4 and w.format.coded and architecture(w.index) >= 80:
+        fewer = -(-w.rows // (_THREADS // min(lanes, 32) * (2 if tile == 8 else 4))) * others
+        if fewer >= processors(w.index):
+            return f"several_{tile}", fewer
+    return f"product_{tile}", tiles
 
 
 def lanes_per_row(w: GpuWeight) -> int:
@@ -195,9 +200,8 @@ def product(
     args.term_warps = math.gcd(terms, _THREADS // 32)
     args.lanes = 32 * args.term_warps if args.term_warps > 1 else lanes_per_row(first)
     tile = 1 if tokens == 1 else 2 if tokens == 2 else 4 if tokens <= 4 else 8
-    kernel = product_module(first.ggml_type, first.index).function(f"product_{tile}")
-    tile_rows = _tile_rows(first, args.lanes, tile)
-    items = -(-first.rows // tile_rows) * -(-tokens // tile) * slots * len(w)
+    name, items = _cut(first, args.lanes, tile, -(-tokens // tile) * slots * len(w))
+    kernel = product_module(first.ggml_type, first.index).function(name)
     rounds = -(-items // (processors(first.index) * kernel.resident(_THREADS)))
     blocks = -(-items // rounds)  # all of them do the same number
     kernel.launch((blocks, 1), _THREADS, args)

@@ -1,5 +1,6 @@
 // Products, dequantisation and repacking of one block type: KTD_TYPE is its name, KTD_GRID its table, if any.
 #include "repack.cuh"
+#include "several.cuh"
 #include "units.cuh"
 
 // What a group of lanes multiplies next: one step along the columns of R rows. Steps of a row, terms of a
@@ -132,14 +133,18 @@ KTD_FN void product(const ProductArgs& a) {
 }
 
 // T: tokens, RESIDENT: thread blocks that a multiprocessor must hold.
-#define KTD_PRODUCT(T, RESIDENT, ...)                                                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT) product_##T(const ProductArgs a) { \
-    __VA_ARGS__(a);                                                                                   \
+#define KTD_PRODUCT(NAME, T, RESIDENT, ...)                                                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT) NAME##_##T(const ProductArgs a) { \
+    __VA_ARGS__(a);                                                                                  \
   }
-KTD_PRODUCT(1, 2, product<1, 4>)
-KTD_PRODUCT(2, 1, product<2, 2>)
-KTD_PRODUCT(4, 1, product<4, 2>)
-KTD_PRODUCT(8, 1, product<8, 2>)
+KTD_PRODUCT(product, 1, 2, product<1, 4>)
+KTD_PRODUCT(product, 2, 1, product<2, 2>)
+KTD_PRODUCT(product, 4, 1, product<4, 2>)
+KTD_PRODUCT(product, 8, 1, product<8, 2>)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+KTD_PRODUCT(several, 4, 2, product_several<4, 4>)
+KTD_PRODUCT(several, 8, 2, product_several<8, 2>)
+#endif
 
 // Rows to floats, bit-equal to gguf.quants.dequantize, then rounded to nearest even.
 struct DequantizeArgs {
