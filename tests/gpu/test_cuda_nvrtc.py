@@ -64,6 +64,13 @@ def test_experts_compile(cols: int, terms: int, arch: int) -> None:
     assert kernels.experts_cubin(TYPES["IQ1_S"], cols, terms, 28, known(arch)).startswith(b"\x7fELF")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("kept")
+def test_attention_compiles() -> None:
+    known(90)
+    assert kernels.mla_cubin(64).startswith(b"\x7fELF")
+
+
 def test_a_cubin_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = 'extern "C" __global__ void nothing() {}'
     first = nvrtc.compile_cubin("nothing", source, {}, 80)

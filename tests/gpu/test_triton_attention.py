@@ -8,6 +8,8 @@ off by half a unit, and float32 arithmetic: a score of K products is off by at m
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,18 @@ R1 = {"heads": 128, "latent": 512, "rope": 64, "page": 64}
 @pytest.mark.parametrize("contexts", [[1], [64], [1000, 65, 4097], [20000], [131072]], ids=str)
 def test_r1_on_the_device(contexts: list[int]) -> None:
     check(attention(contexts, **R1, seed=sum(contexts)))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@on_device
+def test_strided_queries_on_the_device() -> None:
+    """In rows of 576 values, as they come, and of 577, which no kernel reads 16 bytes at a time."""
+    a = attention([700, 90], **R1)  # type: ignore[arg-type]
+    n, heads, r = a.q_latent.shape
+    for width in (576, 577):
+        wider = torch.zeros(n, heads, width, device=a.q_latent.device)
+        wider[..., :r], wider[..., r : r + 64] = a.q_latent, a.q_rope
+        check(replace(a, q_latent=wider[..., :r], q_rope=wider[..., r : r + 64]))
 
 
 @pytest.mark.gpu

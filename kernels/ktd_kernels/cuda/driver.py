@@ -60,6 +60,28 @@ class Module:
         return self._functions[name]
 
 
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: how the tensor memory accelerator sees a matrix."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+def matrix_map(address: int, rows: int, columns: int, box: tuple[int, int]) -> TensorMap:
+    """Of bfloat16 [rows, columns] at `address`, read in boxes of (rows, columns) whose rows of 128 bytes are
+    swizzled. Raises DriverError."""
+    room = (ctypes.c_uint8 * 192)()
+    found = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
+    bfloat16, none, swizzle_128, promote_256 = 9, 0, 3, 3
+    result = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(found), bfloat16, 2, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * 2),
+        (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1),
+        none, swizzle_128, promote_256, none,
+    )  # fmt: skip
+    _check(result, "cuTensorMapEncodeTiled")
+    return found
+
+
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute."""
 
@@ -107,14 +129,27 @@ class Function:
             self._occupancy[threads] = max(count.value, 1)
         return self._occupancy[threads]
 
-    def launch(self, grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
-        """Queue `grid` (x, y) blocks of `threads` threads on the device's current stream."""
+    def allow_shared(self, nbytes: int) -> None:
+        """Blocks may take `nbytes` of dynamic shared memory, more than the 48 KiB that any kernel may."""
+        limit = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(_driver().cuFuncSetAttribute(self._handle, limit, nbytes), "cuFuncSetAttribute")
+
+    def launch(
+        self,
+        grid: tuple[int, int] | tuple[int, int, int],
+        threads: int,
+        *arguments: Argument,
+        shared: int = 0,
+    ) -> None:
+        """Queue `grid` (x, y, z) blocks of `threads` threads and `shared` bytes of dynamic shared memory on
+        the device's current stream."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                self.launch(grid, threads, *arguments)
+                self.launch(grid, threads, *arguments, shared=shared)
             return
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        config = _Config((*grid, 1), (threads, 1, 1), 0, torch.cuda.current_stream().cuda_stream)
+        blocks = (*grid, 1)[:3]
+        config = _Config(blocks, (threads, 1, 1), shared, torch.cuda.current_stream().cuda_stream)
         if self._early:
             config.attributes, config.count = ctypes.pointer(_EARLY), 1
         launch = _driver().cuLaunchKernelEx

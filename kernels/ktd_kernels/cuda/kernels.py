@@ -91,6 +91,11 @@ def mailbox_cubin(arch: int) -> bytes:
     return _cubin("mailbox", "mailbox.cu", arch)
 
 
+def mla_cubin(most_splits: int) -> bytes:
+    """Attention over the latent cache for sm_90."""
+    return _cubin("mla", "mla.cu", 90, (f"KTD_MOST={most_splits}",))
+
+
 def activation_cubin(arch: int) -> bytes:
     """Quantisation of activations and SwiGLU for sm_`arch`."""
     return _cubin("activations", "activations.cu", arch)

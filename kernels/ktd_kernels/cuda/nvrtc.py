@@ -128,7 +128,9 @@ def _compile(name: str, source: str, headers: Mapping[str, str], arch: int, defi
         "nvrtcCreateProgram",
     )
     try:
-        options = [f"--gpu-architecture=sm_{arch}", *_OPTIONS, *(f"-D{define}" for define in defines)]
+        # Tensor-core products over shared memory (wgmma) are features of 9.0 alone.
+        target = "90a" if arch == 90 else str(arch)
+        options = [f"--gpu-architecture=sm_{target}", *_OPTIONS, *(f"-D{define}" for define in defines)]
         packed = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), packed):
             raise NvrtcError(f"The kernel {name} does not compile for sm_{arch}:\n{_log(program)}")

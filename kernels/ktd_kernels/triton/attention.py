@@ -6,15 +6,15 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 import triton
 
+from ktd_kernels.cuda import mla
 from ktd_kernels.triton import attention_general as general
 from ktd_kernels.triton.checks import INTERPRETED, require
 from ktd_kernels.triton.scratch import scratch
-from ktd_kernels.triton.splits import LADDER, MOST_SPLITS, Ladder, combine_kernel, most_splits
+from ktd_kernels.triton.splits import LADDER, MOST_SPLITS, combine_kernel, most_splits
 
 # Bytes of the splits' sums: more rows than fit are attended to in several launches.
 _SCRATCH = 128 << 20
@@ -99,54 +99,39 @@ def mla_attention(
     n, heads, r, dr = call.sizes
     if n == 0 or heads == 0:
         return
-    hopper = _hopper(cache.device)
     if (
-        hopper is not None
-        and (r, dr, cache.dtype) == (512, 64, torch.bfloat16)
-        and cache.shape[1] % 64 == 0
+        _hopper(cache.device)
+        and (r, dr, cache.dtype) == (mla.LATENT, mla.ROPE, torch.bfloat16)
+        and cache.shape[1] % mla.TOKENS == 0
         and cache.is_contiguous()
+        and all(_in_fours(x) for x in (q_latent, q_rope, out))
     ):
-        launch_hopper(hopper, call, prompt)
+        _launch_hopper(call, prompt)
     else:
         _launch_general(call, prompt)
 
 
+def _in_fours(x: torch.Tensor) -> bool:
+    """Whether rows of x can be read and written 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and all(stride % 4 == 0 for stride in x.stride()[:-1])
+
+
 @functools.cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The kernel for compute capability 9.0, where that is what the device has and Triton's Gluon compiles
-    it."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    try:
-        from ktd_kernels.triton import attention_hopper
-    except (ImportError, AttributeError):  # Gluon is experimental: another Triton may name things otherwise
-        return None
-    return attention_hopper
+def _hopper(device: torch.device) -> bool:
+    """Whether the device has compute capability 9.0, whose instructions mla.cu uses."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def launch_hopper(hopper: ModuleType, call: Call, prompt: bool, ladder: Ladder = LADDER) -> None:
-    """The launches of attention_hopper; see there for the sizes it takes."""
-    n, heads, r, _ = call.sizes
-    halves, ropes = hopper.descriptors(call.cache)
-    blocks = triton.cdiv(heads, 64)
-    pages, page_size = call.cache.shape[:2]
-    fixed = (halves, ropes, call.page_table, call.seq_of_row, call.context)
-    sizes = (pages * page_size, call.scale * math.log2(math.e), heads, *call.query_strides)
+def _launch_hopper(call: Call, prompt: bool) -> None:
+    arguments = (
+        *(call.q_latent, call.q_rope, call.cache, call.page_table, call.seq_of_row, call.context),
+        *(call.scale, call.out),
+    )
     if prompt:
-        hopper.attend_kernel[(blocks, n)](
-            call.q_latent, call.q_rope, *fixed, call.out, call.out, 0, *sizes, *call.out.stride()[:2],
-            call.page_table.stride(0), 1,
-            LADDER=ladder, MOST=MOST_SPLITS, PAGE=page_size, SPLIT=False, num_warps=4,
-        )  # fmt: skip
+        mla.attend(*arguments, None)
         return
-    for sums, tops, first, rows in _groups(call, ladder):
-        splits = sums.shape[1]
-        hopper.attend_kernel[(blocks, splits, rows)](
-            call.q_latent, call.q_rope, *fixed, sums, tops, first, *sizes, 0, r,
-            call.page_table.stride(0), splits,
-            LADDER=ladder, MOST=MOST_SPLITS, PAGE=page_size, SPLIT=True, num_warps=4,
-        )  # fmt: skip
-        _combine(call, sums, tops, first, rows, ladder, early=True)
+    for sums, tops, first, rows in _groups(call):
+        mla.attend(*arguments, mla.Splits(sums[:rows], tops, first, LADDER))
 
 
 def _launch_general(call: Call, prompt: bool) -> None:
@@ -167,7 +152,7 @@ def _launch_general(call: Call, prompt: bool) -> None:
 
 def _general_decode(call: Call, tiling: Tiling) -> None:
     _, heads, r, dr = call.sizes
-    for sums, tops, first, rows in _groups(call, LADDER):
+    for sums, tops, first, rows in _groups(call):
         splits = sums.shape[1]
         general.decode_kernel[(triton.cdiv(heads, tiling.queries), splits, rows)](
             call.q_latent, call.q_rope, call.cache, call.page_table, call.seq_of_row, call.context,
@@ -178,7 +163,7 @@ def _general_decode(call: Call, tiling: Tiling) -> None:
             M=tiling.queries, N=tiling.tokens, UPCAST=INTERPRETED,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
-        _combine(call, sums, tops, first, rows, LADDER, early=False)
+        _combine(call, sums, tops, first, rows)
 
 
 def _general_prompt(call: Call, tiling: Tiling) -> None:
@@ -194,23 +179,21 @@ def _general_prompt(call: Call, tiling: Tiling) -> None:
     )  # fmt: skip
 
 
-def _groups(call: Call, ladder: Ladder) -> list[tuple[torch.Tensor, torch.Tensor, int, int]]:
+def _groups(call: Call) -> list[tuple[torch.Tensor, torch.Tensor, int, int]]:
     """(sums, tops, first row, rows) of each launch: as many rows as the scratch memory has room for."""
     n, heads, r, _ = call.sizes
-    splits = most_splits(call.max_context, ladder)
+    splits = most_splits(call.max_context)
     rows = max(1, min(n, _SCRATCH // (splits * heads * r * 4)))
     sums = scratch("mla_sums", (rows, splits, heads, r), call.cache.device)
     tops = scratch("mla_tops", (rows, splits, heads), call.cache.device)
     return [(sums, tops, first, min(rows, n - first)) for first in range(0, n, rows)]
 
 
-def _combine(
-    call: Call, sums: torch.Tensor, tops: torch.Tensor, first: int, rows: int, ladder: Ladder, *, early: bool
-) -> None:
+def _combine(call: Call, sums: torch.Tensor, tops: torch.Tensor, first: int, rows: int) -> None:
     _, splits, heads, r = sums.shape
     combine_kernel[(heads, triton.cdiv(r, 128), rows)](
         sums, tops, call.context, call.out, first, heads, r, *call.out.stride()[:2], splits,
-        LADDER=ladder, MOST=MOST_SPLITS, STEP=16, COLS=128, EARLY=early, num_warps=4, launch_pdl=early,
+        LADDER=LADDER, MOST=MOST_SPLITS, STEP=16, COLS=128, num_warps=4,
     )  # fmt: skip
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 Ladder = tuple[tuple[int, int], ...]
 
 # (longest context, tokens a split), longest first; see split_length for what is beyond.
-LADDER: Ladder = ((65536, 1024), (16384, 512), (4096, 256), (2048, 128))
+LADDER: Ladder = ((65536, 1024), (16384, 512), (8192, 1024), (4096, 256), (2048, 128))
 MOST_SPLITS = 64
 
 
@@ -42,11 +41,10 @@ def device_split_length(context, LADDER: tl.constexpr, MOST: tl.constexpr):
 @triton.jit
 def combine_kernel(
     sums, tops, context, out, first_row, heads, r, o_row, o_head, splits,
-    LADDER: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
+    LADDER: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits of COLS columns of one head of one row, STEP splits at a time. The order does not
-    depend on how many splits a row might have had. EARLY: launched while the splits are still being
-    attended to."""
+    depend on how many splits a row might have had."""
     head = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     place = tl.program_id(2)
@@ -55,8 +53,6 @@ def combine_kernel(
     used = tl.cdiv(limit, device_split_length(limit, LADDER, MOST))
     part = place.to(tl.int64) * splits * heads + head
     every = tl.arange(0, MOST)
-    if EARLY:
-        gdc_wait()
     logs = tl.load(tops + part + every * heads, mask=every < used, other=-1e38)
     top = tl.max(logs, 0)
     total = tl.sum(tl.exp2(logs - top), 0)
