@@ -49,6 +49,7 @@ def all_checks(settings: Settings) -> list[Check]:
         _memory,
         _gpu,
         _model,
+        _repacked,
         _disk,
         _ports,
         _supervisor,
@@ -205,6 +206,29 @@ def _model(settings: Settings) -> Iterator[Check]:
         yield Check("model", "bad", str(error), "name a GGUF that ktd runs with --gguf-path")
     else:
         yield Check("model", "ok", found)
+
+
+def _repacked(settings: Settings) -> Iterator[Check]:
+    from ktd.gguf import GgufFile
+    from ktd.model.sidecar import look, sidecar_path
+    from ktd.model.sidecar_table import UnfitError
+
+    if not (settings.repack and settings.repack_cache):
+        return
+    name, again = "repacked weights", "the next start makes it again"
+    try:
+        with GgufFile.open(settings.gguf_path or embedded_model()) as gguf:
+            path = sidecar_path(settings.repack_cache, gguf)
+            size = look(path, gguf, Cpu(1, settings.isa))
+        yield Check(name, "ok", f"{path}, {size / GIB:.2f} GiB, fits the model and this CPU")
+    except FileNotFoundError:
+        yield Check(name, "ok", f"the next start makes {path}, if there is something to repack")
+    except UnfitError as error:
+        yield Check(name, "note", f"{path} {error}", again)
+    except OSError as error:
+        yield Check(name, "note", str(error), "name another folder with --repack-cache")
+    except (UserError, ValueError):
+        return  # told of the model and of the instruction set
 
 
 def _disk(settings: Settings) -> Iterator[Check]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,9 +15,10 @@ from ktd.budget import budget_of
 from ktd.chat import ChatService, ServedModel
 from ktd.engine import Engine, EngineConfig
 from ktd.errors import SettingsError
-from ktd.gguf import GgufFile
+from ktd.gguf import GgufFile, model_name
 from ktd.gpu import Gpu, gpus_for
 from ktd.model import ModelConfig, load_model
+from ktd.model.sidecar import sidecar_path
 from ktd.placement_rules import read_rules
 from ktd.plan import GIB, PAGE_SIZE, Plan, make_plan
 from ktd.server.host import Loaded
@@ -87,7 +87,7 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
     Raises GgufError for what only the tensors themselves show, FileLost.
     """
     settings, plan = prepared.settings, prepared.plan
-    check = prepared.gguf.check
+    check, folder = prepared.gguf.check, settings.repack_cache
 
     def tell(fraction: float) -> None:
         check()
@@ -98,7 +98,8 @@ def load(prepared: Prepared, progress: Callable[[float], None]) -> Loaded:
         prepared.cpu,
         context=plan.context,
         progress=tell,
-        repack=plan.growth > 0,
+        repack=plan.repacked > 0,
+        repack_cache=sidecar_path(folder, prepared.gguf) if folder else None,
         placement=plan.placement,
     )
     engine = Engine(
@@ -146,12 +147,11 @@ def describe(prepared: Prepared) -> str:
 
 def _served(settings: Settings, gguf: GgufFile, plan: Plan, text: TextModel) -> ServedModel:
     path = gguf.paths[0]
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.name.removesuffix(".gguf"))
     bytes_of = Counter[str]()
     for tensor in gguf.tensors.values():
         bytes_of[tensor.ggml_type.name] += tensor.nbytes
     return ServedModel(
-        name=settings.model_name or stem,
+        name=settings.model_name or model_name(path),
         file_name=path.name,
         architecture=gguf.require("general.architecture", str),
         parameters=sum(prod(tensor.shape) for tensor in gguf.tensors.values()),

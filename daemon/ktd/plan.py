@@ -12,7 +12,7 @@ from ktd.cache import CacheType
 from ktd.errors import SettingsError
 from ktd.gguf import GgmlType, GgufFile
 from ktd.model.config import ModelConfig
-from ktd.model.loader import packed_growth
+from ktd.model.loader import packed_sizes
 from ktd.model.placement import ROUTED, GpuNeeds, Placement, VramBytes, vram_bytes
 from ktd.split import Pins, cache_room, split
 from ktd_kernels import Cpu
@@ -35,8 +35,8 @@ class Plan:
     `gpus` counts what lies on each GPU of the placement. Of the rest, in memory, `routed` are the routed
     experts and `dense` all other weights; `..._per_token` is what one generated token reads of the weights,
     from memory and from each GPU. `from_disk` of those in memory do not fit: the system reads them again from
-    the file whenever a token needs them. `growth` is what the weights in memory take beyond their size in
-    the file where there is room to repack them for this CPU, else 0.
+    the file whenever a token needs them. `repacked` is what weights take that are repacked for this CPU, 0
+    where there is no room for that, and `growth` what of it is beyond their size in the file.
     """
 
     budget: Budget
@@ -52,6 +52,7 @@ class Plan:
     cache_per_token: int
     buffers: int
     from_disk: int
+    repacked: int
     growth: int
 
     @property
@@ -102,10 +103,12 @@ class _Sizes:
             cache_type=self.cache_type,
         )
 
-    def growth(self, placement: Placement, room: int) -> int:
-        """What repacking takes of `room` bytes; 0 where that is not enough."""
-        growth = packed_growth(self.gguf, self.packer, placement) if self.packer else 0
-        return growth if growth <= room else 0
+    def repacked(self, placement: Placement, room: int) -> tuple[int, int]:
+        """Bytes of what is repacked, and how many that takes of `room`; zeros where that is not enough."""
+        sizes = packed_sizes(self.gguf, self.packer, placement) if self.packer else {}
+        repacked = sum(sizes.values())
+        growth = repacked - sum(self.gguf.tensors[name].nbytes for name in sizes)
+        return (repacked, growth) if growth <= room else (0, 0)
 
     def cache_for(self, context: int, room: int) -> int:
         """Tokens of a cache that the sequences share: one whole context at least, one for each where `room`
@@ -171,7 +174,7 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
     # The rest of the budget after all weights; when they do not fit, the cache stays as small as was asked.
     spare = max(room - routed, 0)
     # Speed before room for conversations: what repacking takes comes first.
-    growth = sizes.growth(Placement(), spare - _paged(asked) * per_token)
+    repacked, growth = sizes.repacked(Placement(), spare - _paged(asked) * per_token)
     spare -= growth
     if grow:
         asked = min(config.context, max(spare // per_token // PAGE_SIZE * PAGE_SIZE, asked))
@@ -190,6 +193,7 @@ def _on_cpu(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
         cache_per_token=per_token,
         buffers=buffers,
         from_disk=max(routed + dense + buffers + cache_tokens * per_token - budget.ram, 0),
+        repacked=repacked,
         growth=growth,
     )
 
@@ -209,7 +213,7 @@ def _on_gpus(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
     embedding = _embedding(gguf)
     buffers = _buffers(config, sizes.sequences, sizes.chunk_tokens)
     in_ram = routed + embedding + buffers
-    growth = sizes.growth(placement, budget.ram - in_ram)
+    repacked, growth = sizes.repacked(placement, budget.ram - in_ram)
     return Plan(
         budget=budget,
         placement=placement,
@@ -224,6 +228,7 @@ def _on_gpus(sizes: _Sizes, budget: Budget, asked: int, *, grow: bool) -> Plan:
         cache_per_token=per_token,
         buffers=buffers,
         from_disk=max(in_ram - budget.ram, 0),
+        repacked=repacked,
         growth=growth,
     )
 

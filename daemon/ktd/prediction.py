@@ -65,7 +65,7 @@ class Sample:
         return kept + max(tensor.nbytes for tensor in tensors)
 
     def _kept(self, tensor: TensorInfo) -> int:
-        matrix = len(tensor.shape) > 1 and self._plan.growth
+        matrix = len(tensor.shape) > 1 and self._plan.repacked
         packed: int = self._cpu.packed_bytes(int(tensor.ggml_type), tensor.shape) if matrix else 0
         return packed or tensor.nbytes
 
@@ -73,7 +73,7 @@ class Sample:
         """Of an answer behind a short prompt, alone."""
         plan, cpu = self._plan, self._cpu
         context = _PROMPT + max(_WARM_UP, _MOST_TOKENS) + 1
-        source = _SharedWeights(self._file, cpu if plan.growth else None)
+        source = _SharedWeights(self._file, cpu if plan.repacked else None)
         with interleaved():
             model = build_model(source, self._config, cpu, context, plan.placement)
         pages = math.ceil(context / PAGE_SIZE) + 1

@@ -68,6 +68,11 @@ def parse_sizes(value: object) -> tuple[object, ...]:
     return tuple(map(parse_size, value.split(",") if isinstance(value, str) else [value]))
 
 
+def parse_off(value: object) -> object:
+    """None for "off"."""
+    return None if value == "off" else value
+
+
 def _setting(group: Group, default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"group": group}, **limits)
 
@@ -106,6 +111,12 @@ class Settings(BaseModel):
     )
     repack: bool = _setting(
         "engine", True, "copy low-bit experts into a faster layout of up to 20 % more memory, where it fits"
+    )
+    repack_cache: Annotated[Path | None, BeforeValidator(parse_off)] = _setting(
+        "engine",
+        None,
+        "folder to keep what was repacked in, or `beside` the model: later starts map it (default: off, as it"
+        " takes as much of the disk as the experts)",
     )
     context: int | None = _setting(
         "engine", None, "tokens of prompt and answer together (default: what the memory allows)", ge=16

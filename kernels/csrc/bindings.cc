@@ -266,6 +266,8 @@ NB_MODULE(_C, m) {
       .def_prop_ro(
           "layout", [](const PyWeight& w) { return w.layout ? w.layout->name : "file"; },
           "'file' for GGUF blocks, else the name of the layout that Cpu.pack chose.")
+      .def_ro("copied", &PyWeight::copied,
+              "Whether Cpu.pack has copied it to memory of its own; else its bytes are those it was made of.")
       .def_prop_ro(
           "bytes", &weight_bytes, nb::sig("def bytes(self) -> NDArray[numpy.uint8]"),
           "The bytes of the weight as they lie in memory, uint8 [nbytes], read-only; keeps them alive.")

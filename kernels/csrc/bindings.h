@@ -12,6 +12,7 @@ namespace ktd {
 // Weight as Python holds it: keeps the array that owns the bytes alive.
 struct PyWeight : Weight {
   nb::object owner;
+  bool copied = false;  // by pack; else the bytes may be those of a mapped file
 };
 
 // A weight in the file's blocks without its data. Raises ValueError for a type or shape that cannot be.

@@ -53,9 +53,22 @@ PyWeight py_pack(Cpu& cpu, const PyWeight& w) {
     nb::gil_scoped_release released;
     pack(cpu, w, *packed, data.get());
   }
-  PyWeight result{*packed, {}};
+  PyWeight result{*packed, {}, true};
   result.data = data.get();
   result.owner = nb::capsule(data.release(), [](void* p) noexcept { free(p); });
+  return result;
+}
+
+PyWeight py_packed(const Cpu& cpu, Array<const uint8_t> data, int ggml_type, std::vector<int64_t> shape) {
+  const std::optional<Weight> packed = packed_weight(cpu, describe_weight(ggml_type, shape));
+  if (!packed)
+    reject(std::string("Instruction set ") + cpu.table.name + " does not pack GGUF tensor type " +
+           std::to_string(ggml_type) + ".");
+  check_array(data, "data", {packed->nbytes()});
+  if (reinterpret_cast<uintptr_t>(data.data()) % 64 != 0)
+    reject("data must start at a multiple of 64 bytes.");
+  PyWeight result{*packed, nb::cast(data, nb::rv_policy::reference)};
+  result.data = data.data();
   return result;
 }
 
@@ -73,7 +86,11 @@ void bind_pack(nb::class_<Cpu>& cpu) {
       .def("pack", &py_pack, "w"_a,
            "A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the "
            "same bits. It lies where the calling thread's memory policy says. Raises ValueError where "
-           "packed_bytes is 0.");
+           "packed_bytes is 0.")
+      .def(
+          "packed", &py_packed, "data"_a.noconvert(), "ggml_type"_a, "shape"_a,
+          "The weight whose `bytes` an earlier `pack` has made, by a Cpu with the same layout for this type; "
+          "keeps `data`, uint8 [packed_bytes], 64-byte aligned, alive, copies nothing.");
 }
 
 }  // namespace ktd

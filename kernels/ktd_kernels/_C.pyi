@@ -87,6 +87,12 @@ class Weight:
         """
 
     @property
+    def copied(self) -> bool:
+        """
+        Whether Cpu.pack has copied it to memory of its own; else its bytes are those it was made of.
+        """
+
+    @property
     def bytes(self) -> NDArray[numpy.uint8]:
         """
         The bytes of the weight as they lie in memory, uint8 [nbytes], read-only; keeps them alive.
@@ -145,6 +151,11 @@ class Cpu:
     def pack(self, w: Weight) -> Weight:
         """
         A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the same bits. It lies where the calling thread's memory policy says. Raises ValueError where packed_bytes is 0.
+        """
+
+    def packed(self, data: Annotated[NDArray[numpy.uint8], dict(device='cpu', writable=False)], ggml_type: int, shape: Sequence[int]) -> Weight:
+        """
+        The weight whose `bytes` an earlier `pack` has made, by a Cpu with the same layout for this type; keeps `data`, uint8 [packed_bytes], 64-byte aligned, alive, copies nothing.
         """
 
     def embed(self, w: Weight, ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')]) -> None:

@@ -115,7 +115,7 @@ class Gpu:
     def lock(self, weight: Weight) -> bool:
         """Keeps a weight's memory in its place, so that it is sent at the speed of the bus; False where the
         system does not allow it."""
-        return self._uploader.lock(weight.bytes, read_only=weight.layout == "file")
+        return self._uploader.lock(weight.bytes, read_only=not weight.copied)
 
     def reserve_stream(self, nbytes: int, rooms: int) -> None:
         """Makes room for `pass_through`: so many `rooms` for groups of up to `nbytes`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import stat
 from pathlib import Path
@@ -12,10 +14,13 @@ import pytest
 
 from ktd import checks
 from ktd.errors import SettingsError
+from ktd.gguf import GgufFile
 from ktd.gpu import Gpu, gpus_for
+from ktd.launch import embedded_model
 from ktd.main import run
+from ktd.model import load_model
 from ktd.settings import Settings
-from ktd_kernels import numa
+from ktd_kernels import Cpu, isa_list, numa
 
 NVIDIA = "echo 'NVIDIA H100, 81559 MiB, 81000 MiB, 570.1, 9.0'"
 
@@ -65,6 +70,33 @@ def test_what_is_bad_has_a_remedy_and_an_exit_code(
     assert all(check["remedy"] for check in bad.values())
     assert "choose one of" in bad["instruction set"]["found"]
     assert "--port" in bad["port of HTTP"]["remedy"]
+
+
+@pytest.mark.skipif("avx2" not in isa_list(), reason="without AVX2 nothing is repacked")
+def test_the_file_of_repacked_weights(tmp_path: Path) -> None:
+    folder, model = tmp_path / "kept", tmp_path / "model.gguf"
+    shutil.copy(embedded_model().with_name("ktd-demo-UD-IQ1_S.gguf"), model)
+
+    def told(**settings: Any) -> tuple[str, str]:
+        made = found(port=0, grpc_port=0, gguf_path=model, **settings)
+        return made["repacked weights"].verdict, made["repacked weights"].found
+
+    assert "repacked weights" not in found(port=0, grpc_port=0, repack=False, repack_cache=folder)
+    folder.mkdir()
+    kept = folder / "model.ktd-packed"
+    assert told(repack_cache=folder) == (
+        "ok",
+        f"the next start makes {kept}, if there is something to repack",
+    )
+    with GgufFile.open(model) as gguf:
+        load_model(gguf, Cpu(1), context=64, progress=lambda _: None, repack=True, repack_cache=kept)
+    verdict, text = told(repack_cache=folder)
+    assert (verdict, text.startswith(f"{kept}, ")) == ("ok", True)
+    assert told(repack_cache=folder, isa="scalar")[0] == "ok", "which repacks nothing"
+    os.utime(model, (1, 1))
+    assert told(repack_cache=folder)[0] == "note"
+    kept.write_text("something else")
+    assert "left as it is" in told(repack_cache=folder)[1]
 
 
 def test_a_slower_instruction_set_is_noted() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from ktd.errors import SettingsError, UserError
 from ktd.main import Parser
+from ktd.model.sidecar import BESIDE
 from ktd.settings import Settings, add_arguments, load
 from ktd.tutorial_flags import split_ignored
 
@@ -54,6 +55,13 @@ def test_where_the_file_is_looked_for() -> None:
     assert settings().port == 5
     assert settings("--config other.toml").port == 6
     assert settings(environ={"KTD_CONFIG": "other.toml"}).port == 6
+
+
+def test_where_repacked_weights_are_kept() -> None:
+    Path("ktd.toml").write_text("repack-cache = 'beside'")
+    assert settings().repack_cache == BESIDE
+    assert settings("--repack-cache /mnt/fast").repack_cache == Path("/mnt/fast")
+    assert settings("--repack-cache off").repack_cache is None
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,30 @@ def test_what_cannot_be_packed_is_refused(cpu: Cpu) -> None:
             cpu.pack(cpu.pack(weight(name, 16, 256)))
 
 
+@each_packed
+def test_bytes_that_were_packed_before_are_taken_as_they_are(cpu: Cpu, name: str) -> None:
+    made, x = cpu.pack(weight(name, 3, 40, 512)), normal(4, 2, 512)
+    kept = np.empty(made.nbytes + 128, np.uint8)
+    data = kept[-kept.ctypes.data % 64 :][: made.nbytes]
+    data[:] = made.bytes
+    again = cpu.packed(data, made.ggml_type, made.shape)
+    assert (again.layout, again.shape, again.nbytes) == (made.layout, made.shape, made.nbytes)
+    assert (made.copied, made.part(1, 1).copied, again.copied) == (True, True, False)
+    assert np.shares_memory(again.bytes, data)
+    np.testing.assert_array_equal(again.dequantize(), made.dequantize())
+    for i in range(3):
+        want, got = (np.empty((2, 1, 40), np.float32) for _ in range(2))
+        cpu.linear_heads(made.part(i, 1), x[:, None], want)
+        cpu.linear_heads(again.part(i, 1), x[:, None], got)
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="data"):
+        cpu.packed(data[:-1], made.ggml_type, made.shape)
+    with pytest.raises(ValueError, match="multiple of 64 bytes"):
+        cpu.packed(kept[1 - kept.ctypes.data % 64 + 64 :][: made.nbytes], made.ggml_type, made.shape)
+    with pytest.raises(ValueError, match="does not pack"):
+        Cpu(1, "scalar").packed(data, made.ggml_type, made.shape)
+
+
 @pytest.mark.skipif(not PACKED, reason="this CPU packs nothing")
 def test_another_instruction_set_refuses_a_layout_it_does_not_know() -> None:
     best, scalar = Cpu(1), Cpu(1, "scalar")

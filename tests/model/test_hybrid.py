@@ -28,10 +28,11 @@ from reference_device import ReferenceDevice
 
 from ktd.errors import DeviceLost
 from ktd.gguf import GgufFile
-from ktd.model import Batch, Model, ModelConfig, Piece, Placement
+from ktd.model import Batch, Model, ModelConfig, Piece, Placement, packed_sizes
 from ktd.model.exchange import PromptExperts
 from ktd.model.hybrid import HybridModel
 from ktd.model.shares import Shares
+from ktd.model.sidecar import opened
 from ktd.model.source import WeightSource
 from ktd.model.streaming import SentExperts
 from ktd_kernels import Cpu
@@ -391,14 +392,17 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def streamed(
-    path: Path, cpu: Cpu, packer: Cpu | None, *foreign: str
+    path: Path, cpu: Cpu, packer: Cpu | None, *foreign: str, kept: Path | None = None
 ) -> tuple[HybridModel, ReferenceDevice, F32]:
     """A model, its device, and the logits of 48 tokens that sent for all experts."""
     device = ReferenceDevice(cpu, foreign)
+    placement = Placement(("cuda:0",))
     with GgufFile.open(path) as gguf:
-        source = WeightSource(gguf, lambda fraction: None, packer)
-        config = ModelConfig.from_gguf(gguf)
-        model = HybridModel(source, config, cpu, [device], Placement(("cuda:0",)), CONTEXT)
+        sizes = packed_sizes(gguf, cpu, placement)
+        with opened(kept, gguf, cpu, sizes, lambda fraction: None) as sidecar:
+            source = WeightSource(gguf, lambda fraction: None, packer, sidecar)
+            config = ModelConfig.from_gguf(gguf)
+            model = HybridModel(source, config, cpu, [device], placement, CONTEXT)
     bench = Bench(model)
     model.reserve(48, 48, bench.cache)
     return model, device, bench.logits(random_tokens(48))
@@ -421,6 +425,18 @@ def test_experts_are_sent_as_the_cpu_has_them(grids: Path, cpu: Cpu) -> None:
     assert file.passed == file.locked == sum(w.nbytes for e in plain._stages[0].sendable for w in e.blocks)
     assert np.array_equal(logits, expected)
     assert SentExperts(device, repacked._stages[0].sendable).file_bytes == sum(in_file)
+
+
+@pytest.mark.usefixtures("sent")
+def test_experts_are_sent_from_the_file_that_keeps_them(grids: Path, cpu: Cpu, tmp_path: Path) -> None:
+    _, packed, expected = streamed(grids, cpu, cpu)
+    for _ in ("made", "mapped"):
+        model, device, logits = streamed(grids, cpu, cpu, kept=tmp_path / "kept")
+        own = [w for e in model._stages[0].sendable for w in (e.gate, e.up, e.down)]
+        assert not any(w.copied for w in own), "what is locked is locked for reading"
+        assert (device.passed, device.locked) == (packed.passed, packed.locked)
+        assert np.array_equal(logits, expected)
+    assert (tmp_path / "kept").exists() == any(w.layout != "file" for w in own)
 
 
 @pytest.mark.usefixtures("sent")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from ktd.gguf import GgufFile
 from ktd.gpu import Gpu, gpus_for
 from ktd.main import run
 from ktd.model import GpuNeeds, ModelConfig, Placement, vram_bytes
-from ktd.plan import PAGE_SIZE, Plan, make_plan
+from ktd.plan import PAGE_SIZE, Plan, make_plan, size_text
 from ktd_kernels import Cpu, isa_list
 
 MIB = 2**20
@@ -156,10 +159,36 @@ def test_weights_are_repacked_where_there_is_room(tmp_path: Path) -> None:
     assert on_gpu.growth <= 0.25 * on_gpu.dense, "only the embedding is left in memory"
     least = roomy.routed + roomy.dense + roomy.buffers + 512 * roomy.cache_per_token
     tight = plan_of(path, ram=least + roomy.growth - 1, context=512, packer=cpu)
-    assert (tight.growth, tight.from_disk) == (0, 0)
+    assert (tight.repacked, tight.growth, tight.from_disk) == (0, 0, 0)
     enough = plan_of(path, ram=least + roomy.growth, context=512, packer=cpu)
-    assert enough.growth == roomy.growth
+    assert (enough.repacked, enough.growth) == (roomy.repacked, roomy.growth)
+    assert roomy.growth < roomy.repacked <= roomy.routed + roomy.dense + roomy.growth
     assert enough.cache_tokens == 512
+
+
+@pytest.mark.skipif("avx2" not in isa_list(), reason="without AVX2 nothing is repacked")
+def test_what_it_takes_of_the_disk_to_keep_what_was_repacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    assert run(["synth", "--shape", "tiny-r1", "--mix", "iq1_s", "-o", str(path)]) == 0
+    needed = size_text(plan_of(path, ram=1024 * MIB, packer=Cpu(1)).repacked)
+    monkeypatch.setattr("ktd.commands.plan._expected", lambda *_: "not measured")
+    monkeypatch.setattr("ktd_kernels.memory_bandwidth", lambda *_: 1e10)
+    free = shutil.disk_usage(tmp_path)
+
+    def told(cache: str, room: int) -> str:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: os.stat(folder) and free._replace(free=room))
+        command = ["plan", str(path), "--ram", "1GiB", "--context", "64", "--repack-cache", cache]
+        assert run(command) == 0
+        return capsys.readouterr().out
+
+    roomy = told("beside", 1 << 40)
+    assert re.search(rf"of the disk, to keep what was repacked *│ *{needed}", roomy)
+    assert "will not be kept" not in roomy
+    assert f"will not be kept: {tmp_path} has 0.0 GiB free" in told("beside", 1 << 20)
+    assert "missing: No such file or directory" in told(str(tmp_path / "missing"), 1 << 40)
+    assert "of the disk" not in told("off", 1 << 40)
 
 
 def test_a_gpu_computes_more_tokens_in_a_step_where_their_buffers_fit(model: Path) -> None:

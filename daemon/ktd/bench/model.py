@@ -147,7 +147,7 @@ class ModelBench:
                 cpu,
                 context=context,
                 progress=lambda _: None,
-                repack=plan.growth > 0,
+                repack=plan.repacked > 0,
                 placement=plan.placement,
             )
             engine_config = EngineConfig(
@@ -188,7 +188,7 @@ class ModelBench:
                 ram=psutil.Process().memory_info().rss,
                 vram=sum(g.free - now[g.device] for g in gpus if g.device in plan.placement.devices),
                 gpus=len(plan.gpus),
-                repacked=plan.growth > 0,
+                repacked=plan.repacked > 0,
                 expert_layers_on_gpu=len(plan.placement.expert_layers_on_gpu),
                 prefill=prefill,
                 decode=decode,

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ktd.gpu import gpus_for
     from ktd.launch import plan_for
     from ktd.model import ModelConfig
+    from ktd.model.sidecar import shortage, sidecar_path
     from ktd.plan import size_text
     from ktd_kernels import Cpu, memory_bandwidth
     from ktd_kernels.numa import interleaved
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     with GgufFile.open(args.gguf) as gguf:
         gpus = gpus_for(settings.vram, gguf.nbytes)
         plan = plan_for(settings, gguf, cpu, gpus)
+        folder = settings.repack_cache
+        kept = sidecar_path(folder, gguf) if folder and plan.repacked else None
         name, layers = gguf.name, ModelConfig.from_gguf(gguf).layers
         with Console(stderr=True).status("measuring"):
             with interleaved():  # as weights will lie
@@ -74,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         ("weights read for a token", plan.ram_per_token, plan.gpu_per_token),
     ):
         table.add_row(what, *map(size_text, (in_ram, *there)))
+    if kept:
+        table.add_row("of the disk, to keep what was repacked", size_text(plan.repacked))
     table.add_row("context of one conversation", f"{plan.context:,} tokens")
     table.add_row(f"memory bandwidth, {cpu.threads} threads", f"{bandwidth / 1e9:.1f} GB/s")
     if plan.ram_per_token:
@@ -93,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
             f"{size_text(plan.from_disk)} of the weights do not stay in memory: expect the speed of the disk."
             " More RAM or a smaller quantisation helps."
         )
+    if kept and not kept.exists() and (short := shortage(kept, plan.repacked)):
+        print(f"What is repacked will not be kept: {short}.")
     return 0
 
 

@@ -11,6 +11,12 @@ from ktd.errors import GgufError
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
+def model_name(file: Path) -> str:
+    """The name of a file of a model without .gguf and without the number of a shard."""
+    match = _SHARD_NAME.fullmatch(file.name)
+    return match["stem"] if match else file.name.removesuffix(".gguf")
+
+
 def entry_file(path: Path) -> Path:
     """The first file of the model at `path`.
 

@@ -14,6 +14,7 @@ from ktd.errors import FileLost, GgufError
 from ktd.gguf.cursor import quoted
 from ktd.gguf.locate import entry_file, shard_files
 from ktd.gguf.shard import Shard, TensorInfo
+from ktd_kernels import ReadGuard
 
 _Value = TypeVar("_Value", int, float, str, bool)
 _MAX_SHARDS = 9999
@@ -28,6 +29,7 @@ class GgufFile:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
+        self._others: list[tuple[Path, ReadGuard]] = []
         self.paths: tuple[Path, ...] = tuple(shard.path for shard in shards)
         self.metadata: Mapping[str, object] = shards[0].metadata
         self.tensors: Mapping[str, TensorInfo] = _merged(shards)
@@ -119,18 +121,24 @@ class GgufFile:
         for shard in self._shards:
             shard.guard()
 
+    def watch(self, path: Path, guard: ReadGuard) -> None:
+        """`check` asks `guard` too: weights of the model lie in another file, `path`."""
+        self._others.append((path, guard))
+
     def check(self) -> None:
         """Raises FileLost when something was read since `guard` that is not there any more. Takes a fraction
         of a microsecond for each file."""
-        for shard in self._shards:
-            if shard.broken:
+        files = [(shard.path, shard.broken) for shard in self._shards]
+        for path, broken in files + [(path, guard.broken) for path, guard in self._others]:
+            if broken:
                 raise FileLost(
-                    f"The model file {shard.path} was cut short or cannot be read any more: put it right and"
+                    f"The model file {path} was cut short or cannot be read any more: put it right and"
                     " restart ktd."
                 )
 
     def close(self) -> None:
         """Drops the mappings; views already handed out stay valid."""
+        self._others.clear()
         for shard in self._shards:
             shard.close()
 

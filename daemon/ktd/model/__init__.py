@@ -3,7 +3,7 @@
 from ktd.model.batch import Batch, Piece
 from ktd.model.config import ModelConfig, MoeConfig, YarnConfig
 from ktd.model.deepseek import Model, Tick
-from ktd.model.loader import load_model, packed_growth
+from ktd.model.loader import load_model, packed_sizes
 from ktd.model.placement import GpuNeeds, Placement, VramBytes, vram_bytes
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "VramBytes",
     "YarnConfig",
     "load_model",
-    "packed_growth",
+    "packed_sizes",
     "vram_bytes",
 ]

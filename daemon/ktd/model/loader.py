@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ktd.errors import SettingsError
 from ktd.gguf import WEIGHT_TYPES, GgufFile
@@ -11,6 +12,7 @@ from ktd.model.config import ModelConfig
 from ktd.model.deepseek import DeepseekModel, Model
 from ktd.model.hybrid import HybridModel
 from ktd.model.placement import Placement
+from ktd.model.sidecar import opened
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 from ktd_kernels.numa import interleaved, pages_by_node
@@ -21,15 +23,16 @@ log = logging.getLogger(__name__)
 _UNEVEN = 0.5
 
 
-def packed_growth(gguf: GgufFile, cpu: Cpu, placement: Placement) -> int:
-    """Bytes of memory that loading with `repack` takes beyond the file's size of what stays on the CPU."""
-    growth = 0
+def packed_sizes(gguf: GgufFile, cpu: Cpu, placement: Placement) -> dict[str, int]:
+    """Bytes of the tensors that loading with `repack` packs, after that, by name."""
+    sizes = {}
     for tensor in gguf.tensors.values():
         matrix = len(tensor.shape) in (2, 3) and tensor.ggml_type in WEIGHT_TYPES
         if matrix and not placement.on_gpu(tensor.name):
             packed = cpu.packed_bytes(int(tensor.ggml_type), tensor.shape)
-            growth += packed - tensor.nbytes if packed else 0
-    return growth
+            if packed:
+                sizes[tensor.name] = packed
+    return sizes
 
 
 def load_model(
@@ -39,13 +42,15 @@ def load_model(
     context: int,
     progress: Callable[[float], None],
     repack: bool = False,
+    repack_cache: Path | None = None,
     placement: Placement | None = None,
 ) -> Model:
     """Maps the tensors of `gguf`, copies those that `placement` gives to GPUs (None: none), and prepares the
     graph for sequences of up to `context` tokens.
 
-    With `repack`, tensors of the types that `cpu` packs are copied into its faster layout; `packed_growth`
-    says what that takes. Results are the same bits.
+    With `repack`, tensors of the types that `cpu` packs are copied into its faster layout; `packed_sizes`
+    says what that takes. Results are the same bits. `repack_cache` names a file that keeps the copies (see
+    sidecar): it is made, or mapped.
     `progress` is told fractions from 0 to 1. Draft-head (nextn) layers are left out. Raises GgufError naming
     the key or tensor that is missing, misshapen or unsupported, SettingsError for a context the model cannot
     have and for a GPU that is not there or too small.
@@ -55,9 +60,11 @@ def load_model(
         raise SettingsError(
             f"A context of {context} tokens was asked for; {gguf.name} can have 1 to {config.context}."
         )
-    source = WeightSource(gguf, progress, cpu if repack else None)
-    with interleaved() as policy:
-        model = build_model(source, config, cpu, context, placement or Placement())
+    placement = placement or Placement()
+    sizes = packed_sizes(gguf, cpu, placement) if repack else {}
+    with interleaved() as policy, opened(repack_cache, gguf, cpu, sizes, progress) as sidecar:
+        source = WeightSource(gguf, progress, cpu if repack else None, sidecar)
+        model = build_model(source, config, cpu, context, placement)
     if policy.refusal:
         log.warning("Weights are not spread over the nodes of memory: %s. %s", policy.refusal, policy.remedy)
     elif policy.nodes and source.areas:

@@ -14,6 +14,7 @@ from ktd.errors import GgufError
 from ktd.gguf import WEIGHT_TYPES, GgmlType, TensorInfo
 from ktd.model.device import Device
 from ktd.model.ops import Array, Matrix
+from ktd.model.sidecar import Sidecar, key_of
 from ktd_kernels import Cpu, Weight
 
 _TOUCH_BYTES = 64 << 20  # progress is told this often while pages are read in
@@ -44,16 +45,25 @@ class WeightSource:
     Where the whole file fits into free memory its pages are read in as tensors are taken, so that the first
     answer does not wait for the disk; else they are left to be read when first used.
 
-    With `packer`, matrices of the types that it packs become copies in its layout. Of these and of what went
-    to a device the file's pages are given back to the system: never both stay in memory.
+    With `packer`, matrices of the types that it packs become copies in its layout, unless `sidecar` keeps
+    them from an earlier load. Of these and of what went to a device the file's pages are given back to the
+    system: never both stay in memory.
     """
 
-    def __init__(self, gguf: Tensors, progress: Callable[[float], None], packer: Cpu | None = None) -> None:
+    def __init__(
+        self,
+        gguf: Tensors,
+        progress: Callable[[float], None],
+        packer: Cpu | None = None,
+        sidecar: Sidecar | None = None,
+    ) -> None:
         self._gguf = gguf
         self._packer = packer
+        self._sidecar = sidecar or Sidecar()
         self._target: Device | None = None
         self.areas: list[tuple[int, int]] = []  # address and bytes of what was handed out for the CPU
         self._told = _Told(progress, max(gguf.nbytes, 1))
+        self._told.done = sum(gguf.tensors[name].nbytes for name in self._sidecar.ready)
         self._touch = gguf.nbytes <= psutil.virtual_memory().available
 
     def on(self, target: Device) -> WeightSource:
@@ -94,12 +104,18 @@ class WeightSource:
         """The upper and the lower `rows` rows of each matrix of [count, 2 · rows, cols], as two stacks,
         copied."""
         info = self._info(name, (count, 2 * rows, cols))
-        blocks = self._data(name).reshape(count, 2, -1)
-        upper, lower = (np.ascontiguousarray(blocks[:, half]).reshape(-1) for half in (0, 1))
-        shape = (count, rows, cols)
-        kind = int(info.ggml_type)
-        self._gguf.release(name)
-        return self._weight(upper, kind, shape), self._weight(lower, kind, shape)
+        blocks = self._gguf.data(name).reshape(count, 2, -1)
+
+        def half(number: int) -> Matrix:
+            def copy() -> npt.NDArray[np.uint8]:
+                return np.ascontiguousarray(blocks[:, number]).reshape(-1)
+
+            key = key_of(name, ("upper", "lower")[number])
+            return self._weight(key, copy, int(info.ggml_type), (count, rows, cols))
+
+        both = half(0), half(1)
+        self._passed(name)
+        return both
 
     def split_kv_b(self, name: str, heads: int, nope: int, value: int, kv_lora: int) -> tuple[Matrix, Matrix]:
         """k_b [heads, kv_lora, nope] and v_b [heads, value, kv_lora] out of kv_b [heads · (nope + value),
@@ -113,25 +129,37 @@ class WeightSource:
         per_head = data.reshape(heads, nope + value, -1)
         v_blocks = np.ascontiguousarray(per_head[:, nope:]).reshape(-1)
         k_blocks = np.ascontiguousarray(per_head[:, :nope]).reshape(-1)
-        v_b = self._weight(v_blocks, int(info.ggml_type), (heads, value, kv_lora))
+        v_b = self._weight(key_of(name, "v"), lambda: v_blocks, int(info.ggml_type), (heads, value, kv_lora))
         k = Weight(k_blocks, int(info.ggml_type), (heads, nope, kv_lora)).dequantize()
         transposed = np.ascontiguousarray(k.transpose(0, 2, 1))
-        return self._weight(*_float_blocks(transposed, info.ggml_type), transposed.shape), v_b
+        k_b, kind = _float_blocks(transposed, info.ggml_type)
+        return self._weight(key_of(name, "k"), lambda: k_b, kind, transposed.shape), v_b
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Matrix:
         kind = int(self._info(name, shape).ggml_type)
         if self._target is None and not self._packs(kind, shape):
             return self._kept(Weight(self._data(name), kind, shape))
-        weight = self._weight(self._gguf.data(name), kind, shape)
-        self._gguf.release(name)
-        self._told.more(self._gguf.tensors[name].nbytes)
+        weight = self._weight(key_of(name), lambda: self._gguf.data(name), kind, shape)
+        self._passed(name)
         return weight
 
-    def _weight(self, data: npt.NDArray[np.uint8], kind: int, shape: Sequence[int]) -> Matrix:
+    def _passed(self, name: str) -> None:
+        """What a tensor's blocks were needed for is done."""
+        self._gguf.release(name)
+        if name not in self._sidecar.ready:
+            self._told.more(self._gguf.tensors[name].nbytes)
+
+    def _weight(
+        self, key: str, blocks: Callable[[], npt.NDArray[np.uint8]], kind: int, shape: Sequence[int]
+    ) -> Matrix:
         if self._target is not None:
-            return self._target.weight(data, kind, shape)
-        weight = Weight(data, kind, shape)
-        return self._kept(self._packer.pack(weight) if self._packer and self._packs(kind, shape) else weight)
+            return self._target.weight(blocks(), kind, shape)
+        if self._packer is None or not self._packs(kind, shape):
+            return self._kept(Weight(blocks(), kind, shape))
+        kept = self._sidecar.get(key, kind, shape)
+        if kept is None:
+            kept = self._sidecar.put(key, self._packer.pack(Weight(blocks(), kind, shape)))
+        return self._kept(kept)
 
     def _kept(self, weight: Weight) -> Weight:
         self.areas.append((weight.bytes.ctypes.data, weight.nbytes))
@@ -174,11 +202,11 @@ class _Told:
     def __init__(self, progress: Callable[[float], None], total: int) -> None:
         self.progress = progress
         self._total = total
-        self._done = 0
+        self.done = 0
 
     def more(self, size: int) -> None:
-        self._done += size
-        self.progress(min(self._done / self._total, 1.0))
+        self.done += size
+        self.progress(min(self.done / self._total, 1.0))
 
 
 def _float_blocks(values: F32, like: GgmlType) -> tuple[npt.NDArray[np.uint8], int]:
