@@ -108,7 +108,7 @@ async def test_search_results_become_a_status_and_source_events() -> None:
 def job(url: str, model: str, thinking: bool | None = None) -> Any:
     target = module.Target(url, "", (), ("", "", ""))
     messages: tuple[Mapping[str, Any], ...] = ({"role": "user", "content": "q"},)
-    return module.Job(target, model, messages, {}, thinking, False, False, 1.0)
+    return module.Job(target, model, messages, {}, thinking, False, False, 1.0, "")
 
 
 @pytest.mark.parametrize(
