@@ -68,13 +68,16 @@ async def test_the_daemon_makes_a_request_id(daemon: FakeDaemon) -> None:
 
 
 async def test_who_asks(daemon: FakeDaemon) -> None:
-    """By the request's own word, or by the connection."""
+    """By the request's own word, or by the connection: channels of one process would share theirs."""
     await events_of(daemon.address, ask("x", user="u"))
-    for _ in range(2):
-        async with grpc.aio.insecure_channel(daemon.address) as channel:
-            for _ in range(2):
-                [event async for event in engine_pb2_grpc.EngineStub(channel).Chat(ask("x"))]
-    named, first, again, other, _ = [request.client for request in daemon.engine.requests]
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        grpc.aio.insecure_channel(daemon.address, options=own) as one,
+        grpc.aio.insecure_channel(daemon.address, options=own) as two,
+    ):
+        for channel in (one, one, two):
+            [event async for event in engine_pb2_grpc.EngineStub(channel).Chat(ask("x"))]
+    named, first, again, other = [request.client for request in daemon.engine.requests]
     assert named == "u"
     assert first == again != other
 
