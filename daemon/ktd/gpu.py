@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import sysconfig
@@ -30,7 +31,11 @@ class Gpu:
 
 def find_gpus() -> list[Gpu]:
     """The CUDA GPUs that ktd can compute on, of those that CUDA_VISIBLE_DEVICES leaves visible."""
-    import torch  # takes seconds, and most commands need none
+    try:
+        ctypes.CDLL("libcuda.so.1")  # the driver, which torch needs too
+    except OSError:
+        return []
+    import torch  # takes seconds, so only where there may be something to find
 
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,17 @@ def test_a_layer_imports_only_what_is_below_it(package: str) -> None:
     for path in files:
         above = imported_packages(path) - ALLOWED[package] - {package}
         assert not above, f"{path.relative_to(DAEMON)} imports {sorted(above)}"
+
+
+def test_nothing_imports_torch_without_a_gpu() -> None:
+    """It takes two seconds of every start and 180 MiB. Here a model is loaded and answers."""
+    code = "import sys; sys.modules['torch'] = None; from ktd.main import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "chat", "--vram", "0", "--cpu-infer", "1", "--temperature", "0"],
+        input="What is 17 + 25?\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "42" in done.stdout

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
 
 from ktd.bench.timing import read_bandwidth
 from ktd.budget import budget_of
@@ -211,6 +210,8 @@ def weight_bytes(
 
 
 def _profile(session: Session, path: Path) -> None:
+    import torch
+
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

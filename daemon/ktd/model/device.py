@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ktd.model.ops import Matrix, Ops
 from ktd_kernels import MoeJob, Weight
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Device(Protocol):

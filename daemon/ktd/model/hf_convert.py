@@ -7,11 +7,13 @@ the caller quantises and writes. Layers at and after `num_hidden_layers` (the dr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 KvB = Literal["split", "merged"]
 F32 = npt.NDArray[np.float32]
@@ -204,5 +206,5 @@ def _interleaved(name: str, array: F32, config: Any) -> F32:
 
 
 def _array(tensor: torch.Tensor) -> F32:
-    array: F32 = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+    array: F32 = tensor.detach().float().cpu().contiguous().numpy()
     return array

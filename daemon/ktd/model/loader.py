@@ -10,7 +10,6 @@ from ktd.errors import SettingsError
 from ktd.gguf import WEIGHT_TYPES, GgufFile
 from ktd.model.config import ModelConfig
 from ktd.model.deepseek import DeepseekModel, Model
-from ktd.model.hybrid import HybridModel
 from ktd.model.placement import Placement
 from ktd.model.sidecar import opened
 from ktd.model.source import WeightSource
@@ -102,7 +101,8 @@ def build_model(
     """The graph that `placement` asks for, with weights of `source`."""
     if not placement.devices:
         return DeepseekModel(source, config, cpu, context)
-    # Imported here: it needs CUDA.
+    # Imported here: they need torch, which takes seconds to import, and CUDA.
+    from ktd.model.hybrid import HybridModel
     from ktd_kernels.gpu import Gpu
 
     return HybridModel(source, config, cpu, [Gpu(name) for name in placement.devices], placement, context)

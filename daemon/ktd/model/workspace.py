@@ -4,12 +4,14 @@ step."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
 
 from ktd.model.config import ModelConfig
 from ktd.model.device import Device
 from ktd.model.ops import Array
+from ktd_kernels import arrays
 
 #: Rows whose attention is computed at once: what a row has there is several times what it has elsewhere.
 ATTENTION_ROWS = 512
@@ -93,57 +95,66 @@ class Workspace:
     def logits(self, n: int) -> Array:
         """[n, vocab], overwritten by the next step."""
         self.reserve(0, n)
-        return self._given(self._logits[:n])
+        logits: Array = self._logits[:n]
+        return logits
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        # Written once: the system hands memory out page by page as it is first written, which a model's first
-        # prompt would wait for.
-        return torch.empty(shape).zero_() if self._device is None else self._device.empty(shape)
-
-    def _given(self, tensor: torch.Tensor) -> Array:
-        return tensor.numpy() if self._device is None else tensor
+    def _empty(self, *shape: int) -> Array:
+        if self._device is not None:
+            return self._device.empty(shape)
+        array = arrays.empty(shape)
+        # The system hands memory out page by page as it is first written, which a model's first prompt would
+        # wait for.
+        array.fill(0)
+        return array
 
     def _cut(self, n: int) -> Views:
-        c, given = self._config, self._given
+        c = self._config
         used = c.moe.used if c.moe else 0
         to_experts = self._to_experts[: n * (c.hidden + 2 * used)]
         h, expert_ids, expert_weights = expert_inputs(to_experts, n, c.hidden, used)
         starts = range(0, n, ATTENTION_ROWS)
         return Views(
             n=n,
-            x=given(self._x[:n]),
-            to_experts=given(to_experts),
-            h=given(h),
-            expert_ids=given(expert_ids),
-            expert_weights=given(expert_weights),
-            router=given(self._router[:n]),
+            x=self._x[:n],
+            to_experts=to_experts,
+            h=h,
+            expert_ids=expert_ids,
+            expert_weights=expert_weights,
+            router=self._router[:n],
             attention=tuple(self._part(h, start, min(n - start, ATTENTION_ROWS)) for start in starts),
         )
 
-    def _part(self, h: torch.Tensor, start: int, n: int) -> AttentionViews:
-        c, given = self._config, self._given
+    def _part(self, h: Array, start: int, n: int) -> AttentionViews:
+        c = self._config
         q, o = self._q[:n], self._o[:n]
         return AttentionViews(
             start=start,
             n=n,
-            x=given(self._x[start : start + n]),
-            h=given(h[start : start + n]),
-            q_a=given(self._q_a[:n]),
-            q=given(q.view(n, -1)),
-            q_nope=given(q[:, :, : c.nope]),
-            q_rope=given(q[:, :, c.nope :]),
-            kv=given(self._kv[:n]),
-            q_latent=given(self._q_latent[:n]),
-            o_latent=given(self._o_latent[:n]),
-            o_heads=given(o),
-            o=given(o.view(n, -1)),
+            x=self._x[start : start + n],
+            h=h[start : start + n],
+            q_a=self._q_a[:n],
+            q=q.reshape(n, -1),
+            q_nope=q[:, :, : c.nope],
+            q_rope=q[:, :, c.nope :],
+            kv=self._kv[:n],
+            q_latent=self._q_latent[:n],
+            o_latent=self._o_latent[:n],
+            o_heads=o,
+            o=o.reshape(n, -1),
         )
 
 
-def expert_inputs(
-    flat: torch.Tensor, n: int, hidden: int, used: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def expert_inputs(flat: Array, n: int, hidden: int, used: int) -> tuple[Array, Array, Array]:
     """Hidden states [n, hidden], ids int32 [n, used] and weights [n, used] in `flat`, float32
     [n · (hidden + 2 · used)]."""
-    chosen = flat[n * hidden :].view(2, n, used)
-    return flat[: n * hidden].view(n, hidden), chosen[0].view(torch.int32), chosen[1]
+    ids, weights = flat[n * hidden :].reshape(2, n, used)
+    return flat[: n * hidden].reshape(n, hidden), ids.view(_int32(flat)), weights
+
+
+def _int32(like: Array) -> Any:
+    """int32 as numpy or torch name it."""
+    if isinstance(like, np.ndarray):
+        return np.int32
+    import torch
+
+    return torch.int32
