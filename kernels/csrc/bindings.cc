@@ -16,6 +16,7 @@
 #include "hand_off.h"
 #include "matmul.h"
 #include "moe.h"
+#include "peak.h"
 #include "read_guard.h"
 #include "topology.h"
 
@@ -68,6 +69,12 @@ double py_hand_off(Cpu& cpu, int loops, double gap) {
   if (!(gap >= 0)) reject("gap is " + std::to_string(gap) + ", but must be 0 or above.");
   nb::gil_scoped_release released;
   return hand_off(cpu.pool, loops, gap);
+}
+
+int64_t py_multiply_registers(Cpu& cpu, int64_t loops, bool floats) {
+  if (loops < 1) reject("loops is " + std::to_string(loops) + ", but must be at least 1.");
+  nb::gil_scoped_release released;
+  return multiply_registers(cpu, loops, floats);
 }
 
 void init_read_guard(ReadGuard* self, Array<const uint8_t> data) {
@@ -285,6 +292,11 @@ NB_MODULE(_C, m) {
       .def("hand_off", &py_hand_off, "loops"_a = 1000, "gap"_a = 0.0,
            "Seconds until all threads have met in a parallel loop: the median of `loops`, `gap` seconds "
            "apart.")
+      .def(
+          "multiply_registers", &py_multiply_registers, "loops"_a, "floats"_a = false,
+          "Runs `loops` rounds of nothing but multiply-adds on registers, of int8 or of floats, on all "
+          "threads: "
+          "what no product can be faster than. The number of operations, two a multiply-add; 0 for 'scalar'.")
       .def("linear", &py_linear, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a = false,
            "out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.")
       .def("linear_heads", &py_linear_heads, "w"_a, "x"_a.noconvert(), "out"_a.noconvert(),

@@ -34,6 +34,7 @@ namespace {
 #include "amx_grids-inl.h"
 #include "packed_grids-inl.h"
 #include "float-inl.h"
+#include "peak-inl.h"
 namespace ops {
 #include "ops-inl.h"
 }

@@ -28,6 +28,7 @@ namespace {
 #include "packed_lanes-inl.h"
 #include "packed_lanes_32-inl.h"
 #include "float-inl.h"
+#include "peak-inl.h"
 namespace ops {
 #include "ops-inl.h"
 }

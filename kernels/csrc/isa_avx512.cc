@@ -30,6 +30,7 @@ namespace {
 #include "tile_packed-inl.h"
 #include "packed_grids-inl.h"
 #include "float-inl.h"
+#include "peak-inl.h"
 namespace ops {
 #include "ops-inl.h"
 }

@@ -26,6 +26,7 @@ namespace {
 #include "packed_grid_codes-inl.h"
 #include "packed_grids-inl.h"
 #include "float-inl.h"
+#include "peak-inl.h"
 namespace ops {
 #include "ops-inl.h"
 }

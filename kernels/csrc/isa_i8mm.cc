@@ -19,6 +19,7 @@ namespace {
 #include "quantized-inl.h"
 #include "packed-inl.h"
 #include "float-inl.h"
+#include "peak-inl.h"
 namespace ops {
 #include "ops-inl.h"
 }

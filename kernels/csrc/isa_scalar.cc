@@ -10,6 +10,7 @@ namespace {
 #include "quantize-inl.h"
 #include "matmul_scalar-inl.h"
 #include "packed-inl.h"
+constexpr PeakLoops kPeakLoops{};
 namespace ops {
 #include "ops-inl.h"
 }

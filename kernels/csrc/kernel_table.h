@@ -83,6 +83,13 @@ struct PackedKernels {
   void (*pack)(const MatmulArgs& args, uint8_t* groups);
 };
 
+// Loops of nothing but multiply-adds on registers (peak-inl.h): `loops` rounds, -> operations done. Null:
+// none.
+struct PeakLoops {
+  int64_t (*integers)(int64_t loops);
+  int64_t (*floats)(int64_t loops);
+};
+
 struct KernelTable {
   const char* name;
   void (*matmul[kFormatCount])(const MatmulArgs& args);
@@ -93,6 +100,7 @@ struct KernelTable {
   void (*silu_mul)(float* gate, const float* up, int64_t n);           // gate = silu(gate) * up
   void (*add_scaled)(float* out, const float* x, float s, int64_t n);  // out += s * x
   void (*set_scaled)(float* out, const float* x, float s, int64_t n);  // out = s * x
+  PeakLoops peak;
   OpsTable ops;
 };
 

@@ -23,5 +23,6 @@ constinit const KernelTable kTable = {
     silu_mul,
     add_scaled,
     set_scaled,
+    kPeakLoops,
     ops::make_ops_table(),
 };

@@ -123,6 +123,11 @@ class Cpu:
         Seconds until all threads have met in a parallel loop: the median of `loops`, `gap` seconds apart.
         """
 
+    def multiply_registers(self, loops: int, floats: bool = False) -> int:
+        """
+        Runs `loops` rounds of nothing but multiply-adds on registers, of int8 or of floats, on all threads: what no product can be faster than. The number of operations, two a multiply-add; 0 for 'scalar'.
+        """
+
     def linear(self, w: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], accumulate: bool = False) -> None:
         """
         out[n, rows] (+)= x[n, cols] @ w[rows, cols].T; float32, rows may be strided.

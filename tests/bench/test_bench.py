@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,28 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_figures_follow_from_the_seconds() -> None:
-    result = KernelResult("Q8_0", 2048, 7168, 4, 1, "avx2", "file", 2048 * 7168 * 34 // 32, 0.01, 2e10, 0.02)
+    nbytes = 2048 * 7168 * 34 // 32
+    result = KernelResult("Q8_0", 2048, 7168, 4, 1, "avx2", "file", nbytes, 0.01, 2e10, None, 0.02)
     assert result.ns_per_block == pytest.approx(0.01e9 / (2048 * 28 * 4))
     assert result.gigabytes_per_second == pytest.approx(2048 * 7168 * 34 / 32 / 0.01 / 1e9)
     assert result.gigaops_per_second == pytest.approx(2 * 2048 * 7168 * 4 / 0.01 / 1e9)
-    assert result.wall_percent == pytest.approx(100 * result.gigabytes_per_second / 20)
+    assert result.memory_percent == pytest.approx(100 * result.gigabytes_per_second / 20)
     assert result.speedup == 2.0
+
+
+def test_the_wall_is_the_slower_of_memory_and_compute() -> None:
+    nbytes = 2048 * 7168 * 34 // 32  # 15.6 MB, 117 million operations
+    result = KernelResult("Q8_0", 2048, 7168, 4, 1, "avx512", "file", nbytes, 0.01, 2e10, 5e11, None)
+    assert (result.wall, result.wall_percent) == ("memory", result.memory_percent)
+    many = replace(result, tokens=64)
+    assert many.compute_percent == pytest.approx(100 * many.gigaops_per_second / 500)
+    assert (many.wall, many.wall_percent) == ("compute", many.compute_percent)
+    without = replace(many, isa="scalar", peak=None)
+    assert (without.wall, without.compute_percent, without.wall_percent) == (
+        "memory",
+        None,
+        result.memory_percent,
+    )
 
 
 def test_medians_are_per_piece_and_taken_in_turns() -> None:
@@ -113,9 +130,12 @@ def test_kernels_command(ktd: Run) -> None:
         (kind, tokens, threads) for kind in ("Q4_K", "IQ1_S") for tokens in (1, 3) for threads in (1, 2)
     ]
     assert all(r["seconds"] > 0 and r["speedup"] is None for r in lines)
+    assert all(r["wall_percent"] == max(r["memory_percent"], r["compute_percent"] or 0) > 0 for r in lines)
+    assert all((r["peak"] is None) == (r["isa"] == "scalar") for r in lines)
     code, out, _ = ktd("bench", "kernels", *options)
     assert code == 0
     assert out.count("32x256") == 8
+    assert out.count(" % memory") + out.count(" % compute") == 8
 
 
 @pytest.mark.parametrize(

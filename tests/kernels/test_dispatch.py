@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,19 @@ def test_every_supported_one_can_be_forced(isa: str, monkeypatch: pytest.MonkeyP
     assert Cpu(1, isa).isa == isa
     monkeypatch.setenv("KTD_ISA", isa)
     assert Cpu(1).isa == isa
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_registers_are_multiplied_as_often_as_asked(isa: str, floats: bool) -> None:
+    """A loop that the compiler dropped would take no time: no thread does 100 TOPS."""
+    cpu = Cpu(2, isa)
+    once = cpu.multiply_registers(1, floats)
+    assert (once == 0) == (isa == "scalar")
+    start = time.perf_counter()
+    assert cpu.multiply_registers(10_000, floats) == 10_000 * once
+    assert time.perf_counter() - start >= 10_000 * once / cpu.threads / 1e14
+    with pytest.raises(ValueError, match="loops is 0"):
+        cpu.multiply_registers(0)
 
 
 def test_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

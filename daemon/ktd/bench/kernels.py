@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ktd.bench.ggml import Ggml, Products
-from ktd.bench.timing import interleaved_medians, last_level_cache_bytes, read_bandwidth
+from ktd.bench.timing import Peak, interleaved_medians, last_level_cache_bytes, read_bandwidth
 from ktd.errors import EngineFailure
 from ktd.synth.blocks import random_bytes
 from ktd_kernels import Cpu, Weight
@@ -32,6 +32,8 @@ class KernelResult:
     """One measurement: median seconds of one product [rows, cols] x tokens, bandwidth in bytes a second.
 
     `layout` is how the weights lay in memory, "file" for GGUF blocks; `nbytes` are the file's in any case.
+    `peak` is what as many threads multiply on registers, in operations a second, measured in turns with the
+    product; None for instruction set "scalar".
     """
 
     type: str
@@ -44,6 +46,7 @@ class KernelResult:
     nbytes: int
     seconds: float
     bandwidth: float
+    peak: float | None
     peer_seconds: float | None
 
     @property
@@ -62,9 +65,24 @@ class KernelResult:
         return 2 * self.rows * self.cols * self.tokens / self.seconds / 1e9
 
     @property
-    def wall_percent(self) -> float:
+    def memory_percent(self) -> float:
         """Share of the read bandwidth of memory, measured with as many threads."""
         return 100 * self.nbytes / self.seconds / self.bandwidth
+
+    @property
+    def compute_percent(self) -> float | None:
+        """Share of what multiplying on registers reaches."""
+        return None if self.peak is None else 100 * self.gigaops_per_second * 1e9 / self.peak
+
+    @property
+    def wall(self) -> str:
+        """Which of the two takes longer: "memory" or "compute"."""
+        return "compute" if (self.compute_percent or 0) > self.memory_percent else "memory"
+
+    @property
+    def wall_percent(self) -> float:
+        """Share of what the slower of the two allows."""
+        return max(self.memory_percent, self.compute_percent or 0)
 
     @property
     def speedup(self) -> float | None:
@@ -73,8 +91,9 @@ class KernelResult:
 
     def as_json(self) -> dict[str, object]:
         """All fields and derived figures."""
-        derived = ("ns_per_block", "gigabytes_per_second", "gigaops_per_second", "wall_percent", "speedup")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        rates = ("ns_per_block", "gigabytes_per_second", "gigaops_per_second")
+        walls = ("memory_percent", "compute_percent", "wall", "wall_percent")
+        return asdict(self) | {name: getattr(self, name) for name in (*rates, *walls, "speedup")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +147,10 @@ class KernelBench:
         products = None
         if self.peer is not None:
             products = Products(self.peer, stack, int(kind), shape, x, rounds, cpu.threads)
-        runs = [multiply] if products is None else [multiply, products.run]
+        runs: list[Callable[[int], None]] = [multiply] if products is None else [multiply, products.run]
+        peak = None if cpu.isa == "scalar" else Peak(cpu, floats=GGML_QUANT_SIZES[kind][0] == 1)
+        if peak is not None:
+            runs.append(peak.run)
         medians = interleaved_medians(runs, list(map(len, rounds)), self.seconds)
         if products is not None:
             multiply(0)
@@ -145,6 +167,7 @@ class KernelBench:
             nbytes=stack.shape[1],
             seconds=medians[0],
             bandwidth=read_bandwidth(cpu.threads),
+            peak=None if peak is None else peak.rate,
             peer_seconds=medians[1] if products is not None else None,
         )
 

@@ -32,7 +32,7 @@ def _print(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def print_kernels(results: Sequence[KernelResult]) -> None:
-    """One line a measurement; the peer's columns appear where it was measured."""
+    """One line a measurement and its wall; the peer's columns appear where it was measured."""
     names = [
         "type",
         "matrix",
@@ -43,7 +43,8 @@ def print_kernels(results: Sequence[KernelResult]) -> None:
         "ns/256 weights",
         "GB/s",
         "GOP/s",
-        "of wall",
+        "peak",
+        "of the wall",
     ]
     if any(result.speedup is not None for result in results):
         names += ["llama.cpp GOP/s", "ours/llama.cpp"]
@@ -58,13 +59,19 @@ def print_kernels(results: Sequence[KernelResult]) -> None:
             r.layout,
             f"{r.ns_per_block:.2f}",
         ]
-        row += [f"{r.gigabytes_per_second:.2f}", f"{r.gigaops_per_second:.1f}", f"{r.wall_percent:.0f} %"]
+        row += [f"{r.gigabytes_per_second:.2f}", f"{r.gigaops_per_second:.1f}"]
+        row += ["-" if r.peak is None else f"{r.peak / 1e9:.0f}", f"{r.wall_percent:.0f} % {r.wall}"]
         if r.speedup is not None:
             row += [f"{r.gigaops_per_second / r.speedup:.1f}", f"{r.speedup:.2f}"]
         rows.append(row)
     walls = sorted({(r.threads, r.bandwidth) for r in results})
     wall = ", ".join(f"{bandwidth / 1e9:.1f} GB/s with {threads}" for threads, bandwidth in walls)
-    _print(f"One matrix times its tokens; wall = memory read, measured: {wall} threads", names, rows)
+    _print(
+        f"One matrix times its tokens; wall: reading it from memory ({wall} threads) or multiplying at"
+        " the peak, the GOP/s of registers alone, whichever takes longer",
+        names,
+        rows,
+    )
 
 
 def print_hand_off(results: Sequence[HandOffResult]) -> None:

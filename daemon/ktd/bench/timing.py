@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ktd_kernels import memory_bandwidth
+from ktd_kernels import Cpu, memory_bandwidth
 from ktd_kernels.numa import interleaved
 
 _LEAST_TURNS, _MOST_TURNS = 3, 25
+# A turn of the peak, about: many times the start of a loop, little beside what it is held against.
+_PEAK_SECONDS = 0.01
 
 
 def interleaved_medians(
@@ -35,6 +37,34 @@ def interleaved_medians(
             run(number)
             taken.append((time.perf_counter() - start) / sizes[number])
     return [statistics.median(taken) for taken in samples]
+
+
+class Peak:
+    """Multiplies on registers alone for about ten milliseconds a run, in turns with the product it limits.
+
+    `floats`: multiply-adds of float32, else those of int8 that the instruction set's products are made of.
+    """
+
+    def __init__(self, cpu: Cpu, *, floats: bool) -> None:
+        self._cpu, self._floats, self._loops = cpu, floats, 64
+        self._rates: list[float] = []
+        while self._multiply()[1] < _PEAK_SECONDS / 2:
+            self._loops *= 2
+
+    def _multiply(self) -> tuple[int, float]:
+        start = time.perf_counter()
+        operations = self._cpu.multiply_registers(self._loops, self._floats)
+        return operations, time.perf_counter() - start
+
+    def run(self, _: int) -> None:
+        """One measurement; a turn of `interleaved_medians`."""
+        operations, seconds = self._multiply()
+        self._rates.append(operations / seconds)
+
+    @property
+    def rate(self) -> float:
+        """Operations a second, two a multiply-add: the median of the runs."""
+        return statistics.median(self._rates)
 
 
 @functools.cache
