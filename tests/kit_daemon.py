@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 from collections.abc import Iterator
 
@@ -13,9 +15,13 @@ from ktd_proto.v1 import engine_pb2_grpc
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback that nobody listens on, from below those that the system hands out: none of the
+    connections made meanwhile takes it."""
+    while True:
+        port = random.SystemRandom().randrange(16384, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def endless(max_tokens: int | None = None) -> pb.ChatRequest:

@@ -168,6 +168,19 @@ def generation(
     return GenerationRequest(name, list(prompt), max_tokens, sampling, stops, priority, client=client)
 
 
+class Clock:
+    """Stands in for `time.monotonic`: time passes when a test says so, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+
+    def __call__(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        self._now += seconds
+
+
 def make_engine(
     model: FakeModel | Model, *, check_file: Callable[[], None] = lambda: None, **sizes: int
 ) -> Engine:

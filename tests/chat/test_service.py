@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fakes import SERVED, FakeEngine, FakeText, echo
+from kit_wait import idle, until
 
 from ktd.chat import ChatService
 from ktd.chat import service as service_module
@@ -146,25 +147,24 @@ async def test_closing_frees_the_sequence() -> None:
                 break
         assert engine.status().running == 1
         await events.aclose()
-        await asyncio.sleep(0.02)
-        assert engine.status().running == 0
+        await idle(engine)
+        assert len(engine.aborted) == 1
 
 
 async def test_cancelling_the_reader_frees_the_sequence() -> None:
     async with service(step_seconds=0.002) as (chat, engine):
         tasks = [asyncio.create_task(events_of(chat, ask("/long"))) for _ in range(12)]
-        await asyncio.sleep(0.05)
-        assert (engine.status().running, engine.status().waiting) == (8, 4)
+        await until(lambda: (engine.status().running, engine.status().waiting) == (8, 4))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0.02)
-        assert (engine.status().running, engine.status().waiting) == (0, 0)
+        await idle(engine)
+        assert len(engine.aborted) == 12
 
 
 async def test_progress_is_repeated_while_a_chunk_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktd.chat.service.PROGRESS_SECONDS", 0.02)
-    async with service(step_seconds=0.1, prefill_per_step=4) as (chat, _):
+    async with service(step_seconds=0.3, prefill_per_step=4) as (chat, _):
         events = await events_of(chat, ask("12345678", max_tokens=1))
     assert len([e for e in events if isinstance(e, Prefill)]) > 4
 
@@ -246,7 +246,7 @@ async def test_a_prompt_that_no_context_holds_is_refused_before_it_is_encoded(
 
 
 async def test_few_prompts_are_rendered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    render, lock = FakeText.render, threading.Lock()
+    render, lock, enough = FakeText.render, threading.Lock(), threading.Event()
     now = most = 0
 
     def slow(self: FakeText, *args: Any, **kwargs: Any) -> Any:
@@ -254,7 +254,10 @@ async def test_few_prompts_are_rendered_at_once(monkeypatch: pytest.MonkeyPatch)
         with lock:
             now += 1
             most = max(most, now)
-        time.sleep(0.02)
+            if now == RENDERERS:
+                enough.set()
+        assert enough.wait(30), "they take turns"
+        time.sleep(0.02)  # for one too many to come in
         with lock:
             now -= 1
         return render(self, *args, **kwargs)
@@ -268,7 +271,7 @@ async def test_few_prompts_are_rendered_at_once(monkeypatch: pytest.MonkeyPatch)
 async def test_few_prompts_are_prepared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for a renderer is in nobody's queue yet, and may be large."""
     gate, render = threading.Event(), FakeText.render
-    monkeypatch.setattr(FakeText, "render", lambda *args, **rest: gate.wait(10) and render(*args, **rest))
+    monkeypatch.setattr(FakeText, "render", lambda *args, **rest: gate.wait(60) and render(*args, **rest))
     async with service() as (chat, _):
         monkeypatch.setattr(chat._line, "_most", 3)
         tasks = [asyncio.create_task(events_of(chat, ask(str(n)))) for n in range(3)]
@@ -283,9 +286,10 @@ async def test_few_prompts_are_prepared_at_once(monkeypatch: pytest.MonkeyPatch)
 async def test_clients_take_turns_in_front_of_the_renderers(monkeypatch: pytest.MonkeyPatch) -> None:
     """And where there is no room the last of whoever has most gives way."""
     gate, render, order = threading.Event(), FakeText.render, list[str]()
+    monkeypatch.setattr(service_module, "RENDERERS", 1)
 
     def slow(self: FakeText, messages: Sequence[Message], **rest: Any) -> Any:
-        gate.wait(10)
+        gate.wait(60)
         order.append(messages[0].content)
         return render(self, messages, **rest)
 
@@ -306,28 +310,27 @@ async def test_clients_take_turns_in_front_of_the_renderers(monkeypatch: pytest.
         others[1].cancel()
         gate.set()
         await asyncio.gather(*flood[:4], others[0])
-    assert sorted(order[:2]) == ["a0", "a1"]
-    assert order.index("b") < order.index("a2")
-    assert len(order) == 5
+    assert order == ["a0", "b", "a1", "a2", "a3"]
 
 
 async def test_a_schema_that_compiles_for_long_is_refused_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(service_module, "COMPILE_SECONDS", 0.05)
-    monkeypatch.setattr(FakeText, "constraint", lambda *args: gate.wait(10))
+    monkeypatch.setattr(FakeText, "constraint", lambda *args: gate.wait(60))
     async with service() as (chat, engine):
         schema = AnswerSchema("{}")
+        monkeypatch.setattr(service_module, "COMPILE_SECONDS", 60.0)
         slow = [asyncio.create_task(events_of(chat, ask("x", schema=schema))) for _ in range(RENDERERS + 1)]
         assert joined(await events_of(chat, ask("2+2")), Answer)
         assert not any(task.done() for task in slow)
-        for refused in slow:
-            with pytest.raises(
-                RequestError, match=r"takes longer than 0.05 s to compile: make it simpler\.$"
-            ):
-                await refused
+        monkeypatch.setattr(service_module, "COMPILE_SECONDS", 0.05)
+        with pytest.raises(RequestError, match=r"takes longer than 0.05 s to compile: make it simpler\.$"):
+            await events_of(chat, ask("x", schema=schema))
+        for task in slow:
+            task.cancel()
         gate.set()
+        await asyncio.gather(*slow, return_exceptions=True)
     assert len(engine.requests) == 1
 
 

@@ -49,7 +49,7 @@ class Supervisor:
         line = [BIN / "ktd", "wait", "--timeout", str(seconds)]
         return subprocess.run(line, env=self._environ, capture_output=True, text=True, check=False)
 
-    def until(self, true: Callable[[], bool], seconds: float = 20) -> None:
+    def until(self, true: Callable[[], bool], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, self.ctl("status")
@@ -131,7 +131,7 @@ def test_a_stop_lets_running_answers_finish(start: Callable[..., Supervisor]) ->
     supervisor = start(KTD_GRPC_PORT=port)
     assert supervisor.wait().returncode == 0
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        calls = [begin(engine_pb2_grpc.EngineStub(channel), endless(400)) for _ in range(8)]
+        calls = [begin(engine_pb2_grpc.EngineStub(channel), endless(150)) for _ in range(8)]
         assert "ktd: stopped" in supervisor.ctl("stop", "ktd")
         assert [list(call)[-1].finished.reason for call in calls] == [pb.FINISH_REASON_LENGTH] * 8
     assert "Stopped with 0 requests unfinished" in supervisor.log[-1]

@@ -262,9 +262,9 @@ def read_everything(path: Path) -> None:
 
 
 def bounded(path: Path) -> None:
-    """Reading gives a sentence or a model, in little time and memory."""
+    """Reading gives a sentence or a model, in little memory and time of the processor."""
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.thread_time()
     try:
         read_everything(path)
     except GgufError:
@@ -273,7 +273,7 @@ def bounded(path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 4 << 20
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
 
 
 @settings(max_examples=150, deadline=None)

@@ -17,6 +17,7 @@ from fake_daemon import FakeDaemon, fake_daemon, make_certificate
 from fakes import SERVED
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from kit_wait import idle, until
 
 from ktd.errors import SettingsError
 from ktd.server.grpc_service import SERVICE, EngineServicer, GrpcServer
@@ -213,7 +214,8 @@ async def test_a_full_queue() -> None:
 async def test_the_deadline_frees_the_sequence(daemon: FakeDaemon) -> None:
     code, _ = await refusal(daemon.address, ask("/long"), timeout=0.1)
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    await idle(daemon)
+    await idle(daemon.engine)
+    assert len(daemon.engine.aborted) == len(daemon.engine.requests)
 
 
 async def test_cancelling_frees_the_sequence(daemon: FakeDaemon) -> None:
@@ -224,18 +226,8 @@ async def test_cancelling_frees_the_sequence(daemon: FakeDaemon) -> None:
                 break
         assert daemon.engine.status().running == 1
         call.cancel()
-        await idle(daemon)
-
-
-async def idle(daemon: FakeDaemon) -> None:
-    """Waits until no sequence is left; half a second is far more than a step."""
-    for _ in range(50):
-        status = daemon.engine.status()
-        if not status.running and not status.waiting:
-            assert status.pages_free == status.pages_total
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"sequences are left: {status}")
+        await idle(daemon.engine)
+        assert daemon.engine.aborted
 
 
 async def test_a_hundred_clients_with_random_cancels_leave_nothing_running(daemon: FakeDaemon) -> None:
@@ -258,7 +250,7 @@ async def test_a_hundred_clients_with_random_cancels_leave_nothing_running(daemo
     answers = await asyncio.gather(*map(client, range(100)))
     for number in range(0, 100, 2):
         assert answers[number] == f"You said [citation:1]: question {number}", "nobody sees another's answer"
-    await idle(daemon)
+    await idle(daemon.engine)
 
 
 async def test_a_slow_reader_loses_nothing(daemon: FakeDaemon) -> None:
@@ -321,11 +313,11 @@ async def test_streams_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyP
         stub = health_pb2_grpc.HealthStub(channel)
         watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(4)]
         said = [asyncio.ensure_future(watch.read()) for watch in watches]
-        done, waits = await asyncio.wait(said, timeout=1)
-        assert (len(done), len(waits)) == (3, 1)
-        next(watch for watch, task in zip(watches, said, strict=True) if task in done).cancel()
-        await asyncio.wait(waits, timeout=5)
-        assert all(task.done() for task in said)
+        await until(lambda: sum(task.done() for task in said) == 3)
+        await asyncio.sleep(0.2)
+        (waits,) = (task for task in said if not task.done())
+        next(watch for watch, task in zip(watches, said, strict=True) if task.done()).cancel()
+        await asyncio.wait_for(waits, 30)
 
 
 async def test_reflection_names_the_service(daemon: FakeDaemon) -> None:

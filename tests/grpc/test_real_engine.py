@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, cast
 import grpc
 import openai
 import pytest
+from kit_wait import idle, until
 from pydantic import BaseModel, Field
 
 from ktd import launch
@@ -103,13 +104,9 @@ def ask_for(schema: object, text: str = QUESTION, **sampling: float) -> pb.ChatR
     return request
 
 
-async def idle(daemon: Daemon) -> None:
-    for _ in range(200):
-        status = daemon.engine.status()
-        if not status.running and not status.waiting:
-            break
-        await asyncio.sleep(0.01)
-    assert (status.running, status.waiting, status.pages_free) == (0, 0, status.pages_total)
+async def left_alone(daemon: Daemon) -> None:
+    """Nothing is left of what was asked."""
+    await idle(daemon.engine)
     daemon.engine.check_integrity()
 
 
@@ -125,9 +122,7 @@ async def test_a_question_is_thought_about_and_answered(daemon: Daemon) -> None:
 async def test_a_flood_holds_up_no_other_client(daemon: Daemon) -> None:
     """The other's question is answered next, not after the hundreds that came before it."""
     flood = [asyncio.create_task(answer_of(daemon, ask(QUESTION, max_tokens=64))) for _ in range(500)]
-    async with asyncio.timeout(30):
-        while daemon.engine.status().waiting < 100:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: daemon.engine.status().waiting >= 100)
     own = [("grpc.use_local_subchannel_pool", 1)]  # channels of one process share a connection otherwise
     async with grpc.aio.insecure_channel(daemon.address, own) as channel:
         other = engine_pb2_grpc.EngineStub(channel)
@@ -137,7 +132,7 @@ async def test_a_flood_holds_up_no_other_client(daemon: Daemon) -> None:
     for task in flood:
         task.cancel()
     await asyncio.gather(*flood, return_exceptions=True)
-    await idle(daemon)
+    await left_alone(daemon)
 
 
 async def test_the_official_client(daemon: Daemon) -> None:
@@ -219,7 +214,7 @@ async def test_a_prompt_that_is_too_long(daemon: Daemon) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="1024 that the context holds") as caught:
         await answer_of(daemon, ask("word " * 2000))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    await idle(daemon)
+    await left_alone(daemon)
 
 
 async def test_a_hundred_clients_get_their_own_answers(daemon: Daemon) -> None:
@@ -240,7 +235,7 @@ async def test_a_hundred_clients_get_their_own_answers(daemon: Daemon) -> None:
         assert (thought, answer) == alone[number % len(questions)][:2]
 
     await asyncio.gather(*(stays(n) if n % 2 else leaves() for n in range(100)))
-    await idle(daemon)
+    await left_alone(daemon)
 
 
 async def test_the_model_can_be_a_folder_under_another_name(tmp_path: Path) -> None:
@@ -350,12 +345,8 @@ async def test_a_client_that_leaves_takes_its_constraint_along(daemon: Daemon) -
         pass
     assert constraints() == before + 1
     call.cancel()
-    await idle(daemon)
-    for _ in range(200):
-        if constraints() == before:
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("the constraint is still there")
+    await left_alone(daemon)
+    await until(lambda: constraints() == before)
 
 
 async def test_a_schema_that_cannot_be_enforced_is_refused(daemon: Daemon) -> None:
@@ -373,4 +364,4 @@ async def test_a_schema_that_cannot_be_enforced_is_refused(daemon: Daemon) -> No
                 },
                 stream=True,
             )
-    await idle(daemon)
+    await left_alone(daemon)

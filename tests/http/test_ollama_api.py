@@ -11,6 +11,7 @@ import httpx
 import ollama
 import pytest
 from fake_daemon import FakeDaemon, fake_daemon
+from kit_wait import idle, until
 
 from ktd.chat.ollama_request import from_chat
 from ktd.chat.request import RequestDefaults
@@ -308,14 +309,10 @@ async def test_leaving_frees_the_sequence(daemon: FakeDaemon, endpoint: str, str
     body = {"messages": user("/long"), "prompt": "/long", "stream": stream}
     async with httpx.AsyncClient(base_url=daemon.url) as http:
         task = asyncio.create_task(http.post(f"/api/{endpoint}", json=body))
-        await asyncio.sleep(0.1)
-        assert daemon.engine.status().running == 1
+        await until(lambda: daemon.engine.status().running == 1)
         task.cancel()
-        for _ in range(100):
-            if not daemon.engine.status().running:
-                break
-            await asyncio.sleep(0.01)
-    assert daemon.engine.status().running == 0
+        await idle(daemon.engine)
+    assert daemon.engine.aborted
 
 
 async def test_a_long_prefill_sends_empty_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import openai
 import pytest
 from fake_daemon import FakeDaemon, fake_daemon, make_certificate
 from fakes import SERVED
+from kit_wait import idle, until
 
 from ktd.chat.openai_request import from_openai
 from ktd.chat.request import RequestDefaults
@@ -441,14 +442,10 @@ async def test_leaving_frees_the_sequence(daemon: FakeDaemon, stream: bool) -> N
         task = asyncio.create_task(
             http.post("/v1/chat/completions", json={"messages": user("/long"), "stream": stream})
         )
-        await asyncio.sleep(0.1)
-        assert daemon.engine.status().running == 1
+        await until(lambda: daemon.engine.status().running == 1)
         task.cancel()
-        for _ in range(100):
-            if not daemon.engine.status().running:
-                break
-            await asyncio.sleep(0.01)
-    assert daemon.engine.status().running == 0
+        await idle(daemon.engine)
+    assert daemon.engine.aborted
 
 
 async def test_connections_that_ask_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
+from kit_engine import until
 from kit_model import (
     CONTEXT,
     F32,
@@ -220,10 +220,7 @@ def test_a_step_interrupted_at_its_start_leaves_no_device_waiting(
         patch.setitem(graphs, shape, interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench.step([Piece([1], 0, pages, 1, prompt=0)])
-    for _ in range(100):
-        if device.busy():
-            time.sleep(0.05)
-    assert not device.busy()
+    until(lambda: not device.busy())
     bench.step([Piece([1], 0, pages, 1, prompt=0)])
 
 

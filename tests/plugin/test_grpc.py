@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import grpc
 import pytest
 from fake_daemon import fake_daemon
+from kit_wait import until
 from pipe_grpc_kit import SOURCES, STOP, module, pipe_to, scripted_pipe, text, thought
 from pipe_kit import ask, browser_body
 
@@ -253,11 +253,10 @@ async def test_a_thought_over_its_budget_is_ended_and_the_answer_goes_on_from_it
     async with scripted_pipe(long, rest) as (pipe, daemon):
         user = {"valves": pipe.UserValves(THINKING_BUDGET=3)}
         shown = await ask(pipe, browser_body("q", max_tokens=100), __user__=user)
-        await asyncio.sleep(0.1)
+        await until(lambda: daemon.cancelled == 1)
     assert shown.thought.startswith("0 1 2 \n\nThe thinking budget is used up")
     assert (shown.text, shown.error) == ("So.", None)
     first, second = daemon.requests
-    assert daemon.cancelled == 1
     assert second.messages[-1].content == f"<think>\n{shown.thought}\n</think>\n\n"
     assert second.continue_final_message
     assert (first.sampling.max_tokens, second.sampling.max_tokens) == (100, 97)

@@ -205,7 +205,7 @@ async def test_stop_closes_the_connection() -> None:
         answer = await pipe.pipe(browser_body("hello", model="ktd.r1"))
         await anext(answer)
         await answer.aclose()
-        await asyncio.wait_for(server.left_early.wait(), 2)
+        await asyncio.wait_for(server.left_early.wait(), 60)
 
 
 async def test_models_are_listed_and_kept() -> None:

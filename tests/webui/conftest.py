@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit_daemon import free_port
 from webui_kit import (
     CHROMEDRIVER,
     CHROMIUM,
@@ -15,7 +16,6 @@ from webui_kit import (
     Browser,
     Daemon,
     SearchEngine,
-    free_port,
     load_webui_script,
     open_webui,
     sign_in,

@@ -19,9 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grpc
+from kit_daemon import free_port
 from other_requests import CHATS, PAUSE, bench_source, measure_webui, row
 from pipe_kit import load_pipe_module
-from webui_kit import ENVIRONMENT, free_port, load_webui_script, open_webui
+from webui_kit import ENVIRONMENT, load_webui_script, open_webui
 
 from ktd_proto.v1 import engine_pb2, engine_pb2_grpc
 

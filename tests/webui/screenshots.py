@@ -15,12 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kit_daemon import free_port
 from webui_kit import (
     ROOT,
     Browser,
     Daemon,
     SearchEngine,
-    free_port,
     load_webui_script,
     open_webui,
     real_daemon,
