@@ -9,6 +9,7 @@ KtdError
 │       └── UnknownModel    a model name this daemon does not serve
 ├── Busy                    the queue is full: try again
 ├── Unavailable             loading, draining or stopped
+├── Stalled                 the client does not read its answer
 ├── Unreachable             another machine does not answer, or not as it should
 └── EngineFailure           a fault of ours; the daemon's log has the trace
     ├── DeviceLost          a GPU gives no more results until the process starts anew
@@ -27,6 +28,7 @@ __all__ = [
     "KtdError",
     "RequestError",
     "SettingsError",
+    "Stalled",
     "Unavailable",
     "UnknownModel",
     "Unreachable",
@@ -68,6 +70,10 @@ class Busy(KtdError):
 
 class Unavailable(KtdError):
     """The daemon is loading, draining or stopped."""
+
+
+class Stalled(KtdError):
+    """The client does not read its answer."""
 
 
 class Unreachable(KtdError):

@@ -16,13 +16,15 @@ from kit_wait import idle, until
 
 from ktd.chat import ChatService
 from ktd.chat import service as service_module
+from ktd.chat.mailbox import MOST_JOINED, MOST_SCORED, Mailbox
 from ktd.chat.service import RENDERERS
-from ktd.errors import Busy, ContextExceeded, EngineFailure, RequestError
+from ktd.errors import Busy, ContextExceeded, EngineFailure, RequestError, Stalled
 from ktd.types import (
     Answer,
     AnswerSchema,
     ChatEvent,
     ChatRequest,
+    Failed,
     Finished,
     FinishReason,
     Message,
@@ -30,6 +32,8 @@ from ktd.types import (
     Queued,
     Reasoning,
     SamplingParams,
+    Score,
+    Tokens,
     Tool,
     ToolCall,
     Usage,
@@ -338,3 +342,18 @@ async def test_where_the_answer_must_be_json_a_quoted_tag_ends_the_thought() -> 
     async with service(lambda prompt: 'I write `</think>{"a": "`"}') as (chat, _):
         events = await events_of(chat, ask("x", thinking=True, schema=AnswerSchema("{}")))
     assert (joined(events, Reasoning), joined(events, Answer)) == ("I write `", '{"a": "`"}')
+
+
+async def test_what_waits_for_a_slow_reader_is_bounded() -> None:
+    mailbox = Mailbox(asyncio.get_running_loop())
+    for token in range(MOST_SCORED):
+        mailbox.put(Tokens([token], [Score(0.0, [])]))
+    with pytest.raises(Stalled, match="waited to be read"):
+        mailbox.put(Tokens([0], [Score(0.0, [])]))
+    mailbox.put(Failed(Stalled("")))
+    got: list[int] = []
+    while isinstance(event := await mailbox.get(None), Tokens):
+        assert len(event.ids) == len(event.scores) <= MOST_JOINED
+        got += event.ids
+    assert got == list(range(MOST_SCORED))
+    assert isinstance(event, Failed)

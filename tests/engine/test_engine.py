@@ -28,6 +28,7 @@ from ktd.errors import (
     FileLost,
     RequestError,
     SettingsError,
+    Stalled,
     Unavailable,
 )
 from ktd.model import Batch
@@ -512,6 +513,23 @@ def test_a_listener_that_raises_hurts_only_its_own_request(started: list[Engine]
     bad.wait().check_order()
     assert isinstance(bad.error, Unavailable)
     assert len(bad.tokens) <= 1
+
+
+def test_a_listener_that_takes_no_more_ends_its_own_request(
+    started: list[Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = start(started, FakeModel())
+
+    def full(event: EngineEvent) -> None:
+        if isinstance(event, Tokens):
+            raise Stalled("Too much waits to be read.")
+
+    bad = Recorder(full)
+    engine.submit(generation("bad", PROMPT, 50), bad)
+    bad.wait().check_order()
+    assert isinstance(bad.error, Stalled)
+    assert len(bad.tokens) <= 1
+    assert "Traceback" not in caplog.text
 
 
 def test_preemption_changes_nothing_but_the_time(started: list[Engine]) -> None:

@@ -320,6 +320,28 @@ async def test_streams_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyP
         await asyncio.wait_for(waits, 30)
 
 
+async def test_an_answer_that_nobody_reads_is_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What had come until then, and then why there is no more of it."""
+    monkeypatch.setattr("ktd.server.grpc_service.STALL_SECONDS", 0.3)
+    caplog.set_level("INFO")
+    small = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    async with (
+        fake_daemon(tokens_per_step=500) as daemon,
+        grpc.aio.insecure_channel(daemon.address, small) as channel,
+    ):
+        stub = engine_pb2_grpc.EngineStub(channel)
+        call = stub.Chat(ask("/long"))
+        async with asyncio.timeout(10):
+            while not daemon.engine.aborted:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        with pytest.raises(grpc.aio.AioRpcError, match="Nothing of this answer was read") as caught:
+            [event async for event in call]
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "A client at" in caplog.text
+
+
 async def test_reflection_names_the_service(daemon: FakeDaemon) -> None:
     async with grpc.aio.insecure_channel(daemon.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)

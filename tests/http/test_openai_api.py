@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import shlex
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,8 +22,11 @@ from kit_wait import idle, until
 from ktd.chat.openai_request import from_openai
 from ktd.chat.request import RequestDefaults
 from ktd.errors import SettingsError
+from ktd.server import connections
 from ktd.server.host import Host, State
 from ktd.server.http_app import HttpServer
+
+WORKS = {connections._State.WORKING: float("inf")}
 
 
 @pytest.fixture
@@ -449,11 +453,14 @@ async def test_leaving_frees_the_sequence(daemon: FakeDaemon, stream: bool) -> N
 
 
 async def test_connections_that_ask_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktd.server.http_app.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "EVERY", 0.05)
+    monkeypatch.setattr(connections, "LONGEST", dict.fromkeys(connections.LONGEST, 0.1) | WORKS)
     async with fake_daemon(step_seconds=0.02) as daemon, httpx.AsyncClient(base_url=daemon.url) as http:
         port = int(daemon.url.rsplit(":", 1)[1])
         silent, other = await asyncio.open_connection("127.0.0.1", port)
         slow, writer = await asyncio.open_connection("127.0.0.1", port)
+        half, body = await asyncio.open_connection("127.0.0.1", port)
+        body.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{")
         long_one = asyncio.create_task(
             http.post("/v1/chat/completions", json={"messages": user("/long"), "max_tokens": 60})
         )
@@ -468,9 +475,30 @@ async def test_connections_that_ask_nothing_are_closed(monkeypatch: pytest.Monke
             assert await asyncio.wait_for(silent.read(), 5) == b""
         with contextlib.suppress(ConnectionError):
             assert await asyncio.wait_for(slow.read(), 5) == b""
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(half.read(), 5) == b""
         assert (await long_one).status_code == 200
-        for done in (writer, other):
+        for done in (writer, other, body):
             done.close()
+
+
+async def test_an_answer_that_nobody_reads_is_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "EVERY", 0.05)
+    monkeypatch.setitem(connections.LONGEST, connections._State.STALLED, 0.2)
+    caplog.set_level("INFO")
+    body = json.dumps({"messages": user("/long"), "stream": True, "logprobs": True, "top_logprobs": 20})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with fake_daemon(step_seconds=0.002) as daemon:
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            deaf.connect(("127.0.0.1", int(daemon.url.rsplit(":", 1)[1])))
+            deaf.sendall((head + body).encode())
+            async with asyncio.timeout(10):
+                while not daemon.engine.aborted or daemon.engine.status().running:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+    assert "A client at 127.0.0.1 read nothing" in caplog.text
 
 
 async def test_a_comment_keeps_the_connection_in_a_long_prefill(

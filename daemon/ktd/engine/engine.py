@@ -375,8 +375,8 @@ class Engine:
     def _drop_deaf(self) -> None:
         """A request whose listener raised goes on for nobody."""
         for live in self._known():
-            if live.listener_failed:
-                self._end(live, Failed(Unavailable("The listener of this request failed.")))
+            if live.deaf:
+                self._end(live, Failed(live.deaf))
 
     def _known(self) -> list[LiveRequest]:
         """Requests that were taken in, oldest first, whether or not the scheduler still has them."""

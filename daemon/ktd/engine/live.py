@@ -7,6 +7,7 @@ from collections.abc import Callable
 from time import monotonic
 
 from ktd.engine.sampler import Sampler
+from ktd.errors import KtdError, Stalled, Unavailable
 from ktd.sched import Sequence
 from ktd.types import EngineEvent, GenerationRequest, Prefilled, Queued, Timings
 
@@ -21,7 +22,7 @@ class LiveRequest:
         self.request = request
         self.sequence = Sequence(request)
         self.sampler = Sampler(request)
-        self.listener_failed = False
+        self.deaf: KtdError | None = None  # why its listener takes no more
         self._listener = listener
         self._submitted = monotonic()
         self._admitted: float | None = None
@@ -31,12 +32,15 @@ class LiveRequest:
         self._told_prefill = 0.0
 
     def tell(self, event: EngineEvent) -> None:
-        """Calls the listener. One that raises is logged and remembered; it must not hurt the others."""
+        """Calls the listener. That it raises is remembered; it must not hurt the others."""
         try:
             self._listener(event)
+        except Stalled as error:
+            log.info("Request %s: %s", self.request.request_id, error)
+            self.deaf = error
         except Exception:
             log.exception("the listener of request %s failed", self.request.request_id)
-            self.listener_failed = True
+            self.deaf = Unavailable("The listener of this request failed.")
 
     def queued(self, position: int) -> None:
         """Tells the place in the queue when it changed. A preempted request is silent: it has begun."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -15,9 +17,9 @@ from grpc_reflection.v1alpha import reflection
 
 import ktd
 from ktd.chat.request import from_proto
-from ktd.errors import RequestError, SettingsError
+from ktd.errors import RequestError, SettingsError, Stalled
 from ktd.server.authorization import carries_key
-from ktd.server.host import Host, State
+from ktd.server.host import STALL_SECONDS, Host, State
 from ktd.server.reading import SMALL, chat_request, read
 from ktd.server.responses import MOST_BYTES
 from ktd.server.status import sentence_of, status_of
@@ -35,6 +37,8 @@ from ktd.types import (
     Usage,
 )
 from ktd_proto.v1 import engine_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 # Of one connection at once; more wait in the client. Health is watched without a key, 23 KB a stream.
 MOST_STREAMS = 1024
@@ -69,7 +73,7 @@ class EngineServicer:
                 sequence = 0
                 async for event in events:
                     sequence += 1
-                    await context.write(to_proto(event, checked.request_id, sequence))
+                    await _write(context, to_proto(event, checked.request_id, sequence))
             return
         except Exception as error:  # every failure becomes one status with a readable message
             status, sentence = status_of(error).grpc, sentence_of(error)
@@ -117,6 +121,17 @@ class EngineServicer:
             load_progress=host.load_progress,
             message=host.message,
         )
+
+
+async def _write(context: Context, message: Message) -> None:
+    """Raises Stalled when the client takes nothing for too long."""
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            await context.write(message)
+    except TimeoutError:
+        said = f"Nothing of this answer was read for {STALL_SECONDS:g} s: it was ended."
+        log.info("A client at %s: %s", context.peer(), said)
+        raise Stalled(said) from None
 
 
 def to_proto(event: ChatEvent, request_id: str, sequence: int) -> pb.ChatEvent:

@@ -17,6 +17,10 @@ from ktd.errors import EngineFailure, Unavailable
 from ktd.server.metrics import Metrics
 from ktd.types import ChatEvent, ChatRequest, EngineStatus
 
+# A client that takes nothing of its answer for so long, while all buffers are full, loses it: whatever it is
+# doing, others wait for its sequence.
+STALL_SECONDS = 60.0
+
 
 class State(Enum):
     """Where the daemon is in its life."""

@@ -18,10 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ktd.errors import KtdError, SettingsError
 from ktd.server.authorization import carries_key
+from ktd.server.connections import SEND_BUFFER, close_idle
 from ktd.server.host import Host, State
 from ktd.server.ollama_api import OllamaApi
 from ktd.server.openai_api import OpenAiApi, error_response
@@ -30,8 +30,6 @@ from ktd.settings import is_loopback
 
 # /healthz needs no key: load balancers and supervisors ask it.
 _OPEN_PATHS = {"/healthz"}
-# A connection on which no request comes whole for so long, or for twice as long at most, is closed.
-IDLE_SECONDS = 15.0
 
 
 def make_app(host: Host) -> ASGIApp:
@@ -181,22 +179,7 @@ class HttpServer:
         # uvicorn has no event for it.
         while not self._server.started and not self._task.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-        self._sweep = asyncio.create_task(self._close_idle())
-
-    async def _close_idle(self) -> None:
-        """Each connection holds a file descriptor: whoever never asks anything could take them all."""
-        before: set[tuple[H11Protocol, RequestResponseCycle | None]] = set()
-        while True:
-            await asyncio.sleep(IDLE_SECONDS)
-            idle = {
-                (connection, connection.cycle)
-                for connection in self._server.server_state.connections
-                if isinstance(connection, H11Protocol)
-                and (connection.cycle is None or connection.cycle.response_complete)
-            }
-            for connection, _ in idle & before:
-                connection.transport.abort()
-            before = idle - before
+        self._sweep = asyncio.create_task(close_idle(self._server.server_state.connections))
 
     def close(self) -> None:
         """Gives up the port of a server that was never started."""
@@ -220,6 +203,7 @@ def _bind(address: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # of its connections
             bound.bind(place)
             bound.listen(1024)
         except OSError:

@@ -12,6 +12,7 @@ from ktd.errors import (
     ContextExceeded,
     KtdError,
     RequestError,
+    Stalled,
     Unavailable,
     UnknownModel,
 )
@@ -42,6 +43,7 @@ _STATUSES: tuple[tuple[type[Exception], Status], ...] = (
     (RequestError, Status(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error", None)),
     (Busy, Status(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "queue_full")),
     (Unavailable, Status(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable_error", "unavailable")),
+    (Stalled, Status(grpc.StatusCode.DEADLINE_EXCEEDED, 408, "timeout_error", "stalled")),
     (Exception, Status(grpc.StatusCode.INTERNAL, 500, "server_error", "internal_error")),
 )
 

@@ -7,7 +7,8 @@ A call to Chat ends in exactly one terminal: a Finished event followed by status
 whose message a person can read. Statuses in use: INVALID_ARGUMENT (the request is wrong: the message says what),
 UNAUTHENTICATED (missing or wrong key), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED (queue full; also for one that
 waits and gives way to somebody who has fewer requests),
-UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED, CANCELLED, INTERNAL.
+UNAVAILABLE (loading or draining), DEADLINE_EXCEEDED (also where a client takes nothing of its answer for 60 s while
+all buffers are full), CANCELLED, INTERNAL.
 The key travels in metadata as "authorization: Bearer <key>".
 """
 
