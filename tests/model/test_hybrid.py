@@ -108,6 +108,65 @@ def test_steps_of_drawn_rows_are_replays(path: Path, cpu: Cpu) -> None:
     assert device.replays == 3
 
 
+def test_while_the_experts_of_one_part_are_computed_the_device_goes_on_to_the_other(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no bit of any row shows in how many parts they came."""
+    tokens, logits, done = random_tokens(16), [], list[tuple[str, int]]()
+    for fastest in (1, 2):
+        monkeypatch.setattr(HybridModel, "_seconds_in_parts", lambda *_, n=fastest: {n: 1.0, 3 - n: 2.0})
+        model, device = hybrid(path, cpu, 2)
+        bench = Bench(model, pages=256)
+        model.reserve(32, 16, bench.cache)
+        post, collect = device.post, device.collect
+
+        def posted(source: Any, *args: Any, post: Any = post) -> None:
+            done.append(("post", source.numel()))
+            post(source, *args)
+
+        def collected(source: Any, *args: Any, collect: Any = collect) -> None:
+            done.append(("collect", source.numel()))
+            collect(source, *args)
+
+        monkeypatch.setattr(device, "post", posted)
+        monkeypatch.setattr(device, "collect", collected)
+        done.clear()
+        for n in (1, 2, 3, 16):
+            logits.append(
+                bench.step([Piece([token], 0, bench.pages(1), 1, prompt=0) for token in tokens[:n]])
+            )
+    for whole, parted in zip(logits[:4], logits[4:], strict=True):
+        assert np.array_equal(whole, parted)
+    hidden, used = model.config.hidden, model.config.moe.used  # type: ignore[union-attr]
+    parts = [(1,), (1, 1), (2, 1), (8, 8)]
+    sent = [[("post", m * (hidden + 2 * used)) for m in some] for some in parts]
+    taken = [[("collect", m * hidden) for m in some] for some in parts]
+    assert done == [event for posts, collects in zip(sent, taken, strict=True) for event in posts + collects]
+
+
+def test_rows_come_in_as_many_parts_as_are_the_faster_for_the_power_of_two_below(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {2: {1: 1.0, 2: 2.0}, 4: {1: 2.0, 2: 1.0}, 8: {1: 1.0, 2: 1.5}}
+    monkeypatch.setattr(HybridModel, "_seconds_in_parts", lambda self, n, cache: seconds[n])
+    model, _ = hybrid(path, cpu)
+    assert isinstance(model, HybridModel)
+    model.reserve(16, 9, Bench(model).cache)
+    parts = {n: parts for (n, _), (_, parts) in model._stages[0]._graphs.items()}
+    assert parts == {1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1, 9: 1}
+
+
+def test_a_step_in_parts_is_timed(path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model, device = hybrid(path, cpu)
+    assert isinstance(model, HybridModel)
+    bench = Bench(model)
+    model.reserve(8, 3, bench.cache)
+    assert device.captures == 3 + 2  # of two rows in one part and in two
+    assert device.replays == 3 + 3
+    assert all(seconds > 0 for seconds in model._seconds_in_parts(2, bench.cache).values())
+
+
 def test_the_last_layer_computes_the_wanted_rows_of_a_prompt_alone(path: Path, cpu: Cpu) -> None:
     model, device = hybrid(path, cpu)
     bench = Bench(model)
@@ -158,7 +217,8 @@ def test_a_preempted_text_is_read_again_as_it_was_written(path: Path, cpu: Cpu) 
     again = bench.step([Piece(tokens, 0, bench.pages(50), 1, prompt=15)])
     assert np.array_equal(again[0], expected[-1])
     layers = model.config.layers
-    assert device.rows.rows - before == {15: 2 * layers, 5: layers}
+    # 15, 15 and 5 rows in two parts each.
+    assert device.rows.rows - before == {8: 2 * layers, 7: 2 * layers, 3: layers, 2: layers}
 
 
 def test_a_failure_of_the_experts_fails_the_step_and_not_the_next(
@@ -210,14 +270,14 @@ def test_a_step_interrupted_at_its_start_leaves_no_device_waiting(
     model.reserve(8, 1, bench.cache)
     pages, graphs = bench.pages(4), model._stages[0]._graphs
     (shape,) = graphs
-    replay = graphs[shape]
+    replay, parts = graphs[shape]
 
     def interrupted() -> None:
         replay()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(graphs, shape, interrupted)
+        patch.setitem(graphs, shape, (interrupted, parts))
         with pytest.raises(KeyboardInterrupt):
             bench.step([Piece([1], 0, pages, 1, prompt=0)])
     until(lambda: not device.busy())

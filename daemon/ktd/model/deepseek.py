@@ -3,7 +3,7 @@ belong to, and a row's result does not depend on the other rows, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -146,6 +146,35 @@ class Stack:
         With `wanted` the last layer takes those rows alone, to wanted.v.x; of the others it computes only
         what the cache stores.
         """
+        for _ in self._walk(ops, rows, cache, table, v, wanted, elsewhere, tick):
+            pass
+
+    def forward_in_turns(
+        self,
+        ops: Ops,
+        parts: Sequence[tuple[Rows, Views]],
+        cache: LatentCache,
+        table: Array,
+        elsewhere: Elsewhere,
+    ) -> None:
+        """As `forward`, with the rows of a step in parts: while experts elsewhere compute one part, the next
+        goes on to its own. A row may attend to rows of its part and of those before it."""
+        walks = [self._walk(ops, rows, cache, table, v, None, elsewhere, None) for rows, v in parts]
+        while walks:
+            walks = [walk for walk in walks if next(walk, False)]
+
+    def _walk(
+        self,
+        ops: Ops,
+        rows: Rows,
+        cache: LatentCache,
+        table: Array,
+        v: Views,
+        wanted: Wanted | None,
+        elsewhere: Elsewhere | None,
+        tick: Tick | None,
+    ) -> Iterator[bool]:
+        """`forward`, in stretches that end where the result of experts elsewhere is needed; yields True."""
         parts = _parts(rows, v)
         for index, layer in self._layers.items():
             stored = cache.layer(index)
@@ -159,7 +188,10 @@ class Stack:
                 layer.attention.attend(ops, some, stored, table, part)
             if v.n:
                 ops.rms_norm(v.x, layer.ffn_norm, self._eps, v.h)
-                layer.ffn.forward(ops, v, elsewhere)
+                finish = layer.ffn.forward(ops, v, elsewhere)
+                if finish is not None:
+                    yield True
+                    finish()
             if tick is not None:
                 tick((index + 1) / self._total)
 

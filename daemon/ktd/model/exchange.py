@@ -10,12 +10,17 @@ import torch
 from ktd.model.config import ModelConfig
 from ktd.model.device import Device
 from ktd.model.ffn import Experts
-from ktd.model.workspace import Views, expert_inputs
+from ktd.model.workspace import Views, expert_floats, expert_inputs, of_experts
 from ktd_kernels import Cpu, MoeJob, MoeSequence
 
 # Seconds without a question after which the device is asked whether it still works.
 _PATIENCE = 0.2
 _ALL = slice(None)
+
+
+def row_parts(n: int, parts: int) -> list[slice]:
+    """n rows as one part, or as two of which the first is the larger by one row or none."""
+    return [slice(0, n)] if parts == 1 else [slice(0, n - n // 2), slice(n - n // 2, n)]
 
 
 class Exchange:
@@ -29,28 +34,31 @@ class Exchange:
         self.device = device
         self.idle = False
         self._hidden, self._used = config.hidden, used
-        self._sent = device.pinned((rows * (config.hidden + 2 * used),))
+        self._sent = device.pinned((expert_floats(rows, config.hidden, used),))
         self._sums = device.pinned((rows, config.hidden))
         self._image = device.empty((rows, config.hidden))
 
     def send(self, v: Views) -> None:
         """Device to host; not awaited."""
-        self._sent[: v.to_experts.numel()].copy_(v.to_experts, non_blocking=True)
+        self._from(v.n, v.start).copy_(v.to_experts, non_blocking=True)
 
-    def fetch(self, n: int) -> torch.Tensor:
-        """Host to device, not awaited: the sums [n, hidden]."""
-        image = self._image[:n]
-        image.copy_(self._sums[:n], non_blocking=True)
-        return image
+    def fetch(self, n: int, start: int = 0) -> torch.Tensor:
+        """Host to device, not awaited: the sums [n, hidden] of n rows from `start` on."""
+        rows = slice(start, start + n)
+        self._image[rows].copy_(self._sums[rows], non_blocking=True)
+        return self._image[rows]
 
-    def host(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """On the host: hidden states [n, hidden], ids [n, used], weights [n, used], sums [n, hidden]."""
-        flat = self._sent[: n * (self._hidden + 2 * self._used)]
-        return *expert_inputs(flat, n, self._hidden, self._used), self._sums[:n]
+    def host(self, n: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """On the host, of n rows from `start` on: hidden states [n, hidden], ids and weights [n, used], sums
+        [n, hidden]."""
+        inputs = expert_inputs(self._from(n, start), n, self._hidden, self._used)
+        return *inputs, self._sums[start : start + n]
 
-    def job(self, cpu: Cpu, experts: Experts, n: int, rows: slice = _ALL, first: int = 0) -> MoeJob:
-        """From `rows` of the host's n rows to their sums, by the experts from `first` on."""
-        h, ids, weights, sums = (tensor[rows].numpy() for tensor in self.host(n))
+    def job(
+        self, cpu: Cpu, experts: Experts, n: int, rows: slice = _ALL, first: int = 0, start: int = 0
+    ) -> MoeJob:
+        """From `rows` of the host's n rows from `start` on to their sums, by the experts from `first` on."""
+        h, ids, weights, sums = (tensor[rows].numpy() for tensor in self.host(n, start))
         return MoeJob(cpu, experts.gate, experts.up, experts.down, h, ids, weights, sums, first)
 
     def sums(self, n: int) -> torch.Tensor:
@@ -59,34 +67,39 @@ class Exchange:
 
     def post(self, v: Views, flag: torch.Tensor) -> None:
         """Device to host, told by `flag`."""
-        self.device.post(v.to_experts, self._sent[: v.to_experts.numel()], flag)
+        self.device.post(v.to_experts, self._from(v.n, v.start), flag)
 
     def collect(self, v: Views, flag: torch.Tensor) -> None:
         """Adds the sums to v.x once `flag` is set on the host."""
-        self.device.collect(self._sums[: v.n], flag, v.x)
+        self.device.collect(self._sums[v.start : v.start + v.n], flag, v.x)
+
+    def _from(self, n: int, start: int) -> torch.Tensor:
+        part: torch.Tensor = of_experts(self._sent, n, start, self._hidden, self._used)
+        return part
 
 
 class MailedExperts:
     """For captured steps: the device leaves its rows on the host and goes on; the thread that has started the
-    step computes them, layer by layer, and the device takes the sums when it needs them."""
+    step computes them, layer by layer and in each one part of the rows after the other, and the device takes
+    the sums when it needs them."""
 
-    def __init__(self, exchange: Exchange, cpu: Cpu, layers: Sequence[Experts]) -> None:
+    def __init__(self, exchange: Exchange, cpu: Cpu, layers: Sequence[Experts], parts: int) -> None:
+        """`parts`: how many `row_parts` the rows of a step come in, one or two."""
         self._exchange = exchange
         self._cpu = cpu
         self._layers = layers
-        self._place = {experts.layer: place for place, experts in enumerate(layers)}
-        self._flags = exchange.device.pinned((len(layers), 2, 16), torch.int32)
+        self._parts = parts
+        self._place = {experts.layer: place * parts for place, experts in enumerate(layers)}
+        self._flags = exchange.device.pinned((len(layers) * parts, 2, 16), torch.int32)
         self._runs: dict[int, tuple[list[MoeJob], MoeSequence]] = {}
 
     def start(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
-        flag = self._flags[self._place[experts.layer], 0, :1]
-        self._exchange.post(v, flag)
+        self._exchange.post(v, self._flag(experts, v, 0))
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
-        flag = self._flags[self._place[experts.layer], 1, :1]
-        self._exchange.collect(v, flag)
+        self._exchange.collect(v, self._flag(experts, v, 1))
 
     def rehearse(self, v: Views) -> None:
         """All that a capture must not be the first to do."""
@@ -107,14 +120,21 @@ class MailedExperts:
                     raise RuntimeError("the device ended the step before all its experts were asked for")
         finally:
             sequence.release()
-        errors = [
-            (e.layer, error) for e, job in zip(self._layers, jobs, strict=True) if (error := job.take_error())
-        ]
-        if errors:
-            raise RuntimeError("the experts of layer {} failed: {}".format(*errors[0]))
+        errors = [(place, error) for place, job in enumerate(jobs) if (error := job.take_error())]
+        for place, error in errors[:1]:
+            layer = self._layers[place // self._parts].layer
+            raise RuntimeError(f"the experts of layer {layer} failed: {error}")
+
+    def _flag(self, experts: Experts, v: Views, which: int) -> torch.Tensor:
+        place = self._place[experts.layer] + (v.start > 0)
+        return self._flags[place, which, :1]
 
     def _prepare(self, n: int) -> tuple[list[MoeJob], MoeSequence]:
-        jobs = [self._exchange.job(self._cpu, experts, n) for experts in self._layers]
+        jobs = [
+            self._exchange.job(self._cpu, experts, part.stop - part.start, start=part.start)
+            for experts in self._layers
+            for part in row_parts(n, self._parts)
+        ]
         self._runs[n] = jobs, MoeSequence(jobs, self._flags.numpy())
         return self._runs[n]
 
@@ -136,9 +156,9 @@ class PromptExperts:
         """As Elsewhere says."""
         self._exchange.device.finish_aside()
         if not self._exchange.idle:
-            h, ids, weights, sums = (tensor.numpy() for tensor in self._exchange.host(v.n))
+            h, ids, weights, sums = (tensor.numpy() for tensor in self._exchange.host(v.n, v.start))
             self._cpu.moe(experts.gate, experts.up, experts.down, h, ids, weights, sums)
-        v.x.add_(self._exchange.fetch(v.n))
+        v.x.add_(self._exchange.fetch(v.n, v.start))
 
     def check(self) -> None:
         """After the step: nothing, as `finish` has raised what went wrong."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from ktd.model.config import ModelConfig, MoeConfig
@@ -20,9 +22,14 @@ class DenseFfn:
         self._up = source.matrix(name("up"), width, hidden)
         self._down = source.matrix(name("down"), hidden, width)
 
-    def forward(self, ops: Ops, v: Views, elsewhere: Elsewhere | None) -> None:
-        """Adds the MLP of v.h to v.x."""
+    def forward(self, ops: Ops, v: Views, elsewhere: Elsewhere | None) -> Finish | None:
+        """Adds the MLP of v.h to v.x. There is nothing to finish."""
         ops.mlp(self._gate, self._up, self._down, v.h, v.x, accumulate=True)
+        return None
+
+
+#: Adds what was computed elsewhere.
+Finish = Callable[[], None]
 
 
 class Elsewhere(Protocol):
@@ -83,8 +90,9 @@ class MoeFfn:
                 source.matrix(name("down_shexp"), hidden, width),
             )
 
-    def forward(self, ops: Ops, v: Views, elsewhere: Elsewhere | None) -> None:
-        """Adds the experts chosen for each row of v.h, and the shared ones, to v.x."""
+    def forward(self, ops: Ops, v: Views, elsewhere: Elsewhere | None) -> Finish | None:
+        """Adds the experts chosen for each row of v.h, and the shared ones, to v.x: those that are elsewhere
+        when the result is called, which waits for them."""
         moe, experts = self._moe, self.experts
         ops.linear(self._router, v.h, v.router)
         ops.route(
@@ -115,5 +123,6 @@ class MoeFfn:
             elsewhere.start(experts, v)
         if self._shared is not None:
             ops.mlp(*self._shared, v.h, v.x, accumulate=True)
-        if not experts.local and elsewhere is not None:
-            elsewhere.finish(experts, v)
+        if experts.local or elsewhere is None:
+            return None
+        return partial(elsewhere.finish, experts, v)

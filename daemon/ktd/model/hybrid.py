@@ -3,13 +3,19 @@
 A step's rows fall in two kinds that are computed one after the other. Rows of prompts run op by op, in the
 arithmetic for many rows. Rows that the model has drawn, at most 64 at a time, run in the arithmetic in which
 a row's bits do not depend on its company, as one captured graph for each number of rows and each stage.
+
+Several drawn rows may come in two parts, so that both sides are busy: while the CPU computes the experts of
+one, the GPU goes on with the other. Dense weights are then read twice, and so are experts that both parts
+chose: it is measured when the model is loaded whether that pays.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +29,7 @@ from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Tick
 from ktd.model.device import Device
 from ktd.model.inputs import Inputs, table_width
-from ktd.model.placement import DRAWN_ROWS, Placement
+from ktd.model.placement import CAPTURED_ROWS, DRAWN_ROWS, Placement
 from ktd.model.source import WeightSource
 from ktd.model.stage import Stage
 from ktd.model.streaming import SentExperts, Span
@@ -31,8 +37,6 @@ from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-# Steps of up to so many drawn rows are captured.
-_CAPTURED_ROWS = 16
 # Tokens of context for which attention is launched: each step takes the least that holds its own.
 _CONTEXTS = (4096, 16384, 65536)
 
@@ -160,11 +164,12 @@ class HybridModel:
         logits: F32 = self._logits[:n].numpy()
         return logits
 
-    def _drawn_steps(self, n: int, width: int, cache: LatentCache) -> None:
-        """From the inputs on the host to the logits there; what the last device does is not awaited."""
+    def _drawn_steps(self, n: int, width: int, cache: LatentCache, parts: int = 1) -> None:
+        """From the inputs on the host to the logits there; what the last device does is not awaited. `parts`
+        is for steps that are not captured."""
         for stage in self._stages:
             with stage.turn():
-                stage.drawn(n, width, cache)
+                stage.drawn(n, width, cache, parts)
 
     def _fill(self, batch: Batch, cache: LatentCache, inputs: Sequence[Inputs]) -> int:
         """Writes the batch to the host's inputs; returns the width of its page table."""
@@ -185,8 +190,8 @@ class HybridModel:
 
     def _warm_up(self, cache: LatentCache) -> None:
         """Compiles and allocates all that steps will need, and captures those of few rows."""
-        sizes = range(1, min(self._logit_rows, _CAPTURED_ROWS) + 1)
-        shapes = [(n, width) for n in sizes for width in self._widths]
+        sizes = range(1, min(self._logit_rows, CAPTURED_ROWS) + 1)
+        waits = any(stage.waits for stage in self._stages)
 
         def batch(n: int) -> Batch:
             wanted = [Piece([0], 0, [0], 1)]  # by a chunk of a prompt, most often one row
@@ -198,18 +203,52 @@ class HybridModel:
             for stage in self._stages:
                 stage.exchange.idle = True
             self._prompt(batch(self._rows), cache, [(0, slice(0, self._rows))])
-            for n, width in reversed(shapes):  # scratch memory is taken by the largest
-                self._fill(batch(n), cache, [stage.drawn_inputs for stage in self._stages])
-                self._drawn_steps(n, width, cache)
-                self._synchronize()
+            # Scratch memory is taken by the largest.
+            for n, width, parts in product(reversed(sizes), reversed(self._widths), (1, 2)):
+                if parts == 1 or (waits and n > 1):
+                    self._fill(batch(n), cache, [stage.drawn_inputs for stage in self._stages])
+                    self._drawn_steps(n, width, cache, parts)
+                    self._synchronize()
             for stage in self._stages:
                 stage.exchange.idle = False
+                with stage.device.work():
+                    stage.rehearse()
+            parts_of = self._measure_parts(sizes, cache) if waits else dict.fromkeys(sizes, 1)
+            for n, width in product(sizes, self._widths):
+                self._capture(n, width, parts_of[n], cache)
             for part, page in zip(cache.parts, first_pages, strict=True):
                 part[:, 0] = page
             self._synchronize()
-            for stage in self._stages:
-                with stage.device.work():
-                    stage.capture(shapes, cache)
+
+    def _measure_parts(self, sizes: Sequence[int], cache: LatentCache) -> dict[int, int]:
+        """In how many parts steps of n drawn rows are the faster, found for powers of two."""
+        found = {1: 1}
+        for n in sizes:
+            power = 1 << n.bit_length() - 1
+            if power not in found:
+                seconds = self._seconds_in_parts(power, cache)
+                found[power] = min(seconds, key=seconds.__getitem__)
+        return {n: found[1 << n.bit_length() - 1] for n in sizes}
+
+    def _seconds_in_parts(self, n: int, cache: LatentCache) -> dict[int, float]:
+        """Seconds of a captured step of n rows of random tokens, by the number of its parts; the best of
+        three."""
+        width = self._widths[0]
+        tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, n).tolist()
+        batch = Batch.of([Piece([token], 0, [0], 1, prompt=0) for token in tokens], cache.page_size)
+        seconds = {1: math.inf, 2: math.inf}
+        for parts in seconds:
+            self._capture(n, width, parts, cache)
+            for _ in range(3):
+                start = time.perf_counter()
+                self._drawn(batch, cache)
+                seconds[parts] = min(seconds[parts], time.perf_counter() - start)
+        return seconds
+
+    def _capture(self, n: int, width: int, parts: int, cache: LatentCache) -> None:
+        for stage in self._stages:
+            with stage.device.work():
+                stage.capture(n, width, parts, cache)
 
 
 @contextmanager

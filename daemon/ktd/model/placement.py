@@ -24,7 +24,10 @@ _RUNTIME_BYTES = 640 << 20
 GROUP_BYTES, ROOMS = 96 << 20, 4
 #: Drawn rows that are computed at once at most; they have buffers of their own.
 DRAWN_ROWS = 64
-# What a captured decode step keeps on the device for each layer: the nodes of its kernels.
+#: Steps of up to so many drawn rows are captured.
+CAPTURED_ROWS = 16
+# What captured decode steps of a number of rows keep on the device for each layer: the nodes of the kernels.
+# Where experts are elsewhere the rows may come in two parts, each with its own.
 _GRAPH_BYTES_A_LAYER = 192 << 10
 # Dequantised tiles, values of feed-forwards, split-context partial results and the like, which the kernels
 # keep between calls: products of many tokens are cut so that they stay within it.
@@ -129,12 +132,13 @@ class GpuNeeds:
         held = [layer for layer in layers if layer in experts]
         elsewhere = any(self.experts[layer] for layer in layers if layer not in experts)
         drawn = min(self._logit_rows, DRAWN_ROWS)
+        captured = min(drawn, CAPTURED_ROWS)
         buffers = (
             4 * self._rows * _row_values(config)
             + 4 * min(self._rows, ATTENTION_ROWS) * _attention_values(config)
             + 4 * drawn * (_row_values(config) + _attention_values(config))
             + (4 * (self._logit_rows + drawn) * config.vocab_size if last else 0)
-            + drawn * len(layers) * _GRAPH_BYTES_A_LAYER
+            + (2 * captured - 1 if elsewhere else captured) * len(layers) * _GRAPH_BYTES_A_LAYER
             + _SCRATCH_BYTES
             + ((ROOMS + 2) * GROUP_BYTES if elsewhere else 0)
         )

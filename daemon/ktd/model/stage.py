@@ -18,9 +18,10 @@ from ktd.model.batch import Batch
 from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Stack, Tick, Wanted
 from ktd.model.device import Device
-from ktd.model.exchange import Exchange, MailedExperts, PromptExperts
+from ktd.model.exchange import Exchange, MailedExperts, PromptExperts, row_parts
 from ktd.model.ffn import Elsewhere
 from ktd.model.inputs import Inputs
+from ktd.model.ops import RowsPart
 from ktd.model.placement import DRAWN_ROWS, Placement
 from ktd.model.rope import rope_table
 from ktd.model.shares import Shares
@@ -66,7 +67,7 @@ class Stage:
         what goes out."""
         device, config = self.device, self._config
         self._hidden, self._logits = hidden, logits
-        self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], int]] = {}
         self.inputs = Inputs(device, rows, pages)
         self._workspace = Workspace(config, device)
         self._workspace.reserve(rows, logit_rows if self._last else 0)
@@ -76,7 +77,9 @@ class Stage:
         self._drawn_workspace = Workspace(config, device)
         self._drawn_workspace.reserve(drawn, drawn if self._last else 0)
         self.exchange = Exchange(device, config, rows)
-        self._mailed_experts = MailedExperts(self.exchange, self._cpu, self._stack.elsewhere)
+        self._mailed_experts = {
+            parts: MailedExperts(self.exchange, self._cpu, self._stack.elsewhere, parts) for parts in (1, 2)
+        }
         self.prompt_experts = PromptExperts(self.exchange, self._cpu)
         self.shares = Shares(
             device, self._cpu, self.exchange, self._workspace, self.prompt_experts, self.sendable, rows
@@ -118,23 +121,27 @@ class Stage:
         if self.shares.experts:
             self.shares.experts.check()
 
-    def drawn(self, n: int, width: int, cache: LatentCache) -> None:
-        """n drawn rows, by a captured graph if there is one. Returns when the CPU's part is done; raises
-        RuntimeError where a layer's experts could not be computed."""
-        step = self._graphs.get((n, width))
+    def drawn(self, n: int, width: int, cache: LatentCache, parts: int = 1) -> None:
+        """n drawn rows, by a captured graph if there is one, else in so many parts. Returns when the CPU's
+        work is done; raises RuntimeError where a layer's experts could not be computed."""
+        step, parts = self._graphs.get((n, width), (None, parts))
         if step is None:
-            self._drawn_step(n, width, cache, self.prompt_experts)
+            self._drawn_step(n, width, cache, self.prompt_experts, parts)
         else:
-            self._mailed_experts.run(step, n)
+            self._mailed_experts[parts].run(step, n)
 
-    def _drawn_step(self, n: int, width: int, cache: LatentCache, experts: Elsewhere) -> None:
-        """From the inputs on the host to what goes out; allocates nothing, and awaits nothing that `experts`
-        do not."""
-        ops = self.device.rows
+    def _drawn_step(self, n: int, width: int, cache: LatentCache, experts: Elsewhere, parts: int) -> None:
+        """From the inputs on the host to what goes out, in so many parts of the rows; allocates nothing, and
+        awaits nothing that `experts` do not."""
+        ops, workspace = self.device.rows, self._drawn_workspace
         rows = self.drawn_inputs.send(n, width)
-        v = self._drawn_workspace.rows(n)
+        v = workspace.rows(n)
         v.x.copy_(self._hidden[:n], non_blocking=True)
-        self._stack.forward(ops, rows, cache, self._table, v, elsewhere=experts)
+        in_parts = [
+            (RowsPart.of(rows, part), workspace.rows(part.stop - part.start, part.start))
+            for part in row_parts(n, parts)
+        ]
+        self._stack.forward_in_turns(ops, in_parts, cache, self._table, experts)
         if self._last:
             logits = self._drawn_workspace.logits(n)
             self._stack.head(ops, v, logits)
@@ -142,10 +149,18 @@ class Stage:
         else:
             self._hidden[:n].copy_(v.x, non_blocking=True)
 
-    def capture(self, shapes: Sequence[tuple[int, int]], cache: LatentCache) -> None:
-        """Makes graphs of steps of n drawn rows and page tables of a width, which have run once."""
-        self._mailed_experts.rehearse(self._drawn_workspace.rows(1))
+    @property
+    def waits(self) -> bool:
+        """Whether drawn rows wait for experts elsewhere."""
+        return bool(self._stack.elsewhere)
+
+    def rehearse(self) -> None:
+        """Does what a capture must not be the first to do."""
+        self._mailed_experts[1].rehearse(self._drawn_workspace.rows(1))
         self.device.synchronize()
-        for shape in shapes:
-            step = partial(self._drawn_step, *shape, cache, self._mailed_experts)
-            self._graphs[shape] = self.device.capture(step)
+
+    def capture(self, n: int, width: int, parts: int, cache: LatentCache) -> None:
+        """Makes a graph of steps of n drawn rows in so many parts with page tables of a width, which have run
+        once. It takes the place of one with other parts."""
+        step = partial(self._drawn_step, n, width, cache, self._mailed_experts[parts], parts)
+        self._graphs[n, width] = self.device.capture(step), parts

@@ -15,11 +15,14 @@ from ktd_kernels import arrays
 
 #: Rows whose attention is computed at once: what a row has there is several times what it has elsewhere.
 ATTENTION_ROWS = 512
+#: Floats whose multiples what goes to experts begins at, so that kernels may read it in wide words.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionViews:
-    """The n rows from `start` on of every buffer of attention, float32. Some are parts of others."""
+    """The n rows from `start` on, within the views that these belong to, of every buffer of attention,
+    float32. Some are parts of others."""
 
     start: int
     n: int
@@ -38,9 +41,10 @@ class AttentionViews:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """The first n rows of every buffer, float32 unless said; names as in the graph. Some are parts of
-    others."""
+    """The n rows from `start` on of every buffer, float32 unless said; names as in the graph. Some are parts
+    of others."""
 
+    start: int
     n: int
     x: Array  # [n, hidden] the residual stream
     to_experts: Array  # [n · (hidden + 2 · used)]: the next three, one behind the other, to be copied at once
@@ -48,7 +52,7 @@ class Views:
     expert_ids: Array  # [n, used], int32
     expert_weights: Array  # [n, used]
     router: Array  # [n, experts]
-    attention: tuple[AttentionViews, ...]  # these rows in parts, which share their buffers
+    attention: tuple[AttentionViews, ...]  # these rows in parts, whose buffers all rows of the step share
 
 
 class Workspace:
@@ -62,7 +66,7 @@ class Workspace:
         self._device = device
         self._rows = 0
         self._logit_rows = 0
-        self._views: dict[int, Views] = {}
+        self._views: dict[tuple[int, int], Views] = {}
         self.reserve(1, 1)
 
     def reserve(self, rows: int, logit_rows: int) -> None:
@@ -73,7 +77,7 @@ class Workspace:
             self._views.clear()
             used, experts = (c.moe.used, c.moe.experts) if c.moe else (0, 0)
             self._x = self._empty(rows, c.hidden)
-            self._to_experts = self._empty(rows * (c.hidden + 2 * used))
+            self._to_experts = self._empty(expert_floats(rows, c.hidden, used))
             self._router = self._empty(rows, experts)
             part = min(rows, ATTENTION_ROWS)
             self._q_a = self._empty(part, c.q_lora or 0)
@@ -85,12 +89,12 @@ class Workspace:
             self._logit_rows = logit_rows
             self._logits = self._empty(logit_rows, c.vocab_size)
 
-    def rows(self, n: int) -> Views:
-        """Views of n rows."""
-        self.reserve(n, 0)
-        if n not in self._views:
-            self._views[n] = self._cut(n)
-        return self._views[n]
+    def rows(self, n: int, start: int = 0) -> Views:
+        """Views of n rows; those of rows that do not overlap share the buffers of attention alone."""
+        self.reserve(start + n, 0)
+        if (n, start) not in self._views:
+            self._views[n, start] = self._cut(n, start)
+        return self._views[n, start]
 
     def logits(self, n: int) -> Array:
         """[n, vocab], overwritten by the next step."""
@@ -107,30 +111,32 @@ class Workspace:
         array.fill(0)
         return array
 
-    def _cut(self, n: int) -> Views:
+    def _cut(self, n: int, start: int) -> Views:
         c = self._config
         used = c.moe.used if c.moe else 0
-        to_experts = self._to_experts[: n * (c.hidden + 2 * used)]
+        to_experts = of_experts(self._to_experts, n, start, c.hidden, used)
         h, expert_ids, expert_weights = expert_inputs(to_experts, n, c.hidden, used)
+        x = self._x[start : start + n]
         starts = range(0, n, ATTENTION_ROWS)
         return Views(
+            start=start,
             n=n,
-            x=self._x[:n],
+            x=x,
             to_experts=to_experts,
             h=h,
             expert_ids=expert_ids,
             expert_weights=expert_weights,
-            router=self._router[:n],
-            attention=tuple(self._part(h, start, min(n - start, ATTENTION_ROWS)) for start in starts),
+            router=self._router[start : start + n],
+            attention=tuple(self._part(x, h, first, min(n - first, ATTENTION_ROWS)) for first in starts),
         )
 
-    def _part(self, h: Array, start: int, n: int) -> AttentionViews:
+    def _part(self, x: Array, h: Array, start: int, n: int) -> AttentionViews:
         c = self._config
         q, o = self._q[:n], self._o[:n]
         return AttentionViews(
             start=start,
             n=n,
-            x=self._x[start : start + n],
+            x=x[start : start + n],
             h=h[start : start + n],
             q_a=self._q_a[:n],
             q=q.reshape(n, -1),
@@ -142,6 +148,18 @@ class Workspace:
             o_heads=o,
             o=o.reshape(n, -1),
         )
+
+
+def expert_floats(rows: int, hidden: int, used: int) -> int:
+    """Floats that hold what any parts of `rows` rows send to experts."""
+    return rows * (hidden + 2 * used) + _ALIGNMENT
+
+
+def of_experts(buffer: Array, n: int, start: int, hidden: int, used: int) -> Array:
+    """What n rows from `start` on send to experts, of a buffer of `expert_floats`."""
+    each = hidden + 2 * used
+    first = -(-start * each // _ALIGNMENT) * _ALIGNMENT
+    return buffer[first : first + n * each]
 
 
 def expert_inputs(flat: Array, n: int, hidden: int, used: int) -> tuple[Array, Array, Array]:
