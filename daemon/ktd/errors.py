@@ -13,7 +13,7 @@ KtdError
 ├── Unreachable             another machine does not answer, or not as it should
 └── EngineFailure           a fault of ours; the daemon's log has the trace
     ├── DeviceLost          a GPU gives no more results until the process starts anew
-    └── FileLost            a part of the model's file is gone while the model is in use
+    └── FileLost            the model's file was cut short or overwritten while in use
 """
 
 from __future__ import annotations
@@ -89,4 +89,4 @@ class DeviceLost(EngineFailure):
 
 
 class FileLost(EngineFailure):
-    """A part of the model's file was cut off or cannot be read: only a new process can map it again."""
+    """The model's file was cut short, overwritten or cannot be read: only a new process can map it again."""

@@ -532,6 +532,22 @@ def test_a_listener_that_takes_no_more_ends_its_own_request(
     assert "Traceback" not in caplog.text
 
 
+def test_a_file_that_is_lost_while_nobody_asks_is_noticed(
+    started: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktd.engine.engine._IDLE_LOOK", 0.01)
+    files = iter([None, None, FileLost("gone")])
+
+    def check() -> None:
+        if error := next(files):
+            raise error
+
+    engine = make_engine(FakeModel(), check_file=check)
+    started.append(engine)
+    engine.start()
+    assert isinstance(engine.death.result(5), FileLost)
+
+
 def test_preemption_changes_nothing_but_the_time(started: list[Engine]) -> None:
     model = FakeModel()
     # Two contexts of 64 tokens in pages for one and a half.

@@ -45,6 +45,11 @@ def path(tmp_path: Path) -> Path:
     return kit.write_gguf(tmp_path / "m.gguf", {}, tensors)
 
 
+@pytest.fixture(autouse=True)
+def _only_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.gguf.watch.EVERY", 60.0)
+
+
 def test_what_is_gone_reads_as_zeros_and_is_told(path: Path) -> None:
     size = path.stat().st_size
     with GgufFile.open(path) as other, GgufFile.open(path) as gguf:

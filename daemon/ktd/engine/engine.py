@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 F32 = npt.NDArray[np.float32]
 _PREFILL_EVERY = 0.9  # seconds; clients are promised progress at least once a second
+_IDLE_LOOK = 1.0  # seconds; a file that is lost is told to nobody where the daemon ends before the next asks
 # Prompt tokens of a step beyond which sequences that decode do not wait for its end; below, they share its
 # reading of the weights.
 _LONG = 32
@@ -72,7 +73,7 @@ class Engine:
         self, model: Model, config: EngineConfig, check_file: Callable[[], None] = lambda: None
     ) -> None:
         """`check_file` raises FileLost when the model read what its file does not have any more; it is called
-        on every step and between layers."""
+        on every step and between layers, and every second while there is nothing to do."""
         self._config = config
         self._check_file = check_file
         self._vocab_size = model.config.vocab_size
@@ -229,18 +230,15 @@ class Engine:
                 log.exception("request %s could not be taken out", live.request.request_id)
         self.death.set_result(reason)
 
+    def _has_something_to_do(self) -> bool:
+        left_by_others = self._arrived or self._aborted or self._given_way
+        return bool(left_by_others) or self._state is _State.STOPPED or not self._scheduler.idle
+
     def _collect(self) -> bool:
         """Takes in what other threads left, waiting while there is nothing to do; False once stopped."""
         with self._inbox:
-            self._inbox.wait_for(
-                lambda: (
-                    self._arrived
-                    or self._aborted
-                    or self._given_way
-                    or self._state is _State.STOPPED
-                    or not self._scheduler.idle
-                )
-            )
+            while not self._inbox.wait_for(self._has_something_to_do, timeout=_IDLE_LOOK):
+                self._check_file()
             arrived, self._arrived = self._arrived, []
             aborted = [self._live[name] for name in self._aborted if name in self._live]
             self._aborted.clear()

@@ -14,6 +14,7 @@ from ktd.errors import FileLost, GgufError
 from ktd.gguf.cursor import quoted
 from ktd.gguf.locate import entry_file, shard_files
 from ktd.gguf.shard import Shard, TensorInfo
+from ktd.gguf.watch import Watch
 from ktd_kernels import ReadGuard
 
 _Value = TypeVar("_Value", int, float, str, bool)
@@ -30,6 +31,7 @@ class GgufFile:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         self._others: list[tuple[Path, ReadGuard]] = []
+        self._watch: Watch | None = None
         self.paths: tuple[Path, ...] = tuple(shard.path for shard in shards)
         self.metadata: Mapping[str, object] = shards[0].metadata
         self.tensors: Mapping[str, TensorInfo] = _merged(shards)
@@ -117,17 +119,22 @@ class GgufFile:
 
     def guard(self) -> None:
         """From now on until `close`, what cannot be read any more reads as zeros instead of ending the
-        process with SIGBUS. Whoever calls this has to `check` after what was computed."""
-        for shard in self._shards:
-            shard.guard()
+        process with SIGBUS, and a file that is overwritten is noticed within seconds. Whoever calls this has
+        to `check` after what was computed. Raises GgufError when a file is not there any more."""
+        self._watch = Watch([shard.guard() for shard in self._shards])
 
     def watch(self, path: Path, guard: ReadGuard) -> None:
         """`check` asks `guard` too: weights of the model lie in another file, `path`."""
         self._others.append((path, guard))
 
     def check(self) -> None:
-        """Raises FileLost when something was read since `guard` that is not there any more. Takes a fraction
-        of a microsecond for each file."""
+        """Raises FileLost when something was read since `guard` that is not there any more, or is not what it
+        was. Takes a fraction of a microsecond for each file."""
+        if self._watch and self._watch.lost:
+            raise FileLost(
+                f"The model file {self._watch.lost} was cut short or overwritten while it was in use: put it"
+                " right and restart ktd."
+            )
         files = [(shard.path, shard.broken) for shard in self._shards]
         for path, broken in files + [(path, guard.broken) for path, guard in self._others]:
             if broken:
@@ -139,6 +146,7 @@ class GgufFile:
     def close(self) -> None:
         """Drops the mappings; views already handed out stay valid."""
         self._others.clear()
+        self._watch = None
         for shard in self._shards:
             shard.close()
 

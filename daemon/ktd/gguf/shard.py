@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from ktd.errors import GgufError
 from ktd.gguf.cursor import Cursor, quoted
 from ktd.gguf.formats import GgmlType, refusal
+from ktd.gguf.watch import FileWatch
 from ktd_kernels import ReadGuard
 
 _MAX_DIMENSIONS = 4
@@ -46,7 +48,7 @@ class Shard:
 
     def __init__(self, path: Path, index: int = 0) -> None:
         self.path = path
-        self._buffer = _map(path)
+        self._buffer, self._opened = _map(path)
         cursor = Cursor(self._buffer, path)
         pairs, tensors = _counts(cursor, path)
         self.metadata: Mapping[str, object] = _metadata(cursor, pairs)
@@ -69,10 +71,14 @@ class Shard:
         if length > 0 and self._bytes is not None:
             self._buffer.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def guard(self) -> None:
-        """As GgufFile.guard."""
+    def guard(self) -> FileWatch:
+        """As GgufFile.guard. Raises GgufError when the file is not there any more."""
         if self._bytes is not None:
             self._guard = ReadGuard(self._bytes)
+        try:
+            return FileWatch(self.path, self._opened)
+        except OSError as error:
+            raise GgufError(f"{self.path} cannot be read: {error.strerror or error}") from None
 
     @property
     def broken(self) -> bool:
@@ -88,12 +94,13 @@ class Shard:
             return  # views are still alive and keep the mapping
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> tuple[mmap.mmap, os.stat_result]:
     try:
         with path.open("rb") as file:
             head = file.read(512)
             _check_magic(head, path)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            opened = os.fstat(file.fileno())
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), opened
     except OSError as error:
         raise GgufError(f"{path} cannot be read: {error.strerror or error}") from None
 
