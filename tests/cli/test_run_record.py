@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ktd.server.run_record import WINDOW_SECONDS, RunRecordFile
+
+WRONG = """{"stage": "ready", "message": 3, "pid": -1, "born": null, "since": "x", "crashes": ["y"]}"""
 
 
 @pytest.fixture
@@ -61,15 +63,42 @@ def test_old_crashes_are_forgotten(file: RunRecordFile, dead: int) -> None:
     assert file.begin().pause == 0
 
 
+def test_crashes_of_the_future_are_forgotten(file: RunRecordFile, dead: int) -> None:
+    """The clock was set back: their pauses would last until it is that late again."""
+    future = (time.time() + 100_000,) * 5
+    file.write(replace(file.begin().now("stopped"), pid=dead, crashes=future))
+    assert file.begin().pause == 0
+
+
+def test_a_clock_that_is_set_makes_no_crash(file: RunRecordFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system moves the times at which it says that processes began."""
+    file.write(file.begin().now("ready"))
+    monkeypatch.setattr("psutil.Process.create_time", lambda self: time.time() - 100_000)
+    record = file.read()
+    assert record is not None
+    assert record.serving
+    assert file.begin().crashes == ()
+
+
+def test_a_full_disk_leaves_nothing_half(file: RunRecordFile, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        file.write(file.begin())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "ktd").iterdir()) == []
+
+
 def test_another_process_under_the_same_number_is_not_ours(file: RunRecordFile) -> None:
-    file.write(replace(file.begin().now("ready"), born=psutil.Process().create_time() - 1000))
+    file.write(replace(file.begin().now("ready"), born="another"))
     record = file.read()
     assert record is not None
     assert not record.alive
     assert len(file.begin().crashes) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"stage": "ready"}', '{"crashes": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"stage": "ready"}', '{"crashes": 1}', WRONG])
 def test_a_damaged_record_is_none(file: RunRecordFile, tmp_path: Path, text: str) -> None:
     (tmp_path / "ktd").mkdir()
     (tmp_path / "ktd" / "serve-50051.json").write_text(text)

@@ -11,11 +11,12 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import psutil
+from pydantic import TypeAdapter, ValidationError
 
 # Crashes older than this are forgotten.
 WINDOW_SECONDS = 600.0
@@ -28,22 +29,20 @@ _CRASHED = ("starting", "ready")
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """`since` and `crashes` in seconds since 1970. `born` is when the process `pid` was created."""
+    """`since` and `crashes` in seconds since 1970. `born` says when the process `pid` was created, and stays
+    the same when the clock is set."""
 
     stage: Stage
     message: str
     pid: int
-    born: float
+    born: str
     since: float
     crashes: tuple[float, ...] = ()
 
     @property
     def alive(self) -> bool:
         """Whether the process that wrote this still runs."""
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.born) < 1
-        except psutil.Error:
-            return False
+        return self.born != "" and self.born == _born(self.pid)
 
     @property
     def serving(self) -> bool:
@@ -72,20 +71,20 @@ class RunRecordFile:
     def read(self) -> RunRecord | None:
         """The last record; None where there is none or it is not readable."""
         try:
-            values = json.loads(self._path.read_text())
-            return RunRecord(**{**values, "crashes": tuple(values["crashes"])})
-        except (OSError, ValueError, TypeError, KeyError):
+            return _Record.validate_json(self._path.read_bytes(), strict=True)
+        except (OSError, ValidationError):
             return None
 
     def write(self, record: RunRecord) -> None:
         """Replaces the record in one step, so that no reader sees half of it."""
+        beside = self._path.with_suffix(f".{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._path.with_suffix(f".{os.getpid()}")
             beside.write_text(json.dumps(asdict(record)))
             beside.replace(self._path)
         except OSError:
-            return
+            with suppress(OSError):
+                beside.unlink()  # half of it, where the disk is full
 
     def begin(self) -> RunRecord:
         """The record of a new run of this process, with the crashes of the runs before it."""
@@ -93,8 +92,22 @@ class RunRecordFile:
         crashes = list(last.crashes) if last else []
         if last and not last.alive and (last.stage in _CRASHED or last.stage == "failed"):
             crashes.append(now)
-        recent = tuple(at for at in crashes if now - at < WINDOW_SECONDS)
-        return RunRecord("starting", "", os.getpid(), psutil.Process().create_time(), now, recent)
+        # Those in the future were written before the clock was set back: nobody knows how old they are.
+        recent = tuple(at for at in crashes if 0 <= now - at < WINDOW_SECONDS)
+        return RunRecord("starting", "", os.getpid(), _born(os.getpid()), now, recent)
+
+
+_Record = TypeAdapter(RunRecord)
+
+
+def _born(pid: int) -> str:
+    """Which boot of the machine, and the tick of it; empty where there is no such process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
+        return f"{boot} {after_name.split()[19]}"
+    except (OSError, IndexError):
+        return ""
 
 
 def _folder(environ: Mapping[str, str]) -> Path:
