@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import logging
+import sys
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 
 from ktd.errors import SettingsError
 from ktd.settings import Settings
 
+log = logging.getLogger(__name__)
+
 _BYTES = 10 * 2**20
 _FILES = 5
+
+
+class LogFile(RotatingFileHandler):
+    """Does without the file while it cannot be written, as on a full disk, and says so once."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drops the record and what the stream could not write; the next record opens the file again."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        stream, self.stream = self.stream, None
+        if stream:
+            with suppress(OSError):
+                stream.close()
+        self._say(f"cannot be written ({error.strerror}): lines are missing from it from now on")
+
+    def doRollover(self) -> None:
+        """Without the right to rename files the log grows on."""
+        try:
+            super().doRollover()
+        except OSError as error:
+            self.maxBytes = 0
+            self._say(f"cannot be renamed ({error.strerror}): it grows beyond {_BYTES >> 20} MiB")
+
+    def _say(self, what: str) -> None:
+        if not self._said:
+            self._said = True
+            log.error("The log %s %s.", self.baseFilename, what)
 
 
 def configure(settings: Settings) -> None:
@@ -19,7 +53,7 @@ def configure(settings: Settings) -> None:
         path = settings.log_dir / settings.log_file
         try:
             settings.log_dir.mkdir(parents=True, exist_ok=True)
-            handlers.append(RotatingFileHandler(path, maxBytes=_BYTES, backupCount=_FILES, encoding="utf-8"))
+            handlers.append(LogFile(path, maxBytes=_BYTES, backupCount=_FILES, encoding="utf-8"))
         except OSError as error:
             raise SettingsError(f"The log {path} cannot be written: {error}.") from error
     logging.basicConfig(
@@ -36,5 +70,5 @@ def last_words(message: str) -> None:
     """Writes `message` to the log file alone: stderr is told by the command itself."""
     record = logging.LogRecord("ktd", logging.ERROR, __file__, 0, message, None, None)
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, RotatingFileHandler):
+        if isinstance(handler, LogFile):
             handler.handle(record)
