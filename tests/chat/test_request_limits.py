@@ -17,6 +17,7 @@ from ktd.chat.request import (
     LONGEST_STOP,
     MOST_BIASES,
     MOST_MESSAGES,
+    MOST_SCHEMA,
     MOST_TOOL_TEXT,
     MOST_TOOLS,
     RequestDefaults,
@@ -52,6 +53,13 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d" * (MOST
                 sampling=pb.Sampling(stop=["s" * (LONGEST_STOP + 1)]),
             ),
             "A stop string has 257 characters",
+        ),
+        (
+            pb.ChatRequest(
+                messages=[pb.Message(role="user", content="hi")],
+                tools=[pb.Tool(name="f", parameters_json=" " * MOST_SCHEMA + "{}")],
+            ),
+            'parameters of the tool "f" have 65538 characters',
         ),
     ],
 )

@@ -24,7 +24,7 @@ MOST_STOPS = 16
 # Every stop string is looked for at every token.
 LONGEST_STOP = 256
 MOST_REQUEST_ID = 128
-MOST_SCHEMA = 64 << 10
+MOST_SCHEMA = 64 << 10  # nobody else runs while one is parsed or written
 ANY_OBJECT = AnswerSchema('{"type": "object"}')
 # As a 32-bit float, which is what gRPC carries. Less would overflow the logits.
 _LEAST_PENALTY = 0.009999999776482582
@@ -234,6 +234,11 @@ def _check_tools(tools: Sequence[Tool]) -> None:
     for tool in tools:
         if not tool.name:
             raise RequestError("A tool has no name.")
+        if len(tool.parameters) > MOST_SCHEMA:
+            raise RequestError(
+                f'The parameters of the tool "{tool.name}" have {len(tool.parameters)} characters,'
+                f" but may have {MOST_SCHEMA} at most."
+            )
         is_object, nested = _object(tool.parameters or "{}")
         if not is_object:
             raise RequestError(f'The parameters of the tool "{tool.name}" are not a JSON schema object.')

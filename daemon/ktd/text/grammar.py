@@ -227,6 +227,7 @@ def _reason(matcher: LLMatcher) -> str:
         ("NoExtension", "no JSON fits it"),
         ("oneOf constraints", "oneOf is supported only where it is clear that no two of its schemas fit"),
         ("Parser Error: Current row", "it leaves too many choices open at one place"),
+        ("panic: assertion failed: grammar.symbols.len()", "it is too large"),
     ):
         if said.startswith(known):
             return better

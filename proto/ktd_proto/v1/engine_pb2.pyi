@@ -118,7 +118,7 @@ class ChatRequest(_message.Message):
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
-        """At most 1024, with at most 512 Ki characters."""
+        """At most 1024, with at most 512 Ki characters together and 64 Ki in the parameters of each."""
 
     @_builtins.property
     def json_object(self) -> Global___JsonObject: ...
