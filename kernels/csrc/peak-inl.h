@@ -14,16 +14,22 @@ template <class V>
 inline void keep(V& v) {
   asm volatile("" : "+" KTD_REGISTER(v));
 }
+// Unrolled, as all loops over an array are that is to stay in registers.
+template <class V, int kCount>
+inline void keep(V (&all)[kCount]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < kCount; ++i) keep(all[i]);
+}
 
 int64_t peak_floats(int64_t loops) {
-  VecF acc[kChains], w = zero_f(), x = zero_f();
+  VecF acc[kChains] = {}, w = zero_f(), x = zero_f();
   keep(w);
   keep(x);
-  for (VecF& sum : acc) sum = zero_f();
+  keep(acc);
   for (int64_t i = 0; i < loops; ++i)
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) acc[c] = fma_f(w, x, acc[c]);
-  for (VecF& sum : acc) keep(sum);
+  keep(acc);
   return loops * kChains * kRowLanes * 2;
 }
 
@@ -47,10 +53,10 @@ int64_t peak_integers(int64_t loops) {
 // Sums of the pairs' products stay in 16 bits as long as any format allows.
 int64_t peak_integers(int64_t loops) {
   constexpr int kSums = 4, kRun = 16;
-  VecI acc[kSums], w = set_i8(1), x = set_i8(1), one = set_i16(1);
+  VecI acc[kSums] = {}, w = set_i8(1), x = set_i8(1), one = set_i16(1);
   keep(w);
   keep(one);
-  for (VecI& sum : acc) sum = zero_i();
+  keep(acc);
   for (int64_t i = 0; i < loops; ++i)
 #pragma GCC unroll 4
     for (int c = 0; c < kSums; ++c) {
@@ -59,10 +65,11 @@ int64_t peak_integers(int64_t loops) {
       for (int j = 0; j < kRun; ++j) {
         keep(x);
         sum = add_i16(sum, maddubs(w, x));
+        keep(sum);  // or all products are made before the first addition, more than there are registers
       }
       acc[c] = dp_i16(acc[c], sum, one);
     }
-  for (VecI& sum : acc) keep(sum);
+  keep(acc);
   return loops * kSums * kRun * kVectorBytes * 2;
 }
 
@@ -92,10 +99,11 @@ int64_t peak_integers(int64_t loops) {
   Codes acc[kChains] = {}, w = {}, x = {};
   keep(w);
   keep(x);
+  keep(acc);
   for (int64_t i = 0; i < loops; ++i)
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) multiply(acc[c], w, x);
-  for (Codes& sum : acc) keep(sum);
+  keep(acc);
   return loops * kChains * kProducts * 2;
 }
 
