@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import shlex
 import socket
@@ -499,6 +500,19 @@ async def test_an_answer_that_nobody_reads_is_ended(
                 while not daemon.engine.aborted or daemon.engine.status().running:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
     assert "A client at 127.0.0.1 read nothing" in caplog.text
+
+
+async def test_no_room_for_connections_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The event loop tries as often as connections may wait, each second, and says so each time."""
+    handler, loop = connections.Exhausted(), asyncio.get_running_loop()
+    error = OSError(errno.EMFILE, "Too many open files")
+    for _ in range(1000):
+        handler(loop, {"message": "socket.accept() out of system resource", "exception": error})
+    assert [record.message for record in caplog.records] == [
+        "New HTTP connections wait until others are closed: Too many open files."
+    ]
+    handler(loop, {"message": "Task exception was never retrieved", "exception": error})
+    assert "never retrieved" in caplog.text
 
 
 async def test_a_comment_keeps_the_connection_in_a_long_prefill(

@@ -1,4 +1,4 @@
-"""HTTP connections on which nothing moves are closed: each holds a file descriptor, some a sequence."""
+"""HTTP connections take a file descriptor each, some a sequence: those on which nothing moves are closed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum, auto
 from time import monotonic
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -16,8 +17,24 @@ from ktd.server.host import STALL_SECONDS
 log = logging.getLogger(__name__)
 
 EVERY = 5.0  # seconds
+_TELL_EVERY = 60.0
 # Of an answer the kernel keeps about as much for a client that does not read. By itself it keeps megabytes.
 SEND_BUFFER = 1 << 16
+
+
+class Exhausted:
+    """The event loop's exception handler: it has thousands of traces a second where nobody can be let in."""
+
+    def __init__(self) -> None:
+        self._told = -_TELL_EVERY
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if "accept" not in context["message"] or not isinstance(error, OSError):
+            return loop.default_exception_handler(context)
+        if monotonic() - self._told >= _TELL_EVERY:
+            self._told = monotonic()
+            log.error("New HTTP connections wait until others are closed: %s.", error.strerror)
 
 
 class _State(Enum):

@@ -14,6 +14,7 @@ from typing import Any
 from ktd.chat import ServedModel
 from ktd.chat.request import RequestDefaults
 from ktd.errors import SettingsError
+from ktd.server.connections import Exhausted
 from ktd.server.grpc_service import GrpcServer
 from ktd.server.host import Engine, Host, Loaded, State
 from ktd.server.http_app import HttpServer
@@ -74,6 +75,7 @@ class Lifecycle:
             http.close()
             raise
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(Exhausted())
         for number in (*stop_signals(), signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         await grpc.start()
