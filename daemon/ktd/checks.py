@@ -182,9 +182,11 @@ def _gpu(settings: Settings) -> Iterator[Check]:
                 )
             elif usable:
                 unused = "; not used: --vram is 0" if asked and not any(asked) else ""
+                if asked is None and not all(gpu.tried for gpu in usable):
+                    unused = "; before sm 8.0, on which ktd was never tried, one is used only with --vram"
                 yield Check("GPU", "ok", found + unused)
             else:
-                remedy = "install a CUDA build of torch; ktd uses GPUs of sm 8.0 and newer"
+                remedy = "install a CUDA build of torch; ktd uses GPUs of sm 7.5 and newer"
                 yield Check("GPU", "note", f"{found}, but ktd cannot use it", remedy)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if len(usable) > 1 or visible is not None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ktd.errors import SettingsError
 
-# Triton serves sm_80 and up.
-_LEAST_CAPABILITY = (8, 0)
+# The least that NVRTC compiles for. Triton serves sm_80 and up, ktd_kernels.cuda.turing what is before, for
+# which no card was at hand.
+_LEAST_CAPABILITY, _TRIED_CAPABILITY = (7, 5), (8, 0)
 # Bytes of weights from which a GPU that nobody asked for is used: compiling its kernels takes longer than a
 # smaller model ever saves.
 _WORTH_IT = 1 << 30
@@ -21,12 +22,14 @@ _WORTH_IT = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A CUDA device. `free` and `total` are bytes of its memory when it was asked."""
+    """A CUDA device. `free` and `total` are bytes of its memory when it was asked. Of a kind that was never
+    `tried` it is used only when --vram asks for it."""
 
     device: str
     name: str
     free: int
     total: int
+    tried: bool = True
 
 
 def find_gpus() -> list[Gpu]:
@@ -39,9 +42,10 @@ def find_gpus() -> list[Gpu]:
 
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY:
-            free, total = torch.cuda.mem_get_info(index)
-            gpus.append(Gpu(f"cuda:{index}", torch.cuda.get_device_name(index), free, total))
+        capability = torch.cuda.get_device_capability(index)
+        if capability >= _LEAST_CAPABILITY:
+            name, (free, total) = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)
+            gpus.append(Gpu(f"cuda:{index}", name, free, total, capability >= _TRIED_CAPABILITY))
     return gpus
 
 
@@ -60,19 +64,21 @@ def gpus_for(vram: Sequence[int] | None, weights: int) -> list[Gpu]:
     """The GPUs for budgets of `vram` bytes and a model of `weights` bytes.
 
     Of several budgets each is a GPU's, in order, and 0 leaves that one alone; one alone is for every GPU that
-    has as much free. Where `vram` is None, nothing was asked for: all GPUs, if the model is worth it and
-    kernels can start.
+    has as much free. Where `vram` is None, nothing was asked for: all GPUs of kinds that were tried, if the
+    model is worth it and kernels can start.
 
     Raises SettingsError for a budget without a GPU, or beyond what is free, and where no kernel could start.
     """
     if vram is None:
-        return [] if weights < _WORTH_IT or launcher_lacks() else find_gpus()
+        if weights < _WORTH_IT or launcher_lacks():
+            return []
+        return [gpu for gpu in find_gpus() if gpu.tried]
     if not any(vram):
         return []
     gpus = find_gpus()
     if not gpus:
         raise SettingsError(
-            "--vram asks for GPU memory, but no CUDA GPU of compute capability 8.0 or more was found: see"
+            "--vram asks for GPU memory, but no CUDA GPU of compute capability 7.5 or more was found: see"
             " `ktd doctor`, or leave --vram out."
         )
     if missing := launcher_lacks():

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ktd_kernels import MoeJob, Weight, cuda, triton
-from ktd_kernels.cuda import GpuWeight, mailbox, readable
+from ktd_kernels.cuda import GpuWeight, mailbox, readable, turing
 from ktd_kernels.upload import Uploader, WeightStream, stream
 
 
@@ -21,12 +21,12 @@ class GpuOps:
     """The ops of a layer. `prompt` chooses the arithmetic for the many rows of a prompt, however few they
     are, where an op has two."""
 
-    rms_norm = staticmethod(triton.rms_norm)
-    rope = staticmethod(triton.rope)
-    route = staticmethod(triton.route)
-
-    def __init__(self, prompt: bool) -> None:
+    def __init__(self, prompt: bool, capability: tuple[int, int]) -> None:
         self._prompt = prompt
+        self._own = triton if capability >= (8, 0) else turing
+        self.rms_norm = self._own.rms_norm
+        self.rope = self._own.rope
+        self.route = self._own.route
         self.linear = partial(cuda.linear, prompt=prompt)
         self.linear_heads = partial(cuda.linear_heads, prompt=prompt)
         self.mlp = partial(cuda.mlp, prompt=prompt)
@@ -43,7 +43,7 @@ class GpuOps:
         cache: torch.Tensor,
     ) -> None:
         """As of Cpu; kv stays what it is."""
-        triton.store_normed(kv, weight, eps, positions, table, slots, cache, weight.shape[0])
+        self._own.store_normed(kv, weight, eps, positions, table, slots, cache, weight.shape[0])
 
     def mla_attention(
         self,
@@ -58,7 +58,7 @@ class GpuOps:
     ) -> None:
         """As of Cpu. What is launched depends on the width of `page_table`, not on `context`."""
         longest = page_table.shape[1] * cache.shape[1]
-        triton.mla_attention(
+        self._own.mla_attention(
             q_latent, q_rope, cache, page_table, seq_of_row, context, scale, out, longest, prompt=self._prompt
         )
 
@@ -72,7 +72,8 @@ class Gpu:
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
-        self.rows, self.prompt = GpuOps(prompt=False), GpuOps(prompt=True)
+        capability = torch.cuda.get_device_capability(self.device)
+        self.rows, self.prompt = GpuOps(False, capability), GpuOps(True, capability)
         self._driver = ctypes.CDLL("libcuda.so.1")
         with torch.cuda.device(self.device):
             # One stream for eager steps and captures alike: kernels keep scratch memory for each stream.

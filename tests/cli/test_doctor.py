@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,9 @@ def test_the_gpu(
     check = found(port=0, grpc_port=0)["GPU"]
     assert check.verdict == verdict
     assert said in check.found
+    old = replace(gpu, tried=False)
+    monkeypatch.setattr(checks, "find_gpus", lambda: [old] if usable else [])
+    assert ("only with --vram" in found(port=0, grpc_port=0)["GPU"].found) is usable
 
 
 def test_several_gpus_and_which_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

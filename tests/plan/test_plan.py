@@ -235,6 +235,11 @@ def test_a_gpu_that_nobody_asked_for(model: Path, monkeypatch: pytest.MonkeyPatc
     assert gpus_for(None, 16 << 20) == gpus_for([0], 2 << 30) == []
     monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: "a C compiler")
     assert gpus_for(None, 2 << 30) == []
+    monkeypatch.setattr("ktd.gpu.launcher_lacks", lambda: None)
+    old = Gpu("cuda:0", "one of another kind", free=10 << 30, total=12 << 30, tried=False)
+    monkeypatch.setattr("ktd.gpu.find_gpus", lambda: [old])
+    assert gpus_for(None, 2 << 30) == []
+    assert gpus_for([8 << 30], 2 << 30) == [old]
 
     plenty = plan_of(model, ram=1024 * MIB, vram=8192 * MIB, optional=True)
     assert plenty.placement.devices == ("cuda:0",)

@@ -96,6 +96,13 @@ def mla_cubin(most_splits: int) -> bytes:
     return _cubin("mla", "mla.cu", 90, (f"KTD_MOST={most_splits}",))
 
 
+def turing_cubins(arch: int) -> tuple[bytes, bytes]:
+    """Ops on rows, and attention, for sm_`arch` before sm_80."""
+    return _cubin("turing-rows", "turing_rows.cu", arch), _cubin(
+        "turing-attention", "turing_attention.cu", arch
+    )
+
+
 def activation_cubin(arch: int) -> bytes:
     """Quantisation of activations and SwiGLU for sm_`arch`."""
     return _cubin("activations", "activations.cu", arch)

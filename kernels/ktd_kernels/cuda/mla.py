@@ -22,7 +22,9 @@ _SHARED = 3 * _HEADS * (LATENT + ROPE) * 2 + 2 * 2 * _HEADS * 4 + 24 * 8
 _STEPS = 7
 
 
-class _Ladder(ctypes.Structure):
+class LadderArgs(ctypes.Structure):
+    """Ladder of mla.cu and turing_attention.cu."""
+
     _fields_ = (
         ("steps", ctypes.c_int),
         ("limit", ctypes.c_int * _STEPS),
@@ -38,7 +40,7 @@ class _Arguments(ctypes.Structure):
         ("table_row", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("first_row", "heads", "splits", "page_size", "processors")),
         ("scale", ctypes.c_float),
-        ("ladder", _Ladder),
+        ("ladder", LadderArgs),
     )
 
 
@@ -85,7 +87,7 @@ def attend(
     rows = len(splits.sums)
     arguments.sums, arguments.tops = splits.sums.data_ptr(), splits.tops.data_ptr()
     arguments.first_row = splits.first_row
-    arguments.ladder = _ladder(splits.ladder)
+    arguments.ladder = ladder_args(splits.ladder)
     attend_kernel.launch((blocks, many, rows), _ATTEND_THREADS, tokens, arguments, shared=_SHARED)
     combine_kernel.launch((heads, rows), _COMBINE_THREADS, arguments)
 
@@ -110,8 +112,9 @@ def _map(address: int, tokens: int, width: int) -> driver.TensorMap:
 
 
 @functools.lru_cache(maxsize=16)
-def _ladder(ladder: Ladder) -> _Ladder:
-    found = _Ladder(len(ladder))
+def ladder_args(ladder: Ladder) -> LadderArgs:
+    """A ladder as the kernels take it."""
+    found = LadderArgs(len(ladder))
     for i, (limit, length) in enumerate(ladder):
         found.limit[i], found.length[i] = limit, length
     return found

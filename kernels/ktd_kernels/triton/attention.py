@@ -95,7 +95,7 @@ def mla_attention(
     Raises ValueError where shapes or types do not fit.
     """
     call = Call(q_latent, q_rope, cache, page_table, seq_of_row, context, scale, out, max_context)
-    _check(call)
+    check_call(call)
     n, heads, r, dr = call.sizes
     if n == 0 or heads == 0:
         return
@@ -130,7 +130,7 @@ def _launch_hopper(call: Call, prompt: bool) -> None:
     if prompt:
         mla.attend(*arguments, None)
         return
-    for sums, tops, first, rows in _groups(call):
+    for sums, tops, first, rows in row_groups(call):
         mla.attend(*arguments, mla.Splits(sums[:rows], tops, first, LADDER))
 
 
@@ -152,7 +152,7 @@ def _launch_general(call: Call, prompt: bool) -> None:
 
 def _general_decode(call: Call, tiling: Tiling) -> None:
     _, heads, r, dr = call.sizes
-    for sums, tops, first, rows in _groups(call):
+    for sums, tops, first, rows in row_groups(call):
         splits = sums.shape[1]
         general.decode_kernel[(triton.cdiv(heads, tiling.queries), splits, rows)](
             call.q_latent, call.q_rope, call.cache, call.page_table, call.seq_of_row, call.context,
@@ -179,7 +179,7 @@ def _general_prompt(call: Call, tiling: Tiling) -> None:
     )  # fmt: skip
 
 
-def _groups(call: Call) -> list[tuple[torch.Tensor, torch.Tensor, int, int]]:
+def row_groups(call: Call) -> list[tuple[torch.Tensor, torch.Tensor, int, int]]:
     """(sums, tops, first row, rows) of each launch: as many rows as the scratch memory has room for."""
     n, heads, r, _ = call.sizes
     splits = most_splits(call.max_context)
@@ -202,7 +202,8 @@ def _padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-def _check(call: Call) -> None:
+def check_call(call: Call) -> None:
+    """Raises ValueError where shapes or types do not fit."""
     if (
         call.q_latent.dim() != 3
         or call.q_rope.dim() != 3

@@ -96,6 +96,33 @@ def route(
     gating 'softmax' or 'sigmoid', group_score 'max' or 'top2'; ids_out int32 [n, used] in descending order
     of choice, of equals the lowest first; weights_out float32 [n, used]. Raises ValueError where arguments
     do not fit."""
+    check_route(logits, bias, gating, groups, groups_used, group_score, used, ids_out, weights_out)
+    n, experts = logits.shape
+    if n:
+        size = experts // groups
+        _route_kernel[(n,)](
+            logits, bias, ids_out, weights_out, experts, groups, size, groups_used, used, scale,
+            logits.stride(0), ids_out.stride(0), weights_out.stride(0),
+            SIGMOID=gating == "sigmoid", BIAS=bias is not None, TOP2=group_score == "top2",
+            NORMALISE=normalise,
+            GROUPS=triton.next_power_of_2(groups), SIZE=triton.next_power_of_2(size),
+            USED=triton.next_power_of_2(used), EARLY=early(logits.device),
+            num_warps=1 if experts <= 128 else 4, launch_pdl=early(logits.device),
+        )  # fmt: skip
+
+
+def check_route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    gating: str,
+    groups: int,
+    groups_used: int,
+    group_score: str,
+    used: int,
+    ids_out: torch.Tensor,
+    weights_out: torch.Tensor,
+) -> None:
+    """Raises ValueError where arguments of route do not fit."""
     n, experts = logits.shape
     require("logits", logits, (n, experts), _FLOAT, logits.device)
     if bias is not None:
@@ -110,14 +137,3 @@ def route(
         raise ValueError(f"{experts} experts do not form {groups} equal groups")
     if not 1 <= groups_used <= groups or not 1 <= used <= groups_used * (experts // groups):
         raise ValueError(f"cannot choose {used} of {experts} experts from {groups_used} of {groups} groups")
-    if n:
-        size = experts // groups
-        _route_kernel[(n,)](
-            logits, bias, ids_out, weights_out, experts, groups, size, groups_used, used, scale,
-            logits.stride(0), ids_out.stride(0), weights_out.stride(0),
-            SIGMOID=gating == "sigmoid", BIAS=bias is not None, TOP2=group_score == "top2",
-            NORMALISE=normalise,
-            GROUPS=triton.next_power_of_2(groups), SIZE=triton.next_power_of_2(size),
-            USED=triton.next_power_of_2(used), EARLY=early(logits.device),
-            num_warps=1 if experts <= 128 else 4, launch_pdl=early(logits.device),
-        )  # fmt: skip

@@ -35,10 +35,8 @@ def _rms_norm_kernel(x, weight, out, d, eps, x_row, out_row, D: tl.constexpr, EA
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     """out = x / sqrt(mean(x²) + eps) · weight; x and out float32 [n, d] with strided rows, may be the same;
     weight float32 [d]. Raises ValueError where shapes or types do not fit."""
+    check_rms_norm(x, weight, out)
     n, d = x.shape
-    require("x", x, (n, d), _FLOAT, x.device)
-    require("weight", weight, (d,), _FLOAT, x.device)
-    require("out", out, (n, d), _FLOAT, x.device)
     if n:
         width = triton.next_power_of_2(d)
         _rms_norm_kernel[(n,)](
@@ -76,10 +74,8 @@ def rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
     """Rotate the pairs (2i, 2i + 1) of x float32 [n, H, dr] in place, outer dimensions may be strided;
     positions int32 [n]; table float32 [max_pos, dr] holds cos, sin per pair. Raises ValueError where shapes
     or types do not fit."""
+    check_rope(x, positions, table)
     n, heads, dr = x.shape
-    require("x", x, (n, heads, dr), _FLOAT, x.device)
-    require("positions", positions, (n,), (torch.int32,), x.device)
-    require("table", table, (table.shape[0], dr), _FLOAT, x.device)
     if n and heads:
         _rope_kernel[(n, heads)](
             x, positions, table, dr, x.stride(0), x.stride(1), table.stride(0),
@@ -149,13 +145,9 @@ def store_normed(
     """store_latent of kv float32 [n, kv_lora + dr] after rms_norm(weight, eps) of its first kv_lora values
     and rope(positions, table) of the others; kv is left as it is. Raises ValueError where shapes or types
     do not fit."""
+    check_store_normed(kv, weight, positions, table, slots, cache, kv_lora)
     n, w = kv.shape
     dr = w - kv_lora
-    require("kv", kv, (n, w), _FLOAT, kv.device)
-    require("weight", weight, (kv_lora,), _FLOAT, kv.device)
-    require("positions", positions, (n,), (torch.int32,), kv.device)
-    require("table", table, (table.shape[0], dr), _FLOAT, kv.device)
-    _check_store(slots, cache, n, w, kv.device)
     if n:
         _store_normed_kernel[(n,)](
             kv, weight, eps, positions, table, slots, cache, kv_lora, dr, cache.shape[1],
@@ -217,6 +209,40 @@ def add_experts(
             partial, weights, out, k, d, *partial.stride()[:2], weights.stride(0), out.stride(0),
             ACCUMULATE=accumulate, BLOCK=512, num_warps=4,
         )  # fmt: skip
+
+
+def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Raises ValueError where arguments of rms_norm do not fit."""
+    n, d = x.shape
+    require("x", x, (n, d), _FLOAT, x.device)
+    require("weight", weight, (d,), _FLOAT, x.device)
+    require("out", out, (n, d), _FLOAT, x.device)
+
+
+def check_rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
+    """Raises ValueError where arguments of rope do not fit."""
+    n, heads, dr = x.shape
+    require("x", x, (n, heads, dr), _FLOAT, x.device)
+    require("positions", positions, (n,), (torch.int32,), x.device)
+    require("table", table, (table.shape[0], dr), _FLOAT, x.device)
+
+
+def check_store_normed(
+    kv: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    cache: torch.Tensor,
+    kv_lora: int,
+) -> None:
+    """Raises ValueError where arguments of store_normed do not fit."""
+    n, w = kv.shape
+    require("kv", kv, (n, w), _FLOAT, kv.device)
+    require("weight", weight, (kv_lora,), _FLOAT, kv.device)
+    require("positions", positions, (n,), (torch.int32,), kv.device)
+    require("table", table, (table.shape[0], w - kv_lora), _FLOAT, kv.device)
+    _check_store(slots, cache, n, w, kv.device)
 
 
 def _check_store(slots: torch.Tensor, cache: torch.Tensor, n: int, w: int, device: torch.device) -> None:
