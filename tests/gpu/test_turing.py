@@ -100,9 +100,8 @@ def test_store_normed(dtype: torch.dtype, latent: int, dim: int) -> None:
     """What norm and rope give, rounded to nearest even as torch does; a negative slot stores nothing."""
     kv, weight = device(normal(5, latent + dim + 2))[:, : latent + dim], device(normal(latent))
     table, slots = device(reference.yarn_table(64, dim, factor=40.0)), np.array([9, 2, -1, 4, 0])
-    table[3] = torch.tensor(
-        [1.0, 0.0] * (dim // 2)
-    )  # turns nothing: two ties and a large value stay as they are
+    # A position that turns nothing: two ties and a large value stay as they are.
+    table[3] = torch.tensor([1.0, 0.0] * (dim // 2))
     kv[0, latent : latent + 3] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 3e38])
     positions, cache = (
         device(np.array([3, 60, 5, 1, 0], np.int32)),
@@ -180,7 +179,7 @@ class Attends:
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize(
     ("contexts", "heads", "r", "dr", "page"),
-    [([[5], [70, 71], [0], [1]], 3, 32, 16, 16), ([[300]], 9, 24, 6, 5), ([[17, 18]], 10, 512, 64, 64)],
+    [([[5], [70, 71], [0], [1]], 3, 32, 16, 16), ([[140]], 9, 24, 6, 5), ([[17, 18]], 10, 512, 64, 64)],
 )
 def test_attends_to_the_context_alone(
     contexts: list[list[int]], heads: int, r: int, dr: int, page: int, bf16: bool
