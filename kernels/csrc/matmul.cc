@@ -16,8 +16,9 @@ constexpr int64_t kQuantizeTokens = 8;
 // into parts for which the weights are decoded anew. VNNI and AMX do that for every 128 tokens anyway,
 // narrower registers for 512, which is worth more there.
 constexpr int64_t kThickRows = 256, kPartTokens = 128, kWideLanes = 16;
-// Up to this many tokens take the fused path, which reads the file's blocks four rows at a time.
-constexpr int64_t kFusedTokens = 4, kFusedRows = 8;
+// Up to this many tokens take the fused path, which reads the file's blocks four rows at a time, or 16 with
+// wide registers.
+constexpr int64_t kFusedTokens = 4, kFusedRows = 8, kWideRows = 16;
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -94,7 +95,8 @@ void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<floa
 
   // About eight pieces a thread, so that a thread that starts late or runs slow does not hold up the rest.
   const int64_t pieces = 8 * cpu.pool.threads();
-  const int64_t step = n <= kFusedTokens && w.layout == nullptr ? kFusedRows : kPanel;
+  const int64_t few_rows = block != 0 && cpu.table.ops.lanes >= kWideLanes ? kWideRows : kFusedRows;
+  const int64_t step = n <= kFusedTokens && w.layout == nullptr ? few_rows : kPanel;
   const int64_t parts = block == 0 ? 1 : token_parts(cpu, w.rows * heads, n, pieces);
   const int64_t row_chunk =
       std::min(round_up(std::max<int64_t>(w.rows * heads * parts / pieces, 1), step), int64_t{512});

@@ -90,3 +90,10 @@ inline TokenX token_x(const MatmulArgs& a, int64_t t, int64_t block) {
   const int64_t row = a.index ? a.index[t] : t;
   return {a.x.q + row * a.cols, a.x.scales + row * (a.cols / block), a.x.sums + row * (a.cols / 16)};
 }
+
+// Whether up to four tokens are multiplied 16 rows side by side; and that, which returns how many rows it
+// took.
+template <Format F>
+constexpr bool kByColumns = false;
+template <Format F, int kTokens>
+int64_t multiply_columns(const MatmulArgs& a);

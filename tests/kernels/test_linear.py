@@ -87,8 +87,8 @@ def test_largest_sums(isa: str, name: str) -> None:
     signs = np.repeat(normal(4, 8, cols // 8), 8, axis=1)  # of every 8 columns
     x = np.concatenate([np.ones((1, cols)), -np.ones((1, cols)), np.sign(signs)]).astype(np.float32)
     for fill in (0x00, 0xFF, 0x88, 0x77, 0x0F, 0xF0):
-        data = blocks(name, 3, cols, fill=fill).ravel()
-        w = Weight(data, type_id(name), [3, cols])
+        data = blocks(name, 19, cols, fill=fill).ravel()
+        w = Weight(data, type_id(name), [19, cols])
         exact = w.dequantize().astype(np.float64)
         # Codes of these activations are 127 or -127: only float rounding is left.
         bound = (2 * (cols / size) + 10) * U * 3 * cols * np.abs(exact).max()
@@ -97,7 +97,7 @@ def test_largest_sums(isa: str, name: str) -> None:
         assert (np.abs(got - x @ exact.T) <= bound).all(), f"{fill:#x}"
         for i in range(len(x)):
             np.testing.assert_array_equal(product(cpu, w, x[i : i + 1])[0], got[i])
-        if cpu.packed_bytes(type_id(name), [3, cols]):
+        if cpu.packed_bytes(type_id(name), [19, cols]):
             np.testing.assert_array_equal(product(cpu, cpu.pack(w), x), got)
 
 
@@ -114,9 +114,18 @@ def test_more_tokens_and_columns_than_a_cache_holds(isa: str, name: str) -> None
         np.testing.assert_array_equal(product(cpu, cpu.pack(w), x), got)
 
 
+def test_few_tokens_with_more_columns_than_scratch_holds() -> None:
+    rows, cols = 17, 64 * 3500
+    w, x = weight("Q4_0", rows, cols), normal(11, 4, cols)
+    cpu = Cpu(1)
+    got = product(cpu, w, x)
+    for i in range(4):
+        np.testing.assert_array_equal(got[i], product(cpu, w, x[i : i + 1])[0])
+
+
 @pytest.mark.parametrize("name", ALL_TYPES)
 def test_a_row_does_not_depend_on_its_company(cpu: Cpu, name: str) -> None:
-    cols = 288 if name in TYPES_32 else 300 if name in FLOAT_TYPES else 512
+    cols = 320 if name in TYPES_32 else 300 if name in FLOAT_TYPES else 512
     w, x = weight(name, 67, cols), normal(5, 64, cols)
     x[7] *= 1e4
     alone = np.concatenate([product(cpu, w, x[i : i + 1]) for i in range(64)])
