@@ -320,6 +320,23 @@ async def test_streams_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyP
         await asyncio.wait_for(waits, 30)
 
 
+async def test_requests_share_a_room(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.server.room.MOST_HELD", 5_000)
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        first = stub.Chat(ask("/long" + "x" * 3_000))
+        await first.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="being worked on already") as caught:
+            await stub.Chat(ask("x" * 3_000)).read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        first.cancel()
+        async with asyncio.timeout(10):
+            while daemon.host.room.held:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        last = ask("x" * 3_000, sampling=pb.Sampling(max_tokens=3))
+        assert [event async for event in stub.Chat(last)]
+
+
 async def test_an_answer_that_nobody_reads_is_ended(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

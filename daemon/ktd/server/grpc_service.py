@@ -68,12 +68,13 @@ class EngineServicer:
     async def chat(self, request: bytes, context: Context) -> None:
         """Streams one answer. Leaving this method, by cancellation or deadline too, frees the sequence."""
         try:
-            checked = await read(request, self._checked)
-            async with aclosing(self._host.chat(checked, context.peer())) as events:
-                sequence = 0
-                async for event in events:
-                    sequence += 1
-                    await _write(context, to_proto(event, checked.request_id, sequence))
+            with self._host.room.holding(len(request)):
+                checked = await read(request, self._checked)
+                async with aclosing(self._host.chat(checked, context.peer())) as events:
+                    sequence = 0
+                    async for event in events:
+                        sequence += 1
+                        await _write(context, to_proto(event, checked.request_id, sequence))
             return
         except Exception as error:  # every failure becomes one status with a readable message
             status, sentence = status_of(error).grpc, sentence_of(error)

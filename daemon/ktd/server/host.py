@@ -15,6 +15,7 @@ from ktd.chat.interfaces import Generator
 from ktd.chat.request import RequestDefaults
 from ktd.errors import EngineFailure, Unavailable
 from ktd.server.metrics import Metrics
+from ktd.server.room import Room
 from ktd.types import ChatEvent, ChatRequest, EngineStatus
 
 # A client that takes nothing of its answer for so long, while all buffers are full, loses it: whatever it is
@@ -66,6 +67,7 @@ class Host:
     load_progress: float = 0.0
     loaded: Loaded | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    room: Room = field(default_factory=Room)
     started: float = field(default_factory=time.monotonic)
 
     def ready(self, loaded: Loaded) -> None:

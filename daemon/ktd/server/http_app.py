@@ -26,6 +26,7 @@ from ktd.server.host import Host, State
 from ktd.server.ollama_api import OllamaApi
 from ktd.server.openai_api import OpenAiApi, error_response
 from ktd.server.responses import guarded
+from ktd.server.room import Metered
 from ktd.settings import is_loopback
 
 # /healthz needs no key: load balancers and supervisors ask it.
@@ -54,7 +55,8 @@ def make_app(host: Host) -> ASGIApp:
         ],
         exception_handlers={HTTPException: _http_error, KtdError: _ktd_error, ClientDisconnect: _left},
     )
-    return _LocalOnly(app) if host.api_key is None else _BearerAuth(app, host.api_key)
+    metered = Metered(app, host.room)
+    return _LocalOnly(metered) if host.api_key is None else _BearerAuth(metered, host.api_key)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

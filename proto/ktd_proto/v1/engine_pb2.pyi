@@ -112,7 +112,9 @@ class ChatRequest(_message.Message):
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """At most 8192, the tool calls in them counted too; a request has at most 16 MiB."""
+        """At most 8192, the tool calls in them counted too; a request has at most 16 MiB, and all that are
+        worked on at once 128 MiB.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
