@@ -101,7 +101,7 @@ WRONG = [
     (ask("x", tools=[pb.Tool(name="t", parameters_json="[1]")]), "not a JSON schema object"),
     (ask("x", tools=[pb.Tool(description="t")]), "no name"),
     (ask("x", tools=[pb.Tool(name="t", parameters_json='{"a":' * 65 + "1" + "}" * 65)]), "deeper than 64"),
-    (ask("x", tools=[pb.Tool(name="t", parameters_json='{"a":' * 90_000)]), "deeper than 64"),
+    (ask("x", tools=[pb.Tool(name="t", parameters_json='{"a":' * 13_000)]), "deeper than 64"),
     (ask("x", sampling=pb.Sampling(repetition_penalty=0.009)), "must be a number from 0.01 to 100"),
     (
         ask("x", sampling=pb.Sampling(temperature=-0.1)),
