@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+# Several processes of tests share the cores. Threads of torch and numpy would wait for each other by
+# spinning, at three times the time of the processor; and one thread adds in one order. Read at their import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Without a GPU, Triton interprets its kernels. It looks here when it is first imported, by whichever test.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
