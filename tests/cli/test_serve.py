@@ -131,6 +131,16 @@ def test_as_many_descriptors_as_may_be_asked_for() -> None:
     assert done.stdout == "(512, 512)\n"
 
 
+def test_signals_that_rotate_logs_elsewhere_end_nothing() -> None:
+    script = (
+        "import os, signal; from ktd.commands.serve import survive_user_signals; survive_user_signals();"
+        "os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR2); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "alive\n"
+    assert done.stderr.count("most recent call first") == 2
+
+
 @pytest.mark.slow
 def test_a_stop_drains_and_a_second_daemon_is_refused() -> None:
     target = f"127.0.0.1:{os.environ['KTD_GRPC_PORT']}"

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     settings = load(args)
     logs.configure(settings)
     faulthandler.enable(2)  # last words of a fault in what is not Python
+    survive_user_signals()
     raise_descriptor_limit()
     file = RunRecordFile(settings.grpc_port)
     last = file.read()
@@ -75,6 +76,14 @@ def run(args: argparse.Namespace) -> int:
         raise
     file.write(record.now("stopped"))
     return code
+
+
+def survive_user_signals() -> None:
+    """SIGUSR1 and SIGUSR2, as scripts that rotate logs send them, end no answers: they have every thread say
+    where it is, on stderr.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        faulthandler.register(number, 2)
 
 
 def raise_descriptor_limit() -> None:
