@@ -114,3 +114,11 @@ def test_what_cannot_be_forced(model_of: ModelOf, request_: ChatRequest, said: s
 def test_a_model_without_tokens_for_calls() -> None:
     with pytest.raises(RequestError, match="has no tokens for tool calls"):
         calls_grammar({}, TOOLS, ["{}", "{}"], fenced=True, one=True)
+
+
+def test_tools_that_take_long_are_given_up(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits gives up in time, but others need the thread."""
+    text = model_of("deepseek-r1")
+    monkeypatch.setattr("ktd.text.grammar._MOST_SECONDS", -1.0)
+    with pytest.raises(RequestError, match="The 2 tools take too long to compile"):
+        begin(text, REQUEST)

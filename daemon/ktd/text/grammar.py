@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Collection, Sequence
+from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ _AFTER_THOUGHT = (b"\n", b"\n\n")
 _BLANKS = r" |\n{1,2}[ \t]{0,40}"
 # The default for lexer states, five times as many, could take 500 MB a request.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# For tools one by one; all together take as long again. Whoever waited has left then: the thread has not.
+_MOST_SECONDS = 5.0
 _CAN_BE_IGNORED = ("Unimplemented keys", "Unknown format", "oneOf")
 
 
@@ -85,10 +88,15 @@ class Grammars:
         """A matcher of calls of `tools`, as many as the model likes or `one`. What of their parameters cannot
         be enforced is ignored.
 
-        Raises RequestError for parameters that are no schema, and as `calls_grammar`.
+        Raises RequestError for parameters that are no schema, for too much of them, and as `calls_grammar`.
         """
         schemas = [arguments_schema(tool, {"whitespace_pattern": _BLANKS, "lenient": True}) for tool in tools]
+        end = monotonic() + _MOST_SECONDS
         for tool, schema in zip(tools, schemas, strict=True):
+            if monotonic() > end:
+                raise RequestError(
+                    f"The {len(tools)} tools take too long to compile: send fewer or simpler ones."
+                )
             self._compiled(
                 LLMatcher.grammar_from_json_schema(schema), f'The schema of the tool "{tool.name}"'
             )
