@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import numpy.typing as npt
 _LINE = 64  # bytes of a cache line, and of the widest vector
 
 
-def empty(shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.generic]:
+def empty(shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
     """An array of undefined values that begins at a cache line, as numpy's own do not: no load of a vector
     then touches two. Memory is taken page by page, as it is first written."""
     kind = np.dtype(dtype)

@@ -14,7 +14,7 @@ from ktd.bench.ggml import Ggml, Products
 from ktd.bench.timing import Peak, interleaved_medians, last_level_cache_bytes, read_bandwidth
 from ktd.errors import EngineFailure
 from ktd.synth.blocks import random_bytes
-from ktd_kernels import Cpu, Weight
+from ktd_kernels import Cpu, Weight, arrays
 
 # ffn_up/gate_exps and ffn_down_exps of R1, [rows, cols].
 EXPERT_SHAPES = ((2048, 7168), (7168, 2048))
@@ -177,9 +177,7 @@ def _make_stack(kind: GGMLQuantizationType, rows: int, cols: int) -> NDArray[np.
     values, size = GGML_QUANT_SIZES[kind]
     nbytes = rows * cols // values * size
     count = max(_LEAST_MATRICES, -(-_CACHE_MULTIPLE * last_level_cache_bytes() // nbytes))
-    raw = np.empty(count * nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    stack = raw[start : start + count * nbytes].reshape(count, nbytes)
+    stack = arrays.empty((count, nbytes), np.uint8)
     rng = np.random.default_rng(int(kind))
     for matrix in stack:
         matrix[:] = random_bytes(kind, rows * cols, cols**-0.5, rng)
