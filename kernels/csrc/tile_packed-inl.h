@@ -90,7 +90,8 @@ struct VnniPanel<F, PackedRowsIq1<F>> : VnniGroups<F> {
         plus[0] = plus_of(scale, negative, 2 * sub);
         plus[1] = plus_of(scale, negative, 2 * sub + 1);
       }
-      const VecI twice = or_i(scale, left_i32(scale, 16));
+      // So that the high half of a product with trits in the two high bits is four times trit times scale.
+      const VecI twice = or_i(left_i32(scale, 12), left_i32(scale, 28));
       // (135 - 17 * scale) / 2, and the scale for a positive delta, in every byte.
       const VecI centre = right_u32(sub_i32(set_i32(kMost), add_i32(left_i32(scale, 4), scale)), 1);
       VecI add[2];
@@ -98,8 +99,8 @@ struct VnniPanel<F, PackedRowsIq1<F>> : VnniGroups<F> {
 #pragma GCC unroll 4
       for (int step = 4 * sub; step < 4 * sub + 4; ++step) {
         code = step % 5 == 0 ? load_i(w.codes[step / 5]) : next_trit(code);
-        const VecI trit = and_i(right_u32(trit_bits(code), 4), set_i8(0x0c));
-        store_i(tile.u[step][lane], add_i8(mul_i16(trit, twice), add[step % 4 / 2]));
+        const VecI trit = and_i(trit_bits(code), set_i8(-64));
+        store_i(tile.u[step][lane], add_i8(_mm512_mulhi_epu16(trit, twice), add[step % 4 / 2]));
       }
     }
   }

@@ -72,13 +72,23 @@ struct VnniPanel<F, FileRows<F>> {
     next = a.rows - r0 >= 2 * kPanel ? kPanel * row_bytes : 0;  // to the next panel, if it is whole
   }
 
+  // What is decoded after `count` blocks from block k on, which are multiplied in `passes`. Blocks of 32 are
+  // up to 160 lines, too many to be asked for at once: they would wait for each other, and the products for
+  // them.
+  Ahead ahead(int64_t k, int count, int64_t passes) const {
+    const int lines = static_cast<int>((kBytes * count + 63) / 64);
+    const int64_t steps = passes * count;
+    return {w + k * kBytes + to_next(k, count), row_bytes, static_cast<int>(rows), lines,
+            static_cast<int>((rows * lines + steps - 1) / steps)};
+  }
+
   void build(int64_t k, int count, VnniTile& tile) const {
     const uint8_t* const at = w + k * kBytes;
-    const int64_t ahead = k + count < end ? count * kBytes : next - (k - begin) * kBytes;
-    const int64_t stored = rows < kPanel ? rows : kPanel;
-    for (int64_t r = 0; r < stored; ++r)
-      for (int64_t i = 0; i < kBytes * count; i += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(at + r * row_bytes + ahead + i), _MM_HINT_T0);
+    if constexpr (T::block == 256)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < kBytes; i += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(at + r * row_bytes + to_next(k, count) + i),
+                       _MM_HINT_T0);
     if constexpr (kOrder<F> == Order::lanes) {
       for (int64_t r = 0; r < kPanel; ++r) {
         const uint8_t* row = at + (r < rows ? r : 0) * row_bytes;
@@ -100,6 +110,10 @@ struct VnniPanel<F, FileRows<F>> {
   }
 
  private:
+  // Bytes from block k to what is decoded after `count` blocks.
+  int64_t to_next(int64_t k, int count) const {
+    return k + count < end ? count * kBytes : next - (k - begin) * kBytes;
+  }
   static void columns(const SixteenRows& from, int count, int lane, VnniTile& tile) {
     if constexpr (T::block == 32) {
       for (int b = 0; b < count; ++b) columns_32<F>({from.w + b * kBytes, from.stride}, b, lane, tile);

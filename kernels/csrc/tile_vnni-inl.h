@@ -122,7 +122,14 @@ inline void prepare_tile_x(const TokenX& x, int64_t k, int count, const VecI* or
 inline void add_u8s8(VecI& acc, VecI u, VecI x) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(x)); }
 inline void add_i16(VecI& acc, VecI a, VecI b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 
-// sum[a][t] += codes of kDwords dwords, from `dword`, times activations.
+// acc += u . the same four bytes for every row: an instruction less where it is done once, and a load more.
+inline void add_broadcast(VecI& acc, VecI u, const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+}
+
+// sum[a][t] += codes of kDwords dwords, from `dword`, times activations. Half of the tokens' activations are
+// broadcast for both registers of rows, the other half by each product, so that neither the loads nor the
+// instructions a cycle are the limit.
 template <int kDwords, class X, int kTokens>
 [[gnu::always_inline]] inline void add_products(const VnniTile& tile, const X* x, int dword,
                                                 VecI (&sum)[2][kTokens]) {
@@ -131,9 +138,15 @@ template <int kDwords, class X, int kTokens>
     const VecI u0 = load_i(tile.u[dword + g][0]), u1 = load_i(tile.u[dword + g][kRowLanes]);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const VecI q = broadcast_i32(x[t].q + 4 * (dword + g));
-      add_u8s8(sum[0][t], u0, q);
-      add_u8s8(sum[1][t], u1, q);
+      const int8_t* at = x[t].q + 4 * (dword + g);
+      if (t % 2 == 1) {
+        add_broadcast(sum[0][t], u0, at);
+        add_broadcast(sum[1][t], u1, at);
+      } else {
+        const VecI q = broadcast_i32(at);
+        add_u8s8(sum[0][t], u0, q);
+        add_u8s8(sum[1][t], u1, q);
+      }
     }
   }
 }
@@ -213,10 +226,29 @@ void multiply_vnni_256(const VnniTile& tile, const TileX<F, kPlan>* x, float* ou
   }
 }
 
+// Lines of weights to be fetched while a tile is multiplied, `each` of them for every 32 columns of a pass.
+struct Ahead {
+  const uint8_t* at;
+  int64_t row_bytes;
+  int rows, lines;  // lines: of a row
+  int each, line = 0;
+
+  [[gnu::always_inline]] inline void fetch() {
+    for (int i = 0; i < each && rows > 0; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(at + 64 * line), _MM_HINT_T0);
+      if (++line < lines) continue;
+      line = 0;
+      at += row_bytes;
+      --rows;
+    }
+  }
+};
+
 // The same for `count` blocks of 32.
 template <Format F, TilePlan kPlan, int kTokens>
-void multiply_vnni_32(const VnniTile& tile, const TileX<F, kPlan>* x, int count, float* out) {
+void multiply_vnni_32(const VnniTile& tile, const TileX<F, kPlan>* x, int count, float* out, Ahead& ahead) {
   for (int b = 0; b < count; ++b) {
+    ahead.fetch();
     VecI sum[2][kTokens];
     begin_sums(x, b, sum);
     add_products<8>(tile, x, 8 * b, sum);
@@ -243,14 +275,15 @@ constexpr int kVnniPass =
     kPlan.scaling == Scaling::folded || kPlan.scaling == Scaling::none ? 8 : kTileTokens;
 
 template <Format F, TilePlan kPlan, int kTokens = kVnniPass<kPlan>>
-inline void multiply_vnni(int tokens, const VnniTile& tile, const TileX<F, kPlan>* x, int count, float* out) {
+inline void multiply_vnni(int tokens, const VnniTile& tile, const TileX<F, kPlan>* x, int count, float* out,
+                          Ahead& ahead) {
   if (tokens == kTokens) {
     if constexpr (Traits<F>::block == 256)
       multiply_vnni_256<F, kPlan, kTokens>(tile, x, out);
     else
-      multiply_vnni_32<F, kPlan, kTokens>(tile, x, count, out);
+      multiply_vnni_32<F, kPlan, kTokens>(tile, x, count, out, ahead);
   } else if constexpr (kTokens > 1) {
-    multiply_vnni<F, kPlan, kTokens - 1>(tokens, tile, x, count, out);
+    multiply_vnni<F, kPlan, kTokens - 1>(tokens, tile, x, count, out, ahead);
   }
 }
 
@@ -305,10 +338,12 @@ void matmul_vnni_part(const MatmulArgs& a, int64_t first, int64_t last, int64_t 
       for (int64_t k = begin; k < end; k += kStep) {
         panel.build(k, blocks_at(k), tile);
         const X* at = x + (k - begin) / kStep * n;
+        Ahead ahead{};
+        if constexpr (Traits<F>::block == 32) ahead = panel.ahead(k, blocks_at(k), groups);
         // Groups of nearly equal size: 16 tokens are 5 + 5 + 6.
         for (int64_t g = 0, t = 0; g < groups; ++g) {
           const int tokens = static_cast<int>((n - t) / (groups - g));
-          multiply_vnni<F, Panel::kPlan>(tokens, tile, at + t, blocks_at(k), panel_sums + t * kPanel);
+          multiply_vnni<F, Panel::kPlan>(tokens, tile, at + t, blocks_at(k), panel_sums + t * kPanel, ahead);
           t += tokens;
         }
       }
