@@ -175,7 +175,7 @@ def test_the_command_says_what_to_expect(
     monkeypatch.setattr("ktd.budget.available_memory", lambda: MIB)
     assert run(["plan", str(model), "--ram", "1GiB", "--context", "64"]) == 0
     shown = capsys.readouterr().out
-    assert "12.5" not in shown
+    assert "12.5 tokens/s" not in shown
     assert "MiB are free" in shown
     with GgufFile.open(model) as gguf:
         plan = planned(gguf)
