@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,21 @@ def test_rows_come_in_as_many_parts_as_are_the_faster_for_the_power_of_two_below
     model.reserve(16, 9, Bench(model).cache)
     parts = {n: parts for (n, _), (_, parts) in model._stages[0]._graphs.items()}
     assert parts == {1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1, 9: 1}
+
+
+def test_rows_whose_experts_come_from_the_disk_come_in_one_part(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To time that would take minutes."""
+    model, _ = hybrid(path, cpu)
+    assert isinstance(model, HybridModel)
+    mapped = sum(stage.mapped_bytes for stage in model._stages)
+    assert mapped > 0
+    for available, parts in ((mapped - 1, 1), (mapped, 2)):
+        memory = SimpleNamespace(available=available)
+        monkeypatch.setattr("ktd.model.hybrid.psutil.virtual_memory", lambda memory=memory: memory)
+        model.reserve(8, 2, Bench(model).cache)
+        assert {n: parts for (n, _), (_, parts) in model._stages[0]._graphs.items()} == {1: 1, 2: parts}
 
 
 def test_a_step_in_parts_is_timed(path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:

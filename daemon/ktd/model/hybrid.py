@@ -213,7 +213,10 @@ class HybridModel:
                 stage.exchange.idle = False
                 with stage.device.work():
                     stage.rehearse()
-            parts_of = self._measure_parts(sizes, cache) if waits else dict.fromkeys(sizes, 1)
+            # What would be read from the disk for every step takes as long in any number of parts.
+            mapped = sum(stage.mapped_bytes for stage in self._stages)
+            measured = waits and mapped <= psutil.virtual_memory().available
+            parts_of = self._measure_parts(sizes, cache) if measured else dict.fromkeys(sizes, 1)
             for n, width in product(sizes, self._widths):
                 self._capture(n, width, parts_of[n], cache)
             for part, page in zip(cache.parts, first_pages, strict=True):

@@ -154,6 +154,12 @@ class Stage:
         """Whether drawn rows wait for experts elsewhere."""
         return bool(self._stack.elsewhere)
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of experts elsewhere that are read from the file, or from what the system keeps of it."""
+        weights = (w for e in self._stack.elsewhere for w in (e.gate, e.up, e.down))
+        return sum(w.nbytes for w in weights if not w.copied)
+
     def rehearse(self) -> None:
         """Does what a capture must not be the first to do."""
         self._mailed_experts[1].rehearse(self._drawn_workspace.rows(1))
