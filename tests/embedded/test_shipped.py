@@ -98,5 +98,5 @@ class Reply:
 
 @pytest.mark.slow
 def test_every_task_is_mastered_at_q8_0() -> None:
-    accuracy = measure(Q8_0, TASKS, each=30)
+    accuracy = measure(Q8_0, TASKS, each=60)
     assert min(accuracy.values()) >= 0.95, table({"Q8_0": accuracy}, list(TASKS))
