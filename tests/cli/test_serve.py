@@ -22,6 +22,7 @@ from kit_daemon import begin, endless, free_port
 from ktd import main as entry
 from ktd.launch import embedded_model
 from ktd.server.lifecycle import stop_signals
+from ktd.settings import Settings
 from ktd_proto.v1 import engine_pb2 as pb
 from ktd_proto.v1 import engine_pb2_grpc
 
@@ -173,6 +174,7 @@ def test_the_drain_is_bounded_and_a_second_signal_ends_it(drain: str, signals: i
     with serving("--drain-seconds", drain) as daemon, grpc.insecure_channel(target) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         calls = [begin(stub, endless()) for _ in range(8)]
+        began = time.monotonic()
         for _ in range(signals):
             daemon.send_signal(signal.SIGTERM)
             until_draining(stub)
@@ -181,6 +183,7 @@ def test_the_drain_is_bounded_and_a_second_signal_ends_it(drain: str, signals: i
                 list(call)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert daemon.wait(30) == 0
+        assert time.monotonic() - began < Settings().drain_seconds, "what was asked for had no effect"
 
 
 def test_stopping_while_the_model_is_loaded(tmp_path: Path) -> None:
