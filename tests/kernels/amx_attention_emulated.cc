@@ -5,19 +5,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cpu.h"
-#include "kernel_table.h"
-#include "ops_attention.h"
+#include "products/cpu.h"
+#include "isa/kernel_table.h"
+#include "ops/ops_attention.h"
 
 #define KTD_TILE_ATTENTION
 
 namespace ktd::amx_emulated {
 namespace {
 
-#include "simd_avx512.h"
+#include "simd/simd_avx512.h"
 #include "amx_emulated_tiles.h"
 namespace ops {
-#include "ops-inl.h"
+#include "ops/ops-inl.h"
 }
 
 const KernelTable kTable = [] {

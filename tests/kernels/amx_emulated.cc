@@ -10,33 +10,33 @@
 #include <random>
 #include <vector>
 
-#include "blocks.h"
-#include "kernel_table.h"
-#include "packed.h"
+#include "formats/blocks.h"
+#include "isa/kernel_table.h"
+#include "packed/packed.h"
 
 namespace ktd::amx_emulated {
 namespace {
 
-#include "decode-inl.h"
-#include "quantize-inl.h"
-#include "simd_avx512.h"
-#include "unpack_32-inl.h"
-#include "unpack_avx512-inl.h"
-#include "unpack_iq_avx512-inl.h"
-#include "rows-inl.h"
-#include "fused_avx512-inl.h"
-#include "fused-inl.h"
-#include "tile-inl.h"
+#include "formats/decode-inl.h"
+#include "ops/quantize-inl.h"
+#include "simd/simd_avx512.h"
+#include "unpack/unpack_32-inl.h"
+#include "unpack/unpack_avx512-inl.h"
+#include "unpack/unpack_iq_avx512-inl.h"
+#include "fused/rows-inl.h"
+#include "fused/fused_avx512-inl.h"
+#include "fused/fused-inl.h"
+#include "tile/tile-inl.h"
 
 #include "amx_emulated_tiles.h"
-#include "amx_fold-inl.h"
-#include "amx-inl.h"
-#include "amx_rows-inl.h"
+#include "amx/amx_fold-inl.h"
+#include "amx/amx-inl.h"
+#include "amx/amx_rows-inl.h"
 #define KTD_MATMUL_MANY matmul_amx
-#include "quantized-inl.h"
-#include "packed-inl.h"
-#include "amx_lanes-inl.h"
-#include "packed_iq1-inl.h"
+#include "products/quantized-inl.h"
+#include "packed/packed-inl.h"
+#include "amx/amx_lanes-inl.h"
+#include "packed/packed_iq1-inl.h"
 
 std::mt19937_64 random_bits(1);
 int disagreements = 0;
@@ -143,7 +143,7 @@ void compare_all(const char* name) {
 int main() {
   using ktd::Format;
 #define KTD_FORMAT(NAME) ktd::amx_emulated::compare_all<Format::NAME>(#NAME);
-#include "quantized_formats.h"
+#include "formats/quantized_formats.h"
 #undef KTD_FORMAT
   return ktd::amx_emulated::disagreements != 0;
 }

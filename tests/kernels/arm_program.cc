@@ -11,13 +11,13 @@
 #include <string>
 #include <vector>
 
-#include "cpu.h"
-#include "dispatch.h"
-#include "formats.h"
-#include "matmul.h"
-#include "moe.h"
-#include "ops_attention.h"
-#include "ops_rows.h"
+#include "products/cpu.h"
+#include "isa/dispatch.h"
+#include "formats/formats.h"
+#include "products/matmul.h"
+#include "products/moe.h"
+#include "ops/ops_attention.h"
+#include "ops/ops_rows.h"
 
 namespace ktd {
 namespace {

@@ -24,7 +24,7 @@ def test_emulated_tiles_give_the_bits_of_avx512(tmp_path: Path) -> None:
     if "avx512" not in isa_list():
         pytest.skip("needs a CPU with AVX-512 VNNI")
     grids = tmp_path / "grids.cc"
-    subprocess.run([sys.executable, str(SOURCES / "generate_grids.py"), str(grids)], check=True)
+    subprocess.run([sys.executable, str(SOURCES / "formats" / "generate_grids.py"), str(grids)], check=True)
     sources = [Path(__file__).with_name("amx_emulated.cc"), grids]
     program = build(tmp_path, "amx_emulated", sources, [*FLAGS, f"-I{SOURCES}"])
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)

@@ -55,7 +55,7 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> EmulatedTiles:
     if "avx512" not in isa_list():
         pytest.skip("needs a CPU with AVX-512 VNNI")
     sources = [Path(__file__).with_name("amx_attention_emulated.cc")]
-    sources += [SOURCES / name for name in ("ops_attention.cc", "pool.cc")]
+    sources += [SOURCES / name for name in ("ops/ops_attention.cc", "machine/pool.cc")]
     folder = tmp_path_factory.mktemp("tiles")
     library = build(folder, "attention.so", sources, [*FLAGS, f"-I{SOURCES}"], "-shared")
     return EmulatedTiles(ctypes.CDLL(str(library)))

@@ -181,7 +181,9 @@ def _objects() -> list[Path]:
         pytest.skip("needs objdump and nm (apt install binutils)")
     build = Path(__file__).parents[2] / "build"
     objects = [
-        p for p in build.glob("*/kernels/csrc/CMakeFiles/*/*.o") if "nanobind" not in str(p.parent.name)
+        p
+        for p in build.glob("*/kernels/csrc/CMakeFiles/**/*.o")
+        if not any("nanobind" in part for part in p.relative_to(build).parts)
     ]
     if not objects:
         pytest.skip("the module was not built in this checkout (make up), so there are no objects to look at")
