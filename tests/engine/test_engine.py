@@ -128,7 +128,7 @@ def test_progress_is_told_every_second_even_within_a_step(
     started: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    for place in ("ktd.engine.engine", "ktd.engine.live", "kit_engine"):
+    for place in ("ktd.engine.step", "ktd.engine.live", "kit_engine"):
         monkeypatch.setattr(f"{place}.monotonic", clock)
     model = FakeModel(hook=lambda batch: clock.advance(0.95))
     engine = start(started, model, chunk_tokens=64)

@@ -40,7 +40,7 @@ class Deep(FakeModel):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("ktd.engine.engine.monotonic", clock)
+    monkeypatch.setattr("ktd.engine.step.monotonic", clock)
     return clock
 
 

@@ -1,4 +1,4 @@
-"""The step loop: schedule → run → sample → publish, on one thread."""
+"""The engine: takes requests in from any thread and works on them step by step, on one of its own."""
 
 from __future__ import annotations
 
@@ -7,37 +7,25 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from enum import Enum, auto
-from time import monotonic
-
-import numpy as np
-import numpy.typing as npt
 
 from ktd.cache import BlockPool, LatentCache
 from ktd.engine.checks import check_request
 from ktd.engine.config import EngineConfig
 from ktd.engine.live import Listener, LiveRequest
-from ktd.engine.logprobs import RowScores, score_rows
 from ktd.engine.runner import Runner
-from ktd.errors import Busy, DeviceLost, EngineFailure, FileLost, KtdError, RequestError, Unavailable
-from ktd.model import Model, Tick
-from ktd.sched import Scheduler, Sequence, Work
-from ktd.types import Ended, EngineStatus, Failed, FinishReason, GenerationRequest, Tokens
+from ktd.engine.step import FATAL, FAULT, Abandoned, Stepper
+from ktd.errors import Busy, EngineFailure, FileLost, KtdError, RequestError, Unavailable
+from ktd.model import Model
+from ktd.sched import Scheduler
+from ktd.types import Ended, EngineStatus, Failed, GenerationRequest
 
 log = logging.getLogger(__name__)
 
-F32 = npt.NDArray[np.float32]
-_PREFILL_EVERY = 0.9  # seconds; clients are promised progress at least once a second
 _IDLE_LOOK = 1.0  # seconds; a file that is lost is told to nobody where the daemon ends before the next asks
-# Prompt tokens of a step beyond which sequences that decode do not wait for its end; below, they share its
-# reading of the weights.
-_LONG = 32
-_FAULT = "The engine failed while it worked on this request; the daemon's log has the trace."
 _CLOSED = "The engine takes no requests now: it is not started yet, or is stopping."
 _GAVE_WAY = "The queue is full, and others have fewer requests in it: this one gave way; try again later."
 _DIED = "The engine died: the daemon ends, to be started again; its log has the trace."
 _DEAD = "The engine failed and takes no more requests: the daemon has to be restarted."
-# After these no later step could do better.
-_FATAL = (DeviceLost, FileLost)
 
 
 class _State(Enum):
@@ -46,10 +34,6 @@ class _State(Enum):
     DRAINING = auto()
     STOPPED = auto()
     DEAD = auto()
-
-
-class _Abandoned(Exception):
-    """Nobody wants the running step any more."""
 
 
 class Engine:
@@ -61,9 +45,6 @@ class Engine:
     A fault in a step ends the requests it touches with EngineFailure and the loop goes on. Where even that
     goes wrong, or a device or the model's file is lost, the loop is dead: all requests end with
     EngineFailure, no other is taken, and `death` is done.
-
-    A long step, which reads prompts, carries none of the sequences that decode: they have a step before it,
-    and more between its layers, for a third of the time.
 
     Two locks: `_inbox` guards what other threads leave for the loop, `_books` the scheduler. Neither is held
     while the model runs or a listener is called.
@@ -93,7 +74,6 @@ class Engine:
             step_tokens=config.chunk_tokens,
         )
         model.reserve(config.chunk_tokens, config.max_sequences, cache)
-        self._runner = Runner(model, cache)
         self._inbox = threading.Condition()
         self._books = threading.Lock()
         self._state = _State.NEW
@@ -102,8 +82,15 @@ class Engine:
         self._arrived: list[LiveRequest] = []
         self._aborted: set[str] = set()
         self._given_way: set[str] = set()
-        self._prompt_tokens = self._completion_tokens = self._steps = 0
-        self._next_turn = 0.0  # of those that decode, while a long step is under way; monotonic seconds
+        self._stepper = Stepper(
+            Runner(model, cache),
+            self._scheduler,
+            self._books,
+            self._live,
+            check_file=check_file,
+            unwanted=self._unwanted,
+            end=self._end,
+        )
         self.death: Future[EngineFailure] = Future()
         self._thread = threading.Thread(target=self._loop, name="ktd-engine", daemon=True)
 
@@ -162,9 +149,9 @@ class Engine:
                 waiting=max(len(self._live) - running, 0),
                 pages_total=self._pool.total,
                 pages_free=self._pool.free,
-                prompt_tokens_total=self._prompt_tokens,
-                completion_tokens_total=self._completion_tokens,
-                steps_total=self._steps,
+                prompt_tokens_total=self._stepper.prompt_tokens,
+                completion_tokens_total=self._stepper.completion_tokens,
+                steps_total=self._stepper.steps,
             )
 
     def check_integrity(self) -> None:
@@ -194,10 +181,11 @@ class Engine:
         try:
             while self._collect():
                 try:
-                    self._step()
-                except _Abandoned:
+                    self._stepper.step()
+                    self._drop_deaf()
+                except Abandoned:
                     continue
-                except _FATAL:
+                except FATAL:
                     raise
                 except Exception:
                     log.exception("the step loop failed")
@@ -208,11 +196,11 @@ class Engine:
             self._die(error, error)
         except BaseException:
             log.critical("the step loop is dead", exc_info=True)
-            self._die(EngineFailure(_FAULT), EngineFailure(_DIED))
+            self._die(EngineFailure(FAULT), EngineFailure(_DIED))
 
     def _start_over(self) -> None:
         """Ends every request there is. Raises RuntimeError where the books are wrong even then."""
-        self._fail(self._known(), EngineFailure(_FAULT))
+        self._fail(self._known(), EngineFailure(FAULT))
         with self._books:
             if not self._scheduler.idle:
                 raise RuntimeError("the scheduler has sequences that belong to no request")
@@ -254,102 +242,6 @@ class Engine:
         self._fail(gone, Busy(_GAVE_WAY))
         return self._state is not _State.STOPPED
 
-    def _step(self) -> None:
-        with self._books:
-            work = self._scheduler.schedule()
-            waiting = self._scheduler.waiting
-            running = list(self._scheduler.running)
-        for position, sequence in enumerate(waiting):
-            self._of(sequence).queued(position)
-        for sequence in running:
-            self._of(sequence).started()
-        if work:
-            decoding = [item for item in work if item.sequence.decoding]
-            reading = [item for item in work if not item.sequence.decoding]
-            if decoding and sum(item.count for item in reading) > _LONG:
-                self._take_turn(decoding)
-                work = reading
-            self._run(work, lambda fraction: self._tick(work, fraction))
-        elif waiting or running:
-            raise RuntimeError("the scheduler found nothing to do for the requests it has")
-        self._drop_deaf()
-
-    def _run(self, work: list[Work], tick: Tick | None = None) -> None:
-        requests = [self._of(item.sequence) for item in work]
-        try:
-            logits = self._runner.run(work, tick)
-            self._check_file()
-        except (_Abandoned, *_FATAL):
-            raise
-        except Exception:
-            self._check_file()  # zeros may be what it stumbled over
-            log.exception("a step failed; its %d requests end", len(work))
-            self._fail(requests, EngineFailure(_FAULT))
-            return
-        with self._books:
-            self._scheduler.commit(work)
-            self._steps += 1
-        wanted = [
-            live.request.sampling.top_logprobs
-            for item, live in zip(work, requests, strict=True)
-            if item.draws
-        ]
-        rows = zip(logits, score_rows(logits, wanted), strict=True)  # drawing overwrites the logits
-        for item, live in zip(work, requests, strict=True):
-            if item.draws:
-                live.prefilled(live.sequence.prompt_tokens)
-                self._draw(live, *next(rows))
-            else:
-                live.prefilled(live.sequence.computed, every=_PREFILL_EVERY)
-
-    def _draw(self, live: LiveRequest, logits: F32, scores: RowScores | None) -> None:
-        """Draws, publishes and perhaps ends; a fault here is this request's alone."""
-        try:
-            token = live.sampler.draw(logits)
-        except Exception as error:
-            log.exception("sampling failed for request %s", live.request.request_id)
-            self._fail([live], error if isinstance(error, KtdError) else EngineFailure(_FAULT))
-            return
-        if live.sequence.drawn == 0:
-            self._prompt_tokens += live.sequence.prompt_tokens
-        live.drew(token)
-        if token in live.request.stop_ids:
-            self._end(live, Ended(FinishReason.STOP, live.timings()))
-            return
-        self._completion_tokens += 1
-        live.tell(Tokens((token,), (scores.of(token),) if scores else ()))
-        if live.sampler.complete:
-            self._end(live, Ended(FinishReason.STOP, live.timings()))
-        elif live.sequence.drawn == live.request.max_tokens:
-            self._end(live, Ended(FinishReason.LENGTH, live.timings()))
-
-    def _tick(self, work: list[Work], fraction: float) -> None:
-        """Called between layers: tells progress within a long step, gives up one that nobody wants, and lets
-        others decode."""
-        self._check_file()
-        with self._inbox:
-            aborted = set(self._aborted)
-            stopped = self._state is _State.STOPPED
-        if stopped or all(item.sequence.request.request_id in aborted for item in work):
-            raise _Abandoned
-        done = {item.sequence: item.start + int(item.count * fraction) for item in work}
-        for sequence in self._scheduler.running:
-            live = self._of(sequence)
-            almost = min(done.get(sequence, 0), sequence.prompt_tokens - 1)
-            live.prefilled(almost, every=_PREFILL_EVERY)
-        if monotonic() >= self._next_turn and not any(item.sequence.decoding for item in work):
-            with self._books:
-                meanwhile = self._scheduler.schedule_meanwhile()
-            wanted = [item for item in meanwhile if item.sequence.request.request_id not in aborted]
-            if wanted:
-                self._take_turn(wanted)
-
-    def _take_turn(self, work: list[Work]) -> None:
-        """A step of those that decode; the next is due when this has been a third of the time."""
-        start = monotonic()
-        self._run(work)
-        self._next_turn = monotonic() + 2 * (monotonic() - start)
-
     def _fail(self, requests: Iterable[LiveRequest], error: KtdError) -> None:
         for live in requests:
             self._end(live, Failed(error))
@@ -381,5 +273,7 @@ class Engine:
         with self._inbox:
             return [live for live in self._live.values() if live not in self._arrived]
 
-    def _of(self, sequence: Sequence) -> LiveRequest:
-        return self._live[sequence.request.request_id]
+    def _unwanted(self) -> set[str]:
+        """Ids of the requests that nobody wants any more: all of them once the engine stops."""
+        with self._inbox:
+            return set(self._live if self._state is _State.STOPPED else self._aborted)
