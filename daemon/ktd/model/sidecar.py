@@ -1,18 +1,15 @@
 """Repacked weights in a file of their own, which later starts map instead of packing again.
 
 Such a file counts only if it was made of this model, in the layouts of this CPU, and if all its bytes are
-those that were written. While it is written its name is NAME.tmp, and the process that writes holds a lock on
-it: what a killed one leaves there is written over.
+those that were written.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import mmap
 import os
 import shutil
-import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktd.gguf import GgufFile, model_name
+from ktd.model.draft import Draft, remove_leftover
 from ktd.model.sidecar_table import CHUNK, UNIT, Entry, Origin, Table, UnfitError, write_all
 from ktd_kernels import Cpu, ReadGuard, Weight
 
@@ -116,10 +114,7 @@ def _found_or_begun(
         log.info("%s %s: it is made again", path, error)
         return _Written(path, gguf, cpu, origin, sizes)
     log.info("Repacked weights are mapped from %s (%.2f GiB)", path, mapped.nbytes / 2**30)
-    if _temporary(path).exists():  # a killed process has left it, or another one is at it
-        with suppress(OSError):
-            os.close(_begin(path))
-            _temporary(path).unlink()
+    remove_leftover(path)
     return mapped
 
 
@@ -188,7 +183,7 @@ class _Written(Sidecar):
         self._path, self._cpu, self._origin, self._covers = path, cpu, origin, frozenset(sizes)
         self._weights: dict[str, Entry] = {}
         self._end = UNIT
-        self._fd: int | None = _begin(path)
+        self._draft: Draft | None = Draft(path)
         self._pool = ThreadPoolExecutor(cpu.threads)
         try:
             path.unlink(missing_ok=True)  # of no use, and in the way of a new one on a full disk
@@ -196,8 +191,8 @@ class _Written(Sidecar):
                 raise OSError(short)
             # More than enough of what costs nothing; parts of a tensor are aligned each.
             self._room = UNIT + sum(2 * size + 4 * UNIT for size in sizes.values())
-            os.ftruncate(self._fd, self._room)
-            self._bytes, guard = _map(self._fd, self._room)
+            os.ftruncate(self._draft.fd, self._room)
+            self._bytes, guard = _map(self._draft.fd, self._room)
         except OSError:
             self._give_up()
             raise
@@ -206,9 +201,10 @@ class _Written(Sidecar):
     def put(self, key: str, weight: Weight) -> Weight:
         """As of Sidecar. A weight is mapped once the disk has it: what the system could not write it may drop
         from memory."""
-        fd, data, start = self._fd, weight.bytes, self._end
-        if fd is None or start + data.size > self._room:
+        data, start = weight.bytes, self._end
+        if self._draft is None or start + data.size > self._room:
             return weight
+        fd = self._draft.fd
 
         def write(first: int) -> int:
             part = data[first : first + CHUNK]
@@ -229,33 +225,28 @@ class _Written(Sidecar):
 
     def close(self, complete: bool) -> None:
         """As of Sidecar."""
-        if self._fd is None:
+        if self._draft is None:
             return
         if not complete:
             self._give_up()
             return
         try:
-            self._finish(self._fd)
+            self._finish(self._draft)
         except OSError as error:
             self._fail(error)
             return
         self._pool.shutdown()
-        os.close(self._fd)
+        self._draft.close()
         size = self._end / 2**30
         log.info("Repacked weights are kept in %s (%.2f GiB): later starts map it", self._path, size)
 
-    def _finish(self, fd: int) -> None:
+    def _finish(self, draft: Draft) -> None:
         table = Table(
             model=self._origin.model, layouts=self._origin.layouts, covers=self._covers, weights=self._weights
         )
-        os.ftruncate(fd, self._end)
-        table.write(fd, self._end)
-        os.fsync(fd)
-        _temporary(self._path).replace(self._path)
-        with suppress(OSError):  # else a crash of the system may take the new name back
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        os.ftruncate(draft.fd, self._end)
+        table.write(draft.fd, self._end)
+        draft.publish()
 
     def _fail(self, error: OSError) -> None:
         log.warning("Repacked weights are not kept: %s: %s", self._path, error.strerror or error)
@@ -264,37 +255,9 @@ class _Written(Sidecar):
     def _give_up(self) -> None:
         """Weights that are mapped stay: the file has no name any more, but lasts as long as they."""
         self._pool.shutdown(cancel_futures=True)  # nobody writes to a number that is another file's soon
-        if self._fd is not None:
-            with suppress(OSError):
-                _temporary(self._path).unlink()
-            os.close(self._fd)
-            self._fd = None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-def _begin(path: Path) -> int:
-    """The temporary file for `path`, empty and locked. Raises OSError."""
-    temporary = _temporary(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.fstat(fd)
-        if not stat.S_ISREG(mine.st_mode) or mine.st_uid != os.geteuid():
-            raise PermissionError(f"{temporary} is not this user's")
-        if not os.path.samestat(mine, temporary.stat()):
-            raise BlockingIOError
-        os.ftruncate(fd, 0)
-    except BlockingIOError:
-        os.close(fd)
-        raise OSError(f"another process is writing {temporary}") from None
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+        if self._draft is not None:
+            self._draft.discard()
+            self._draft = None
 
 
 def _map(fd: int, size: int) -> tuple[npt.NDArray[np.uint8], ReadGuard]:
