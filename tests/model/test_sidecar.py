@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from kit_engine import until
 from kit_model import (
     F32,
     Bench,
@@ -132,6 +133,32 @@ def test_a_file_that_is_cut_short_in_use_is_told(case: Case, cpu: Cpu) -> None:
         Bench(model).logits(TOKENS)
         with pytest.raises(FileLost, match=r"m\.ktd-packed was cut short"):
             gguf.check()
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "just made"])
+def test_a_file_that_is_overwritten_in_use_is_told(
+    case: Case, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    """Its pages change without a fault: wrong weights, and nothing to be seen of it."""
+    monkeypatch.setattr("ktd.gguf.watch.EVERY", 0.01)
+    if not mapped:
+        case.kept.unlink()
+    with GgufFile.open(case.gguf) as gguf:
+        gguf.guard()
+        load_model(gguf, cpu, context=64, progress=lambda _: None, repack=True, repack_cache=case.kept)
+        gguf.check()
+        with case.kept.open("r+b") as file:
+            file.seek(UNIT)
+            file.write(bytes(200_000))
+
+        def told() -> bool:
+            try:
+                gguf.check()
+            except FileLost as error:
+                return f"{case.kept} was cut short or overwritten" in str(error) and "restart" in str(error)
+            return False
+
+        until(told)
 
 
 def test_what_the_model_has_lost_is_not_kept(case: Case, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from ktd.errors import FileLost, GgufError
 from ktd.gguf.cursor import quoted
 from ktd.gguf.locate import entry_file, shard_files
 from ktd.gguf.shard import Shard, TensorInfo
-from ktd.gguf.watch import Watch
+from ktd.gguf.watch import FileWatch, Watch
 from ktd_kernels import ReadGuard
 
 _Value = TypeVar("_Value", int, float, str, bool)
@@ -31,6 +31,7 @@ class GgufFile:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         self._others: list[tuple[Path, ReadGuard]] = []
+        self._watched: list[FileWatch] = []
         self._watch: Watch | None = None
         self.paths: tuple[Path, ...] = tuple(shard.path for shard in shards)
         self.metadata: Mapping[str, object] = shards[0].metadata
@@ -121,31 +122,36 @@ class GgufFile:
         """From now on until `close`, what cannot be read any more reads as zeros instead of ending the
         process with SIGBUS, and a file that is overwritten is noticed within seconds. Whoever calls this has
         to `check` after what was computed. Raises GgufError when a file is not there any more."""
-        self._watch = Watch([shard.guard() for shard in self._shards])
+        self._watched += [shard.guard() for shard in self._shards]
+        self._watch = Watch(self._watched)
 
-    def watch(self, path: Path, guard: ReadGuard) -> None:
+    def guard_too(self, path: Path, guard: ReadGuard) -> None:
         """`check` asks `guard` too: weights of the model lie in another file, `path`."""
         self._others.append((path, guard))
+
+    def watch_too(self, file: FileWatch) -> None:
+        """After `guard`, `check` tells that `file` was overwritten too: weights of the model lie in it."""
+        self._watched.append(file)
 
     def check(self) -> None:
         """Raises FileLost when something was read since `guard` that is not there any more, or is not what it
         was. Takes a fraction of a microsecond for each file."""
         if self._watch and self._watch.lost:
-            raise FileLost(
-                f"The model file {self._watch.lost} was cut short or overwritten while it was in use: put it"
-                " right and restart ktd."
-            )
+            raise self._lost(self._watch.lost, "was cut short or overwritten while it was in use")
         files = [(shard.path, shard.broken) for shard in self._shards]
         for path, broken in files + [(path, guard.broken) for path, guard in self._others]:
             if broken:
-                raise FileLost(
-                    f"The model file {path} was cut short or cannot be read any more: put it right and"
-                    " restart ktd."
-                )
+                raise self._lost(path, "was cut short or cannot be read any more")
+
+    def _lost(self, path: Path, how: str) -> FileLost:
+        if path in self.paths:
+            return FileLost(f"The model file {path} {how}: put it right and restart ktd.")
+        return FileLost(f"The file of repacked weights {path} {how}: restart ktd, which checks it.")
 
     def close(self) -> None:
         """Drops the mappings; views already handed out stay valid."""
         self._others.clear()
+        self._watched = []
         self._watch = None
         for shard in self._shards:
             shard.close()

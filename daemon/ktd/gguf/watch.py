@@ -47,7 +47,7 @@ class FileWatch:
             # A server that is away, perhaps. Weights that are needed and cannot be read are ReadGuard's.
             return False
         self._stamp = _stamp(found)
-        log.warning("The model file %s was touched: samples of it are as they were.", self.path)
+        log.warning("The file %s was touched: samples of it are as they were.", self.path)
         return False
 
     def _sampled(self) -> bytes:
@@ -61,7 +61,7 @@ class FileWatch:
 
 class Watch:
     """Looks at files every second, in a thread of its own, as a network's file may keep whoever asks waiting.
-    It ends with this object."""
+    It ends with this object. Files may be added to those given."""
 
     def __init__(self, files: Sequence[FileWatch]) -> None:
         self.lost: Path | None = None  # the first that changed
@@ -70,7 +70,7 @@ class Watch:
 
     def look(self) -> None:
         """Looks once."""
-        for file in self._files:
+        for file in list(self._files):
             if self.lost is None and file.changed():
                 self.lost = file.path
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktd.gguf import GgufFile, model_name
+from ktd.gguf.watch import FileWatch
 from ktd.model.draft import Draft, remove_leftover
 from ktd.model.sidecar_table import CHUNK, UNIT, Entry, Origin, Table, UnfitError, write_all
 from ktd_kernels import Cpu, ReadGuard, Weight
@@ -126,6 +127,7 @@ class _Mapped(Sidecar):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             owners = (0, os.geteuid(), gguf.paths[0].stat().st_uid)
+            self._opened = os.fstat(fd)
             self._table, self.nbytes = Table.read(fd, path, owners)
             if self._table.model != origin.model:
                 raise UnfitError("was made of another model or of one that has changed since")
@@ -138,9 +140,10 @@ class _Mapped(Sidecar):
 
     def check(self, sizes: Mapping[str, int], progress: Callable[[float], None]) -> None:
         """Reads all weights that are to be used, by all threads, which brings them into memory too. Raises
-        UnfitError where there are too few or a byte of them is not what was written."""
+        UnfitError where there are too few or a byte of them is not what was written, OSError."""
         if not self._table.covers >= sizes.keys():
             raise UnfitError("lacks weights that are the CPU's now")
+        watched = FileWatch(self._path, self._opened)  # before it is read: what is changed meanwhile is told
         kept = [e for key, e in self._table.weights.items() if key.partition(":")[2] in sizes]
         chunks = [
             (self._bytes[e.offset : e.offset + e.nbytes][i * CHUNK : (i + 1) * CHUNK], check)
@@ -158,7 +161,8 @@ class _Mapped(Sidecar):
                 progress(number / len(chunks) * spared)
         finally:
             pool.shutdown(cancel_futures=True)
-        self._gguf.watch(self._path, self._guard)
+        self._gguf.guard_too(self._path, self._guard)
+        self._gguf.watch_too(watched)
         self.ready = frozenset(sizes)
 
     def get(self, key: str, ggml_type: int, shape: Sequence[int]) -> Weight | None:
@@ -180,7 +184,8 @@ class _Written(Sidecar):
     def __init__(
         self, path: Path, gguf: GgufFile, cpu: Cpu, origin: Origin, sizes: Mapping[str, int]
     ) -> None:
-        self._path, self._cpu, self._origin, self._covers = path, cpu, origin, frozenset(sizes)
+        self._path, self._gguf, self._cpu = path, gguf, cpu
+        self._origin, self._covers = origin, frozenset(sizes)
         self._weights: dict[str, Entry] = {}
         self._end = UNIT
         self._draft: Draft | None = Draft(path)
@@ -196,7 +201,7 @@ class _Written(Sidecar):
         except OSError:
             self._give_up()
             raise
-        gguf.watch(path, guard)
+        gguf.guard_too(path, guard)
 
     def put(self, key: str, weight: Weight) -> Weight:
         """As of Sidecar. A weight is mapped once the disk has it: what the system could not write it may drop
@@ -232,6 +237,7 @@ class _Written(Sidecar):
             return
         try:
             self._finish(self._draft)
+            self._gguf.watch_too(FileWatch(self._path, os.fstat(self._draft.fd)))
         except OSError as error:
             self._fail(error)
             return
