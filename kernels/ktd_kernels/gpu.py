@@ -31,6 +31,8 @@ class GpuOps:
         self.linear_heads = partial(cuda.linear_heads, prompt=prompt)
         self.mlp = partial(cuda.mlp, prompt=prompt)
         self.moe = partial(cuda.moe, prompt=prompt)
+        self.pairs = cuda.pairs
+        self.add_experts = cuda.add_experts
 
     def store_normed(
         self,

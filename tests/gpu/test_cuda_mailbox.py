@@ -58,3 +58,22 @@ def test_words_arrive_before_their_flag_and_come_back(words: int) -> None:
         for _ in range(layers):
             expected += expected % 3 + 1
         assert torch.equal(x.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("words", "start"), [(3, 0), (7168 * 600, 0), (7168 * 600 + 3, 0), (7168, 1)])
+def test_what_is_on_the_host_is_added_without_a_flag(words: int, start: int) -> None:
+    """In pieces of 16 bytes where they are aligned."""
+    from ktd_kernels.gpu import Gpu
+
+    gpu = Gpu("cuda:0")
+    with gpu.work():
+        sums = gpu.pinned((start + words + 1,))
+        sums.copy_(torch.arange(len(sums)) % 1000)
+        x = torch.ones(start + words + 1, device="cuda")
+        gpu.collect(sums[start : start + words], None, x[start : start + words])
+        gpu.synchronize()
+        expected = torch.ones(len(sums))
+        expected[start : start + words] += sums[start : start + words]
+        assert torch.equal(x.cpu(), expected)

@@ -256,6 +256,38 @@ def test_experts_in_pieces_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(parts, whole)
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "IQ1_S", "F16"])
+@pytest.mark.parametrize("n", [40, 200, 700])
+def test_experts_in_groups(name: str, n: int) -> None:
+    """The bits of all at once; one of the groups is chosen by nobody."""
+    shapes = [(9, 512, 256), (9, 512, 256), (9, 256, 512)]
+    data = [blocks(name, shape[0] * shape[1], shape[2]).reshape(9, -1) for shape in shapes]
+
+    def stacks(first: int, count: int) -> list[GpuWeight]:
+        return [
+            GpuWeight(
+                torch.from_numpy(raw[first : first + count].ravel()).cuda(),
+                type_id(name),
+                (count, *shape[1:]),
+            )
+            for raw, shape in zip(data, shapes, strict=True)
+        ]
+
+    x = torch.from_numpy(normal(14, n, 256)).cuda()
+    ids = torch.stack([torch.randperm(7, device="cuda")[:3] for _ in range(n)]).int()
+    ids[ids == 4] = -1
+    ids[ids > 4] += 1
+    weights = torch.rand(n, 3, device="cuda")
+    whole, parts = poisoned(n, 256), torch.zeros(n, 256, device="cuda")
+    ops.moe(*stacks(0, 9), x, ids, weights, whole, prompt=True)
+    pairs = ops.pairs(x, ids, weights, 9)
+    for first, count in ((0, 3), (3, 1), (4, 2), (6, 3)):
+        ops.add_experts(*stacks(first, count), pairs, first, parts)
+    assert torch.equal(parts, whole)
+    with pytest.raises(ValueError, match="experts from 7 on are not among the 9"):
+        ops.add_experts(*stacks(6, 3), pairs, 7, parts)
+
+
 @pytest.mark.parametrize("name", ALL_TYPES)
 def test_embed(name: str) -> None:
     w, values = gpu_weight(name, 50, 512)

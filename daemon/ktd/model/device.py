@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from ktd.model.ops import Matrix, Ops
+from ktd.model.ops import Matrix, Ops, PromptOps
 from ktd_kernels import MoeJob, Weight
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Device(Protocol):
     def rows(self) -> Ops: ...
 
     @property
-    def prompt(self) -> Ops: ...
+    def prompt(self) -> PromptOps: ...
 
     def work(self) -> AbstractContextManager[None]: ...
 
@@ -55,7 +55,7 @@ class Device(Protocol):
 
     def post(self, source: torch.Tensor, target: torch.Tensor, flag: torch.Tensor) -> None: ...
 
-    def collect(self, source: torch.Tensor, flag: torch.Tensor, out: torch.Tensor) -> None: ...
+    def collect(self, source: torch.Tensor, flag: torch.Tensor | None, out: torch.Tensor) -> None: ...
 
     def busy(self) -> bool: ...
 

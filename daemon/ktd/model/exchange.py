@@ -24,7 +24,7 @@ def row_parts(n: int, parts: int) -> list[slice]:
 
 
 class Exchange:
-    """Page-locked buffers for steps of up to `rows` rows, and the device's copy of what comes back.
+    """Page-locked buffers for steps of up to `rows` rows.
 
     While `idle` no experts are computed: for steps that only warm the device up.
     """
@@ -36,17 +36,10 @@ class Exchange:
         self._hidden, self._used = config.hidden, used
         self._sent = device.pinned((expert_floats(rows, config.hidden, used),))
         self._sums = device.pinned((rows, config.hidden))
-        self._image = device.empty((rows, config.hidden))
 
     def send(self, v: Views) -> None:
         """Device to host; not awaited."""
         self._from(v.n, v.start).copy_(v.to_experts, non_blocking=True)
-
-    def fetch(self, n: int, start: int = 0) -> torch.Tensor:
-        """Host to device, not awaited: the sums [n, hidden] of n rows from `start` on."""
-        rows = slice(start, start + n)
-        self._image[rows].copy_(self._sums[rows], non_blocking=True)
-        return self._image[rows]
 
     def host(self, n: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """On the host, of n rows from `start` on: hidden states [n, hidden], ids and weights [n, used], sums
@@ -61,9 +54,9 @@ class Exchange:
         h, ids, weights, sums = (tensor[rows].numpy() for tensor in self.host(n, start))
         return MoeJob(cpu, experts.gate, experts.up, experts.down, h, ids, weights, sums, first)
 
-    def sums(self, n: int) -> torch.Tensor:
-        """On the device, after `fetch`."""
-        return self._image[:n]
+    def add(self, v: Views, rows: slice = _ALL) -> None:
+        """Adds the sums of `rows` of v, which are on the host, to v.x; not awaited."""
+        self.device.collect(self._sums[v.start : v.start + v.n][rows], None, v.x[rows])
 
     def post(self, v: Views, flag: torch.Tensor) -> None:
         """Device to host, told by `flag`."""
@@ -158,7 +151,7 @@ class PromptExperts:
         if not self._exchange.idle:
             h, ids, weights, sums = (tensor.numpy() for tensor in self._exchange.host(v.n, v.start))
             self._cpu.moe(experts.gate, experts.up, experts.down, h, ids, weights, sums)
-        v.x.add_(self._exchange.fetch(v.n, v.start))
+        self._exchange.add(v)
 
     def check(self) -> None:
         """After the step: nothing, as `finish` has raised what went wrong."""

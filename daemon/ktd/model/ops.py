@@ -71,6 +71,17 @@ class Ops(Protocol):
     ) -> None: ...
 
 
+class PromptOps(Ops, Protocol):
+    """What a device to which experts are sent has besides. Meaning, shapes and types are those of
+    `ktd_kernels.cuda`."""
+
+    def pairs(self, x: Array, ids: Array, weights: Array, experts: int) -> Any: ...
+
+    def add_experts(
+        self, gate: Matrix, up: Matrix, down: Matrix, pairs: Any, first: int, out: Array
+    ) -> None: ...
+
+
 class Rows(Protocol):
     """Where the rows of a step stand and what they see: fields of Batch, where the device can read them."""
 

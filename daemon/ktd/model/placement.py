@@ -21,7 +21,7 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 _RUNTIME_BYTES = 640 << 20
 #: Bytes of weights that are sent at once to experts of long prompts, and how many such groups there is room
 #: for: some are sent while a layer's attention is computed. Two more are there rearranged.
-GROUP_BYTES, ROOMS = 96 << 20, 4
+GROUP_BYTES, ROOMS = 96 << 20, 6
 #: Drawn rows that are computed at once at most; they have buffers of their own.
 DRAWN_ROWS = 64
 #: Steps of up to so many drawn rows are captured.
@@ -31,7 +31,7 @@ CAPTURED_ROWS = 16
 _GRAPH_BYTES_A_LAYER = 192 << 10
 # Dequantised tiles, values of feed-forwards, split-context partial results and the like, which the kernels
 # keep between calls: products of many tokens are cut so that they stay within it.
-_SCRATCH_BYTES = 576 << 20
+_SCRATCH_BYTES = 480 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,6 @@ def _attention_values(config: ModelConfig) -> int:
 
 
 def _row_values(config: ModelConfig) -> int:
-    """Float32 values that a row has elsewhere: those of Workspace, and what the experts send back."""
+    """Float32 values that a row has elsewhere: those of Workspace."""
     moe = config.moe
-    return 2 * config.hidden + (moe.experts + 2 * moe.used + config.hidden if moe else 0)
+    return 2 * config.hidden + (moe.experts + 2 * moe.used if moe else 0)

@@ -58,17 +58,19 @@ class SentExperts:
             for part in self._parts(layer, share)
         )
 
-    def add(self, experts: Experts, ids: torch.Tensor, v: Views) -> None:
-        """Adds the layer's first experts to v.x, chosen by `ids`, int32 [n, used], where they are not
-        negative."""
+    def sort(self, experts: Experts, ids: torch.Tensor, v: Views) -> None:
+        """Before `add`: the rows v.h have chosen `ids`, int32 [n, used], of the layer's first experts, where
+        they are not negative."""
+        self._pairs = self._device.prompt.pairs(v.h, ids, v.expert_weights, experts.gate.shape[0])
+
+    def add(self, experts: Experts, v: Views) -> None:
+        """Adds what the layer's first experts give to v.x."""
         layer, share = self._coming.popleft()
         if layer != experts.layer:
             raise RuntimeError(f"experts of layer {layer} were sent for layer {experts.layer}")
         parts = self._parts(layer, share)
         for part, (gate, up, down) in zip(parts, self._device.pass_through(len(parts)), strict=True):
-            # Those outside the group add nothing.
-            chosen = ids - part.start
-            self._device.prompt.moe(gate, up, down, v.h, chosen, v.expert_weights, v.x, accumulate=True)
+            self._device.prompt.add_experts(gate, up, down, self._pairs, part.start, v.x)
 
     def _parts(self, layer: int, share: int) -> list[range]:
         """The experts of each group."""
@@ -127,7 +129,10 @@ class SplitExperts:
                 self._exchange.send(v)
                 for job in jobs:
                     self._exchange.device.launch(job)
-                self._exchange.fetch(v.n)
+        ids = v.expert_ids.clone()
+        for share, rows in shares:
+            ids[rows].masked_fill_(ids[rows] >= share, -1)
+        self._sent.sort(experts, ids, v)
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says. What was sent is added first."""
@@ -135,15 +140,12 @@ class SplitExperts:
         if not any(share for share, _ in shares):
             self._others.finish(experts, v)
             return
-        ids = v.expert_ids.clone()
-        for share, rows in shares:
-            ids[rows].masked_fill_(ids[rows] >= share, -1)
-        self._sent.add(experts, ids, v)
+        self._sent.add(experts, v)
         rest = [rows for share, rows in shares if share < experts.gate.shape[0]]
         if rest:
             self._exchange.device.join()
         for rows in rest:
-            v.x[rows].add_(self._exchange.sums(v.n)[rows])
+            self._exchange.add(v, rows)
 
     def check(self) -> None:
         """After the step: raises RuntimeError where a layer's experts could not be computed."""

@@ -68,7 +68,8 @@ def product_cubin(ggml_type: int, arch: int) -> bytes:
 def grouped_cubin(ggml_type: int, arch: int) -> bytes:
     """Products of many tokens with stacks of a block type on tensor cores, for sm_`arch` from sm_80 on."""
     kind = GGMLQuantizationType(ggml_type)
-    return _cubin(f"grouped-{kind.name}", "grouped.cu", arch, _defines(kind))
+    wgmma = ("KTD_WGMMA",) if arch == 90 else ()
+    return _cubin(f"grouped-{kind.name}", "grouped.cu", arch, (*_defines(kind), *wgmma))
 
 
 def experts_cubin(ggml_type: int, cols: int, terms: int, halves: int, arch: int) -> bytes:

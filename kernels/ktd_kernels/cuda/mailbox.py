@@ -20,6 +20,7 @@ _THREADS = 256
 # A block for so many words: enough on their way at a time for the latency of the bus, no more blocks than fit
 # beside the work that goes on meanwhile.
 _WORDS, _MOST_BLOCKS = 1024, 32
+_COLLECTORS = 128  # where there is nothing to wait for
 
 
 class PostArgs(ctypes.Structure):
@@ -48,11 +49,14 @@ def post(source: torch.Tensor, target: torch.Tensor, flag: torch.Tensor) -> None
     _module(source.device.index).function("post").launch((_blocks(words), 1), _THREADS, args)
 
 
-def collect(source: torch.Tensor, flag: torch.Tensor, out: torch.Tensor) -> None:
-    """Once the host has set `flag`, int32 [1], adds its floats `source` to `out`, as many, of the device."""
+def collect(source: torch.Tensor, flag: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Adds floats `source` of page-locked memory of the host to `out`, as many, of the device: once the host
+    has set `flag`, int32 [1], or, without one, what is there when the stream comes here. They come beside
+    the copies that are under way, where one more copy would queue behind them."""
     words = _words(out)
-    args = CollectArgs(source.data_ptr(), flag.data_ptr(), out.data_ptr(), words)
-    _module(out.device.index).function("collect").launch((_blocks(words), 1), _THREADS, args)
+    args = CollectArgs(source.data_ptr(), flag.data_ptr() if flag is not None else 0, out.data_ptr(), words)
+    blocks = _blocks(words, _COLLECTORS if flag is None else _MOST_BLOCKS)
+    _module(out.device.index).function("collect").launch((blocks, 1), _THREADS, args)
 
 
 def _words(x: torch.Tensor) -> int:
@@ -61,8 +65,8 @@ def _words(x: torch.Tensor) -> int:
     return x.numel()
 
 
-def _blocks(words: int) -> int:
-    return min(-(-words // _WORDS), _MOST_BLOCKS)
+def _blocks(words: int, most: int = _MOST_BLOCKS) -> int:
+    return min(-(-words // _WORDS), most)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from ktd_kernels.cuda import grouped
+from ktd_kernels.cuda.grouped import Pairs
 from ktd_kernels.cuda.weight import GpuWeight
 
 _TILE = 36 << 20  # weights decoded at a time: R1's attn_q_b
@@ -110,39 +111,25 @@ def mlp(
         _multiply(down, 0, _hidden(gate, up, 0, x[part]), out[part], accumulate)
 
 
-def moe(
-    gate: GpuWeight,
-    up: GpuWeight,
-    down: GpuWeight,
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    out: torch.Tensor,
-    accumulate: bool,
+def add_experts(
+    gate: GpuWeight, up: GpuWeight, down: GpuWeight, pairs: Pairs, first: int, out: torch.Tensor
 ) -> None:
-    """As ops.moe, for any number of tokens; block types on sm_80 and up go to grouped.py.
+    """As ops.add_experts; block types on sm_80 and up go to grouped.py.
 
     Experts are taken in ascending order and a token meets an expert at most once, so every sum has one order.
     Reads the ids back to group tokens: one synchronisation.
     """
-    if grouped.supports(gate, up, down) and ids.shape[1] <= grouped.MOST_USED:
-        grouped.moe(gate, up, down, x, ids, weights, out, accumulate)
+    if grouped.supports(gate, up, down) and pairs.ids.shape[1] <= grouped.MOST_USED:
+        grouped.add(gate, up, down, pairs, first, out)
         return
-    if not accumulate:
-        out.zero_()
-    used = ids.shape[1]
-    flat = ids.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    bounds = torch.arange(gate.matrices + 1, device=ids.device, dtype=ids.dtype)
-    starts = torch.searchsorted(flat[order], bounds).tolist()
-    factors = weights.reshape(-1)
+    used = pairs.ids.shape[1]
+    starts = pairs.starts[first : first + gate.matrices + 1].tolist()
+    factors = pairs.weights.reshape(-1)
     for expert in range(gate.matrices):
-        if starts[expert] == starts[expert + 1]:
-            continue
         for part in _pieces(starts[expert + 1] - starts[expert]):
-            pairs = order[starts[expert] : starts[expert + 1]][part]
-            tokens = pairs // used
-            hidden = _hidden(gate, up, expert, x[tokens])
-            result = hidden.new_empty((len(pairs), down.rows))
+            chosen = pairs.order[starts[expert] : starts[expert + 1]][part]
+            tokens = chosen // used
+            hidden = _hidden(gate, up, expert, pairs.x[tokens])
+            result = hidden.new_empty((len(chosen), down.rows))
             _multiply(down, expert, hidden, result, False)
-            out.index_add_(0, tokens, result.mul_(factors[pairs, None]))
+            out.index_add_(0, tokens, result.mul_(factors[chosen, None]))

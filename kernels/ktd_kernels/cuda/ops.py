@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ktd_kernels.cuda import many
+from ktd_kernels.cuda.grouped import Pairs
 from ktd_kernels.cuda.product import activations, product
 from ktd_kernels.cuda.scratch import scratch
 from ktd_kernels.cuda.weight import GpuWeight
@@ -105,7 +106,9 @@ def moe(
         if not accumulate:
             out.zero_()
     elif n > MAX_ROWS or (prompt and n):
-        many.moe(gate, up, down, x, ids, weights, out, accumulate)
+        if not accumulate:
+            out.zero_()
+        many.add_experts(gate, up, down, Pairs.of(x, ids, weights, gate.matrices), 0, out)
     elif n:
         pairs = n * used
         hidden = scratch("hidden", (2, pairs, 1, gate.rows), torch.float32, x.device)
@@ -115,6 +118,29 @@ def moe(
             (down,), inner, out[None, :, None], slots=n, tokens=1, terms=used, ids=ids, weights=weights,
             accumulate=accumulate,
         )  # fmt: skip
+
+
+def pairs(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: int) -> Pairs:
+    """What `add_experts` adds: token x[n], float32 [n, cols], gets weights[n], float32 [n, k], of experts
+    ids[n], int32 [n, k]; negative ids add nothing, others are below `experts`. Nothing is awaited."""
+    return Pairs.of(x, ids, weights, experts)
+
+
+def add_experts(
+    gate: GpuWeight, up: GpuWeight, down: GpuWeight, pairs: Pairs, first: int, out: torch.Tensor
+) -> None:
+    """Adds to out[n] what `pairs` get of experts first … first + E - 1, which the stacks hold: gate, up
+    [E, f, d], down [E, d, f], as `moe` does for many tokens. Experts are added in ascending order; waits
+    until the pairs are sorted."""
+    for w, name in ((gate, "gate"), (up, "up"), (down, "down")):
+        _stack(w, name)
+    _gated(gate, up, down)
+    _floats(gate, pairs.x, "x", (len(pairs.x), gate.cols))
+    _floats(gate, out, "out", (len(pairs.x), down.rows))
+    if not 0 <= first <= pairs.experts - gate.matrices:
+        raise ValueError(f"experts from {first} on are not among the {pairs.experts} of the pairs")
+    if len(pairs.x):
+        many.add_experts(gate, up, down, pairs, first, out)
 
 
 def embed(w: GpuWeight, ids: torch.Tensor, out: torch.Tensor) -> None:

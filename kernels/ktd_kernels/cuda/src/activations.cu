@@ -99,13 +99,11 @@ extern "C" __global__ void quantize_32(const ActivationArgs a) { quantize<4>(a);
 
 struct CombineArgs {
   const float* partial;  // [count][cols] products of the slots from `first` on
-  const int* ids;        // [tokens][used]; outside 0 ... experts - 1: nothing was computed
-  const int* slots;      // [tokens][used]; ascending with the experts
-  const int* tiles;      // its last of experts + 1: tiles of `tile` slots that there are
+  const int* slots;      // [tokens][used]; ascending with the experts, negative where nothing was computed
   const float* weights;
   float* out;
   i64 out_token;
-  int tokens, used, cols, experts, tile, first, count, accumulate;
+  int tokens, used, cols, first, count;
 };
 
 constexpr int kMostUsed = 64;
@@ -116,14 +114,11 @@ extern "C" __global__ void combine(const CombineArgs a) {
   __shared__ int slots[kMostUsed], sorted[kMostUsed];
   __shared__ float weights[kMostUsed];
   wait_for_previous();
-  if (a.accumulate && a.first >= a.tiles[a.experts] * a.tile) return;
   const int thread = threadIdx.x;
   for (int token = blockIdx.x; token < a.tokens; token += gridDim.x) {
     bool mine = false;
     if (thread < a.used) {
-      const i64 pair = static_cast<i64>(token) * a.used + thread;
-      const bool computed = a.ids[pair] >= 0 && a.ids[pair] < a.experts;
-      const int slot = computed ? a.slots[pair] - a.first : -1;
+      const int slot = a.slots[static_cast<i64>(token) * a.used + thread] - a.first;
       mine = slot >= 0 && slot < a.count;
       slots[thread] = mine ? slot : -1;
     }
@@ -135,12 +130,12 @@ extern "C" __global__ void combine(const CombineArgs a) {
       weights[place] = a.weights[static_cast<i64>(token) * a.used + thread];
     }
     __syncthreads();
-    if (found == 0 && a.accumulate) continue;
+    if (found == 0) continue;
     float* out = a.out + token * a.out_token;
     for (int col = 4 * thread; col < a.cols; col += 4 * blockDim.x) {
       float sum[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = a.accumulate ? out[col + i] : 0.0f;
+      for (int i = 0; i < 4; ++i) sum[i] = out[col + i];
       for (int j = 0; j < found; ++j) {
         const float4 p =
             *reinterpret_cast<const float4*>(a.partial + static_cast<i64>(sorted[j]) * a.cols + col);

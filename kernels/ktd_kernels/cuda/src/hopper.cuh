@@ -61,6 +61,11 @@ KTD_HOPPER u64 across(u32 address) {
 #define N32                                                                                                 \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31}"
+#define N16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define N64                                                                                                 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
+  "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,"    \
+  "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
 #define N128                                                                                                \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,"    \
@@ -75,6 +80,19 @@ KTD_HOPPER void multiply_scores(float (&s)[32], u64 a, u64 b, int add) {
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " N32 ", %32, %33, p, 1, 1, 0, 0;\n}"
       : F32(s, 0)
       : "l"(a), "l"(b), "r"(add));
+}
+
+// 64 rows by 32, 64 or 128, both along the contraction; added to the sums.
+KTD_HOPPER void multiply_rows(float (&s)[16], u64 a, u64 b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " N16 ", %16, %17, 1, 1, 1, 0, 0;"
+               : F16(s, 0)
+               : "l"(a), "l"(b));
+}
+KTD_HOPPER void multiply_rows(float (&s)[32], u64 a, u64 b) { multiply_scores(s, a, b, 1); }
+KTD_HOPPER void multiply_rows(float (&s)[64], u64 a, u64 b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " N64 ", %64, %65, 1, 1, 1, 0, 0;"
+               : F32(s, 0), F32(s, 32)
+               : "l"(a), "l"(b));
 }
 
 KTD_HOPPER void multiply_values(float (&o)[128], u64 a, u64 b) {
@@ -92,6 +110,9 @@ KTD_HOPPER void multiply_values(float (&o)[128], const u32* a, u64 b) {
 
 KTD_HOPPER void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 KTD_HOPPER void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all but those that were begun last are done.
+KTD_HOPPER void products_wait_for_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 
 // Until all products are done; what reads `values` stays behind it.
 template <int N>
