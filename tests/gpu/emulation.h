@@ -47,6 +47,11 @@ static inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 32; i += 8) sum += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
   return sum;
 }
+// A has two values of 16 bits, b four of 8, of which `lo` takes the first two and `hi` the last.
+static inline unsigned __dp2a_lo(unsigned a, unsigned b, unsigned sum) {
+  return sum + (a & 0xffff) * (b & 255) + (a >> 16) * (b >> 8 & 255);
+}
+static inline unsigned __dp2a_hi(unsigned a, unsigned b, unsigned sum) { return __dp2a_lo(a, b >> 16, sum); }
 // mma.sync.m16n8k16 of bytes.
 static inline void multiply_bytes(int (&c)[4], unsigned a0, unsigned a1, unsigned b) {
   static unsigned operands[kMostThreads][3];

@@ -26,7 +26,8 @@ IN_TRITS = [name for name in TYPES if type_id(name) in (19, 22, 29)]
 #: Matrices, rows, columns: whole groups of rows, part of one, several, stacks.
 SHAPES = [(1, 16, 256), (1, 1, 512), (1, 33, 256), (3, 16, 512), (5, 41, 1280), (2, 96, 768)]
 
-HARNESS = """#include "repack.cuh"
+HARNESS = """#include "emulation.h"
+#include "repack.cuh"
 #include "unpack.cuh"
 template <int TYPE>
 void file(const u8* raw, u8* out, u64 matrix_bytes, u64 blocks, u64 matrices) {
@@ -34,9 +35,22 @@ void file(const u8* raw, u8* out, u64 matrix_bytes, u64 blocks, u64 matrices) {
     for (u64 unit = 0; unit < 8 * blocks; ++unit)
       repack_unit<TYPE>(raw + i * blocks * Format<TYPE>::kBytes, {out + i * matrix_bytes, blocks}, unit);
 }
+template <int TYPE, int P>
+void copy(const UnpackArgs& a, const Place& place, const Fields& fields) {
+  memcpy(plane_at<TYPE, P>(a, place), fields.words[P], Format<TYPE>::template width<P>);
+}
 template <int TYPE>
 void packed(const UnpackArgs* a, const u16* entries) {
-  for (u64 i = 0; i < a->items; ++i) unpack_item<TYPE>(*a, i, entries);
+  for (u32 block = 0; block < a->packed_blocks; ++block)
+    for (int r = 0; r < kGroupRows; ++r) {
+      const auto* blocks = reinterpret_cast<const Packed<TYPE>*>(a->packed);
+      Fields fields;
+      unpack(Tag<TYPE>{}, blocks[block], r, entries, fields);
+      const Place place = place_of(*a, block, r);
+      if (place.index == kNowhere) continue;
+      copy<TYPE, 0>(*a, place, fields), copy<TYPE, 1>(*a, place, fields), copy<TYPE, 2>(*a, place, fields);
+      copy<TYPE, 3>(*a, place, fields), copy<TYPE, 4>(*a, place, fields);
+    }
 }
 #define ENTRY(NAME, ENTRIES)                                                                 \\
   extern "C" void file_##NAME(const u8* raw, u8* out, u64 matrix_bytes, u64 blocks, u64 n) { \\
@@ -67,7 +81,7 @@ def compiled(folder: Path, source: str, *flags: str) -> ctypes.CDLL:
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The device functions of every type as a library of the host."""
     entries = [f"ENTRY({n}, {f'kEntries{n}' if n in IN_TRITS else 'nullptr'})\n" for n in TYPES]
-    flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function")
+    flags = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function")
     return compiled(tmp_path_factory.mktemp("unpack"), HARNESS + "".join(entries), *flags)
 
 
@@ -185,7 +199,7 @@ def test_a_layout_that_is_not_known_is_refused() -> None:
 
 
 def test_bytes_that_do_not_fit_are_refused() -> None:
-    assert unpack_args("grid", type_id("IQ3_S"), (2, 17, 256), 4 * 1760, 1888).items == 4 * 128
+    assert unpack_args("grid", type_id("IQ3_S"), (2, 17, 256), 4 * 1760, 1888).packed_blocks == 4
     with pytest.raises(
         ValueError, match="2 matrices 17 x 256 take 7040 bytes in the layout 'grid', not 7039"
     ):

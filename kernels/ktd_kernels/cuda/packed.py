@@ -15,7 +15,7 @@ from ktd_kernels.cuda.driver import Module
 from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over
 
 _GROUP_ROWS, _BLOCK = 16, 256
-_ITEMS = 8 * _GROUP_ROWS  # of a packed block: unpack_item of unpack.cuh
+_SIDE_BY_SIDE = 4  # packed blocks whose rows a warp of unpack.cu holds
 
 #: Bytes of 16 rows x 256 columns for each layout and tensor type that can be unpacked here: the structs of
 #: unpack.cuh. Layouts have their names from ktd_kernels.Weight.layout.
@@ -41,8 +41,8 @@ class UnpackArgs(ctypes.Structure):
     _fields_ = (
         ("packed", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        *((name, ctypes.c_uint64) for name in ("matrix_bytes", "blocks", "items")),
-        *((name, ctypes.c_uint32) for name in ("rows", "row_blocks", "matrix_groups")),
+        *((name, ctypes.c_uint64) for name in ("matrix_bytes", "blocks")),
+        *((name, ctypes.c_uint32) for name in ("packed_blocks", "rows", "row_blocks", "matrix_groups")),
     )
 
 
@@ -61,7 +61,7 @@ def unpack_args(
             f"{matrices} matrices {rows} x {cols} take {blocks * LAYOUTS[layout, ggml_type]} bytes in the "
             f"layout '{layout}', not {nbytes}"
         )
-    return UnpackArgs(None, None, matrix_bytes, rows * row_blocks, blocks * _ITEMS, rows, row_blocks, groups)
+    return UnpackArgs(None, None, matrix_bytes, rows * row_blocks, blocks, rows, row_blocks, groups)
 
 
 def weight_of(data: torch.Tensor, layout: str, ggml_type: int, shape: Sequence[int]) -> GpuWeight:
@@ -78,7 +78,8 @@ def weight_of(data: torch.Tensor, layout: str, ggml_type: int, shape: Sequence[i
     arguments.packed, arguments.out = data.data_ptr(), weight.data.data_ptr()
     with torch.cuda.device(weight.index):
         kernel = _module(ggml_type, weight.index).function("unpack")
-        launch_over(kernel, weight.index, arguments.items, arguments)
+        quads = -(-arguments.packed_blocks // _SIDE_BY_SIDE)
+        launch_over(kernel, weight.index, quads * _SIDE_BY_SIDE * _GROUP_ROWS, arguments)
     return weight
 
 

@@ -48,19 +48,26 @@ def _tables() -> dict[str, list[Words]]:
 
 
 def _entries() -> dict[str, NDArray[np.uint16]]:
-    """The grid's entry for each group of eight trits, the first of which counts least; 0 for groups that the
-    grid lacks."""
+    """The grid's entry for each group of eight trits, 0 for groups that the grid lacks. Of IQ2_S the first
+    trit counts least; of IQ1 four pairs make a number to the base 9, the first pair counts least, and pair c
+    is trits c and 4 + c, of which the first counts more."""
     iq1, iq2_s = _grid(quants.IQ1_S) + 1, np.searchsorted([8, 25, 43], _grid(quants.IQ2_S))
+    pairs = np.concatenate([3 * 9 ** np.arange(4), 9 ** np.arange(4)])
     entries = {}
-    for name, trits in (("IQ1_S", iq1), ("IQ1_M", iq1), ("IQ2_S", iq2_s)):
+    for name, trits, places in (
+        ("IQ1_S", iq1, pairs),
+        ("IQ1_M", iq1, pairs),
+        ("IQ2_S", iq2_s, 3 ** np.arange(8)),
+    ):
         entries[name] = np.zeros(3**8, np.uint16)
-        entries[name][trits @ 3 ** np.arange(8)] = np.arange(len(trits))
+        entries[name][trits @ places] = np.arange(len(trits))
     return entries
 
 
 @functools.cache
 def header() -> str:
-    """tables.cuh: kTable<type> as 32-bit words, kEntries<type> as 16-bit ones."""
+    """tables.cuh: kTable<type> as 32-bit words, kEntries<type> as 16-bit ones, in whole pieces of 16
+    bytes."""
     parts = ["#pragma once\n"]
     for name, pieces in _tables().items():
         words = np.concatenate(pieces)
@@ -68,5 +75,7 @@ def header() -> str:
         parts.append(f"KTD_TABLE u32 kTable{name}[{len(words)}] = {{{values}}};\n")
     for name, entries in _entries().items():
         values = ",".join(map(str, entries))
-        parts.append(f"KTD_TABLE u16 kEntries{name}[{len(entries)}] = {{{values}}};\n")
+        parts.append(
+            f"alignas(16) KTD_TABLE u16 kEntries{name}[{-(-len(entries) // 8) * 8}] = {{{values}}};\n"
+        )
     return "".join(parts)

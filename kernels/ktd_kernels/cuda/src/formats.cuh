@@ -471,15 +471,12 @@ KTD_FN u32 iq1_entry(const u32* words, u32 last, int i) {
   return i == 6 ? last >> 8 & kIq1Entry : last >> 19;
 }
 
-// Writes units s and s + 1 of a block, s even: `entries` has their indices, `nibbles` their four bits.
-KTD_FN void put_iq1_units(const u32* entries, const u32* nibbles, Planes<u8> out, u32 index, int s) {
+// Packs two units: `entries` has their indices, `nibbles` their four bits.
+KTD_FN void iq1_words(const u32* entries, const u32* nibbles, u32* words) {
   const u32 last = nibbles[0] | nibbles[1] << 4 | entries[6] << 8 | entries[7] << 19;
-  u32 words[3];
+#pragma unroll
   for (int k = 0; k < 3; ++k)
     words[k] = entries[2 * k] | (last >> (10 * k) & kIq1Spare) << 11 | entries[2 * k + 1] << 21;
-  u32* first = reinterpret_cast<u32*>(plane<IQ1_S, 0>(out, index)) + s;
-  first[0] = words[0], first[1] = words[1];
-  reinterpret_cast<u32*>(plane<IQ1_S, 1>(out, index))[s / 2] = words[2];
 }
 
 KTD_FN void decode(const Raw<IQ1_S>& r, u32 s, const u32* table, Unit& o) {

@@ -99,7 +99,11 @@ KTD_FN void repack_iq1(const u8* block, Planes<u8> out, u32 index, int s) {
       entries[4 * i + l] = load1(block + 2 + 4 * (s + i) + l) | (high >> (3 * l) & 7) << 8;
     nibbles[i] = high >> 15 | (high >> 12 & 7) << 1;
   }
-  put_iq1_units(entries, nibbles, out, index, s);
+  u32 words[3];
+  iq1_words(entries, nibbles, words);
+  u32* first = reinterpret_cast<u32*>(plane<IQ1_S, 0>(out, index)) + s;
+  first[0] = words[0], first[1] = words[1];
+  reinterpret_cast<u32*>(plane<IQ1_S, 1>(out, index))[s / 2] = words[2];
 }
 
 // KTD_PLANE(P, how, offset in the file's block) in the order of the planes.
