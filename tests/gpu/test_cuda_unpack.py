@@ -170,13 +170,13 @@ def test_every_entry_of_the_grid_is_found_again(name: str, count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_the_kernel_on_host_threads(host: ctypes.CDLL, name: str, tmp_path: Path) -> None:
-    shape = (3, 41, 512)
-    raw, weight = packed(name, *shape)
     entries = [f"-DKTD_ENTRIES=kEntries{name}"] if name in IN_TRITS else []
-    flags = ("-std=c++20", "-w", f"-DKTD_TYPE={name}", *entries)
-    library = compiled(tmp_path, KERNEL, *flags)
-    want = planes_of_file(host, name, raw, shape)
-    np.testing.assert_array_equal(planes_of_packed(library.run, name, weight), want)
+    library = compiled(tmp_path, KERNEL, "-std=c++20", "-w", f"-DKTD_TYPE={name}", *entries)
+    # Neighbours write together: of one row, of two groups of rows, of two matrices, beside filling.
+    for shape in [(3, 41, 512), (5, 33, 256), (2, 17, 1280)]:
+        raw, weight = packed(name, *shape)
+        got, want = planes_of_packed(library.run, name, weight), planes_of_file(host, name, raw, shape)
+        np.testing.assert_array_equal(got, want, err_msg=str(shape))
 
 
 @pytest.mark.slow

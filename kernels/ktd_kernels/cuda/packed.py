@@ -15,7 +15,6 @@ from ktd_kernels.cuda.driver import Module
 from ktd_kernels.cuda.weight import GpuWeight, architecture, launch_over
 
 _GROUP_ROWS, _BLOCK = 16, 256
-_SIDE_BY_SIDE = 4  # packed blocks whose rows a warp of unpack.cu holds
 
 #: Bytes of 16 rows x 256 columns for each layout and tensor type that can be unpacked here: the structs of
 #: unpack.cuh. Layouts have their names from ktd_kernels.Weight.layout.
@@ -78,8 +77,7 @@ def weight_of(data: torch.Tensor, layout: str, ggml_type: int, shape: Sequence[i
     arguments.packed, arguments.out = data.data_ptr(), weight.data.data_ptr()
     with torch.cuda.device(weight.index):
         kernel = _module(ggml_type, weight.index).function("unpack")
-        quads = -(-arguments.packed_blocks // _SIDE_BY_SIDE)
-        launch_over(kernel, weight.index, quads * _SIDE_BY_SIDE * _GROUP_ROWS, arguments)
+        launch_over(kernel, weight.index, arguments.packed_blocks * _GROUP_ROWS, arguments)
     return weight
 
 
