@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit_daemon import free_port
 
 from ktd import checks
 from ktd.errors import SettingsError
@@ -60,6 +61,8 @@ def test_what_is_bad_has_a_remedy_and_an_exit_code(
             "sse9",
             "--port",
             port,
+            "--grpc-port",
+            str(free_port()),
             "--gguf-path",
             "no.gguf",
             "--ram",
