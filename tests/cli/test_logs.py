@@ -44,6 +44,15 @@ def test_a_full_disk_is_told_once_and_the_log_goes_on_when_there_is_room(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_the_lock_stays_when_the_log_is_rotated(made: tuple[logging.Logger, Path]) -> None:
+    logger, path = made
+    for _ in range(20):
+        logger.error(LINE)
+    assert path.with_name("ktd.log.1").exists()
+    with pytest.raises(BlockingIOError):
+        LogFile(path)
+
+
 def test_a_folder_that_allows_no_renaming_loses_no_line(
     made: tuple[logging.Logger, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

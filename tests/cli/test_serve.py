@@ -102,7 +102,10 @@ def test_settings_that_cannot_be_met(
     certificate = ["--ssl-certfile", "no.pem", "--ssl-keyfile", "no.pem"]
     assert "certificate" in refusal(capfd, monkeypatch, *certificate)
     Path("occupied").write_text("")
-    assert "log" in refusal(capfd, monkeypatch, "--log-dir", "occupied")
+    said = refusal(capfd, monkeypatch, "--log-dir", "occupied")
+    assert "The log occupied/ktd.log cannot be written" in said
+    record = json.loads(Path("ktd", f"serve-{os.environ['KTD_GRPC_PORT']}.json").read_text())
+    assert (record["stage"], record["message"]) == ("refused", said.removeprefix("ktd: "))
 
 
 @pytest.mark.parametrize("door", ["KTD_PORT", "KTD_GRPC_PORT"])
@@ -140,6 +143,28 @@ def test_signals_that_rotate_logs_elsewhere_end_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "alive\n"
     assert done.stderr.count("most recent call first") == 2
+
+
+def test_one_log_for_two_daemons() -> None:
+    """On ports of its own, or on the same ones: the second says it and leaves the first's log alone."""
+    with serving("--log-dir", "logs") as first:
+        began = Path("logs/ktd.log").read_text()
+        for ports in (), ("--port", str(free_port()), "--grpc-port", str(free_port())):
+            second = subprocess.run(
+                [KTD, "serve", "--log-dir", "logs", *ports],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert second.returncode == 2
+            assert second.stderr.startswith("ktd: The log logs/ktd.log is being written by another process")
+            assert "--log-file" in second.stderr
+        assert Path("logs/ktd.log").read_text() == began
+        first.kill()
+        first.wait()
+    with serving("--log-dir", "logs"):
+        assert "Ready after" in Path("logs/ktd.log").read_text().removeprefix(began)
 
 
 @pytest.mark.slow

@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     from ktd.server.run_record import RunRecordFile
 
     settings = load(args)
-    logs.configure(settings)
     faulthandler.enable(2)  # last words of a fault in what is not Python
     survive_user_signals()
     raise_descriptor_limit()
@@ -49,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if last and last.serving:
         # That daemon's record stays as it is; this one will find its port taken.
         try:
+            logs.configure(settings)
             return _serve(settings, lambda: None)
         except UserError as error:
             logs.last_words(str(error))
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for number in stop_signals():
         signal.signal(number, lambda number, frame: sys.exit(0))
     try:
+        logs.configure(settings)
         if record.pause:
             log.warning("%d crashes in ten minutes: starting in %g s", len(record.crashes), record.pause)
             file.write(record.now("pausing", f"It crashed {len(record.crashes)} times in ten minutes."))

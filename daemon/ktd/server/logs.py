@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 
 from ktd.errors import SettingsError
@@ -17,9 +19,27 @@ _FILES = 5
 
 
 class LogFile(RotatingFileHandler):
-    """Does without the file while it cannot be written, as on a full disk, and says so once."""
+    """Does without the file while it cannot be written, as on a full disk, and says so once.
+
+    The process that writes it holds a lock on it: two would rename it under each other, and whose a line is
+    could not be told. Raises OSError, BlockingIOError where another process has it.
+    """
 
     _said = False
+    _ours = False
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not self._ours:
+                stream.close()
+                raise
+        except OSError:
+            pass  # of a file system without locks
+        self._ours = True
+        return stream
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Drops the record and what the stream could not write; the next record opens the file again."""
@@ -47,13 +67,19 @@ class LogFile(RotatingFileHandler):
 
 
 def configure(settings: Settings) -> None:
-    """Sets up logging for the process. Raises SettingsError when the log's folder cannot be written."""
+    """Sets up logging for the process. Raises SettingsError when the log cannot be written, or is another
+    daemon's."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if settings.log_dir:
         path = settings.log_dir / settings.log_file
         try:
             settings.log_dir.mkdir(parents=True, exist_ok=True)
             handlers.append(LogFile(path, maxBytes=_BYTES, backupCount=_FILES, encoding="utf-8"))
+        except BlockingIOError:
+            raise SettingsError(
+                f"The log {path} is being written by another process, probably another ktd: stop that one, or"
+                " name another log with --log-file."
+            ) from None
         except OSError as error:
             raise SettingsError(f"The log {path} cannot be written: {error}.") from error
     logging.basicConfig(
