@@ -118,6 +118,11 @@ class SplitExperts:
         if not any(share for share, _ in shares):
             self._others.start(experts, v)
             return
+        ids = v.expert_ids.clone()
+        for share, rows in shares:
+            ids[rows].masked_fill_(ids[rows] >= share, -1)
+        # First, since what it leaves on the host would queue behind the rows that go there.
+        self._sent.sort(experts, ids, v)
         jobs = [
             self._exchange.job(self._cpu, experts, v.n, rows, share)
             for share, rows in shares
@@ -129,10 +134,6 @@ class SplitExperts:
                 self._exchange.send(v)
                 for job in jobs:
                     self._exchange.device.launch(job)
-        ids = v.expert_ids.clone()
-        for share, rows in shares:
-            ids[rows].masked_fill_(ids[rows] >= share, -1)
-        self._sent.sort(experts, ids, v)
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says. What was sent is added first."""
