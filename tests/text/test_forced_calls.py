@@ -10,13 +10,15 @@ from dataclasses import replace
 import jsonschema
 import numpy as np
 import pytest
+from kit_engine import Clock
 from kit_text import DEEPSEEK, ModelOf
+from llguidance import LLMatcher
 
 from ktd.chat.tool_calls import Said, ToolCallParser
 from ktd.errors import RequestError
 from ktd.text import TextModel
 from ktd.text.forced_calls import MOST_CALLS, calls_grammar
-from ktd.text.grammar import ReplyConstraint
+from ktd.text.grammar import Grammars, ReplyConstraint
 from ktd.types import ChatRequest, Message, Tool, ToolCall
 
 SCHEMAS = {
@@ -116,9 +118,21 @@ def test_a_model_without_tokens_for_calls() -> None:
         calls_grammar({}, TOOLS, ["{}", "{}"], fenced=True, one=True)
 
 
-def test_tools_that_take_long_are_given_up(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits gives up in time, but others need the thread."""
-    text = model_of("deepseek-r1")
-    monkeypatch.setattr("ktd.text.grammar._MOST_SECONDS", -1.0)
+@pytest.mark.parametrize(("seconds", "compiled"), [(3.0, 1), (1.5, 2)])
+def test_tools_that_take_long_are_given_up(
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch, seconds: float, compiled: int
+) -> None:
+    """Whoever waits gives up in time, but others need the thread: those that took half of it one by one, the
+    last one too, are not compiled together."""
+    text, clock, compile_one, seen = model_of("deepseek-r1"), Clock(), Grammars._compiled, list[str]()
+
+    def slow(grammars: Grammars, grammar: str, what: str) -> LLMatcher:
+        seen.append(what)
+        clock.advance(seconds)
+        return compile_one(grammars, grammar, what)
+
+    monkeypatch.setattr("ktd.text.grammar.monotonic", clock)
+    monkeypatch.setattr(Grammars, "_compiled", slow)
     with pytest.raises(RequestError, match="The 2 tools take too long to compile"):
         begin(text, REQUEST)
+    assert len(seen) == compiled

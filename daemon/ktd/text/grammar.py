@@ -33,7 +33,7 @@ _AFTER_THOUGHT = (b"\n", b"\n\n")
 _BLANKS = r" |\n{1,2}[ \t]{0,40}"
 # The default for lexer states, five times as many, could take 500 MB a request.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-# For tools one by one; all together take as long again. Whoever waited has left then: the thread has not.
+# For a request's tools. Whoever waited has left then: the thread has not.
 _MOST_SECONDS = 5.0
 _CAN_BE_IGNORED = ("Unimplemented keys", "Unknown format", "oneOf")
 
@@ -91,15 +91,15 @@ class Grammars:
         Raises RequestError for parameters that are no schema, for too much of them, and as `calls_grammar`.
         """
         schemas = [arguments_schema(tool, {"whitespace_pattern": _BLANKS, "lenient": True}) for tool in tools]
-        end = monotonic() + _MOST_SECONDS
+        end = monotonic() + _MOST_SECONDS / 2  # all together take as long again, and cannot be interrupted
         for tool, schema in zip(tools, schemas, strict=True):
+            self._compiled(
+                LLMatcher.grammar_from_json_schema(schema), f'The schema of the tool "{tool.name}"'
+            )
             if monotonic() > end:
                 raise RequestError(
                     f"The {len(tools)} tools take too long to compile: send fewer or simpler ones."
                 )
-            self._compiled(
-                LLMatcher.grammar_from_json_schema(schema), f'The schema of the tool "{tool.name}"'
-            )
         grammar = calls_grammar(self.vocabulary.structural, tools, schemas, fenced=fenced, one=one)
         return self._compiled(LLMatcher.grammar_from_lark(grammar), "The tools")
 
