@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -271,6 +272,27 @@ def test_our_figures_outlive_a_peer_that_does_not_run(ktd: Run, gguf_file: Path)
     assert code == 2
     assert "Reading a prompt" in out
     assert "llama.cpp does not run" in err
+
+
+def test_flags_that_the_peer_does_not_run_with_are_left_out(
+    ktd: Run, gguf_file: Path, tmp_path: Path
+) -> None:
+    """As llama.cpp beside a GPU without flash attention: 16,384 tokens want more memory than there is."""
+    peer = tmp_path / "python"
+    peer.write_text(
+        "#!/bin/sh\n"
+        """case "$2" in *'"flash_attention": false'*) echo 'out of memory' >&2; exit 1;; esac\n"""
+        """echo '{"prefill": [2.5], "decode": [[0.5]]}'\n"""
+    )
+    peer.chmod(0o755)
+    options = ("--prompts", "5", "--sequences", "1", "--answer", "4", "--cpu-infer", "1")
+    code, out, _ = ktd(
+        "bench", "model", str(gguf_file), *options, "--against", "llama.cpp", "--peer-python", str(peer)
+    )
+    assert code == 0
+    assert "500.0" in out  # its milliseconds
+    for repack in ("on", "off"):
+        assert re.search(f"repack {repack},\\s+flash attention\\s+off:\\s+out of\\s+memory", out)
 
 
 @pytest.mark.peers

@@ -24,10 +24,12 @@ class PeerFigure:
 
 @dataclass(frozen=True, slots=True)
 class PeerResult:
-    """In the order of ModelResult: one for each prompt, and for each (context, sequences)."""
+    """In the order of ModelResult: one for each prompt, and for each (context, sequences). `left_out` says
+    which flags it did not run with, and why."""
 
     prefill: list[PeerFigure]
     decode: list[PeerFigure]
+    left_out: list[str]
 
 
 def measure_llama_cpp(
@@ -44,8 +46,10 @@ def measure_llama_cpp(
     say: Callable[[str], None],
 ) -> PeerResult:
     """Measures with every combination of weight repacking and flash attention and keeps the best of each
-    figure. With `gpu` its routed experts stay on the CPU. Raises UserError where llama.cpp does not run."""
+    figure; one that llama.cpp does not run, for want of memory say, is left out. With `gpu` its routed
+    experts stay on the CPU. Raises UserError where it runs none."""
     runs = []
+    left_out = []
     # Nothing of what is left to the CPU beside a GPU has a repacked form in llama.cpp.
     for repack, flash in product((False,) if gpu else (False, True), (False, True)):
         flags = f"repack {'on' if repack else 'off'}, flash attention {'on' if flash else 'off'}"
@@ -59,11 +63,14 @@ def measure_llama_cpp(
             [python, _SCRIPT, json.dumps(asked)], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise UserError(f"llama.cpp does not run {path.name} with {python}: {last}")
+            last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            left_out.append(f"llama.cpp does not run {path.name} with {python}, {flags}: {last}")
+            continue
         measured = json.loads(done.stdout.splitlines()[-1])
         decode = [seconds for row in measured["decode"] for seconds in row]
         runs.append((flags, [*measured["prefill"], *decode]))
+    if not runs:
+        raise UserError(left_out[0])
     best = [min((seconds[i], flags) for flags, seconds in runs) for i in range(len(runs[0][1]))]
     figures = [PeerFigure(*one) for one in best]
-    return PeerResult(figures[: len(prompts)], figures[len(prompts) :])
+    return PeerResult(figures[: len(prompts)], figures[len(prompts) :], left_out)

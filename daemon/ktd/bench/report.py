@@ -153,6 +153,8 @@ def print_model(result: ModelResult, peer: PeerResult | None) -> None:
         names,
         rows,
     )
+    for reason in peer.left_out if peer is not None else ():
+        print(reason)
 
 
 def print_serve(title: str, results: Sequence[ServeResult]) -> None:
