@@ -87,6 +87,12 @@ class Weight:
         """
 
     @property
+    def slices(self) -> list[int]:
+        """
+        How many of `bytes` each node of memory owns, one after the other; all where it is not sliced.
+        """
+
+    @property
     def copied(self) -> bool:
         """
         Whether Cpu.pack has copied it to memory of its own; else its bytes are those it was made of.
@@ -107,9 +113,15 @@ class Weight:
 class Cpu:
     """A pinned thread pool and the kernels of one instruction set."""
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(self, threads: int | None = None, isa: str | None = None, nodes: Sequence[Sequence[int]] | None = None) -> None:
         """
-        threads: default one per physical core within the cgroup's quota; isa: default KTD_ISA or the best.
+        threads: default one per physical core within the cgroup's quota; isa: default KTD_ISA or the best; nodes: CPUs next to each node of memory, to pin threads to, default as the system says.
+        """
+
+    @property
+    def nodes(self) -> list[int]:
+        """
+        Numbers of the nodes of memory that own a slice each of what is packed so; empty where there is one.
         """
 
     @property
@@ -153,9 +165,9 @@ class Cpu:
         Bytes of such a weight after `pack`, or 0 where the file's own blocks are multiplied best.
         """
 
-    def pack(self, w: Weight) -> Weight:
+    def pack(self, w: Weight, sliced: bool = False) -> Weight:
         """
-        A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the same bits. It lies where the calling thread's memory policy says. Raises ValueError where packed_bytes is 0.
+        A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the same bits. It lies where the calling thread's memory policy says; `sliced`, for `moe` alone: each of `nodes` owns some rows of every matrix, which its threads write. Raises ValueError where packed_bytes is 0.
         """
 
     def packed(self, data: Annotated[NDArray[numpy.uint8], dict(device='cpu', writable=False)], ggml_type: int, shape: Sequence[int]) -> Weight:

@@ -1,8 +1,10 @@
 """Where weights lie on machines with several nodes of memory (NUMA), most often one for each socket.
 
-A page lies on the node of the thread that touches it first, unless a memory policy says otherwise. Threads of
-all nodes read all weights, so weights are to lie on all nodes in turn: then every memory channel serves, and
-no node is asked for more than its part. Linux is asked by system call, since libnuma may be missing.
+A page lies on the node of the thread that touches it first, unless a memory policy says otherwise. Experts
+that are packed at load lie in slices: each node owns some rows of all of them (`Cpu.pack`), which its threads
+write and then multiply. All other weights are read by threads of all nodes, and are to lie on all nodes in
+turn: then every memory channel serves, and no node is asked for more than its part. Linux is asked by system
+call, since libnuma may be missing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktd_kernels._C import read_topology
+import numpy as np
+
+from ktd_kernels._C import Cpu, Weight, read_topology
 
 _ARM = platform.machine() == "aarch64"
 _SET_MEMPOLICY, _GET_MEMPOLICY, _MOVE_PAGES = (237, 236, 239) if _ARM else (238, 239, 279)
@@ -101,6 +105,34 @@ def pages_by_node(areas: Sequence[tuple[int, int]], sample: int = 2048) -> dict[
     where = (ctypes.c_int * sample)()
     _call(_MOVE_PAGES, 0, sample, (ctypes.c_void_p * sample)(*pages), None, where, 0)
     return dict(Counter(node if node >= 0 else None for node in where))
+
+
+def pages_at_home(weights: Sequence[Weight], nodes: Sequence[int], sample: int = 2048) -> float:
+    """Of `sample` random pages of each node's slices the share on that node, without those that are not seen.
+
+    nodes: those of the Cpu that packed `weights`.
+
+    Raises OSError where the system does not tell.
+    """
+    found: Counter[bool] = Counter()
+    for i, node in enumerate(nodes):
+        areas = [(w.bytes.ctypes.data + sum(w.slices[:i]), w.slices[i]) for w in weights if w.slices[i]]
+        if areas:
+            # A page that the system watches for who uses it may count as absent.
+            for where, count in pages_by_node(areas, sample).items():
+                if where is not None:
+                    found[where == node] += count
+    return found[True] / max(found.total(), 1)
+
+
+def sliced_sample(cpu: Cpu) -> Weight | None:
+    """A stack of 64 MiB in the slices of `cpu`, to see where such weights come to lie; None where it packs
+    none."""
+    iq1_s, row, shape = 19, 8 * 50, (192, 1024, 2048)
+    if not cpu.packed_bytes(iq1_s, shape):
+        return None
+    blocks = np.zeros(shape[0] * shape[1] * row, np.uint8)  # all of it one page of zeros
+    return cpu.pack(Weight(blocks, iq1_s, shape), sliced=True)
 
 
 def _interleave(nodes: Sequence[int]) -> Interleaving:

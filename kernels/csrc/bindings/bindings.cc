@@ -8,8 +8,10 @@
 
 #include <stdlib.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "machine/bandwidth.h"
 #include "isa/dispatch.h"
@@ -26,8 +28,26 @@ namespace {
 using Floats = Array<float>;
 using ConstFloats = Array<const float>;
 
-std::unique_ptr<Cpu> make_cpu(std::optional<int> threads, std::optional<std::string> isa) {
-  const Topology topology = read_topology("", allowed_cpus());
+// What `read_topology` says, but for nodes of memory that are named by their CPUs.
+Topology named_topology(const std::vector<std::vector<int>>& nodes) {
+  const std::vector<int> allowed = allowed_cpus();
+  std::vector<std::pair<int, int>> cores;
+  for (size_t node = 0; node < nodes.size(); ++node) {
+    if (nodes[node].empty()) reject("nodes names no CPU of node " + std::to_string(node) + ".");
+    for (const int cpu : nodes[node]) {
+      if (std::find(allowed.begin(), allowed.end(), cpu) == allowed.end())
+        reject("nodes names CPU " + std::to_string(cpu) + ", which this process may not use.");
+      cores.push_back({cpu, static_cast<int>(node)});
+    }
+  }
+  Topology topology{{}, {}, std::max(1, static_cast<int>(cores.size())), false};
+  take_turns(topology, cores);
+  return topology;
+}
+
+std::unique_ptr<Cpu> make_cpu(std::optional<int> threads, std::optional<std::string> isa,
+                              const std::optional<std::vector<std::vector<int>>>& nodes) {
+  const Topology topology = nodes ? named_topology(*nodes) : read_topology("", allowed_cpus());
   const int count = threads.value_or(topology.threads);
   if (count < 1 || count > 1024)
     reject("threads is " + std::to_string(count) + ", but must be from 1 to 1024.");
@@ -40,8 +60,9 @@ std::unique_ptr<Cpu> make_cpu(std::optional<int> threads, std::optional<std::str
     reject(error.what());
   }
   // Pinning helps only while every thread has a core of its own.
-  const bool pin = !topology.limited && count <= static_cast<int>(topology.cores.size());
-  return std::make_unique<Cpu>(count, pin ? topology.cores : std::vector<int>{}, *table);
+  const bool pin = nodes || (!topology.limited && count <= static_cast<int>(topology.cores.size()));
+  if (!pin) return std::make_unique<Cpu>(count, std::vector<int>{}, *table);
+  return std::make_unique<Cpu>(count, topology.cores, *table, find_homes(topology, count));
 }
 
 void init_weight(PyWeight* self, Array<const uint8_t> data, int ggml_type, std::vector<int64_t> shape) {
@@ -106,8 +127,18 @@ nb::object weight_bytes(const PyWeight& w) {
   return nb::cast(nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(w.data, {size}, w.owner));
 }
 
+std::vector<int64_t> weight_slices(const PyWeight& w) {
+  std::vector<int64_t> sizes;
+  for (int node = 0; node < w.nodes; ++node) {
+    const RowRange own = w.slice(node);
+    sizes.push_back(w.count * ((own.size() + w.group_rows() - 1) / w.group_rows()) * w.row_bytes);
+  }
+  return sizes;
+}
+
 PyWeight weight_part(const PyWeight& w, int64_t first, int64_t count) {
   if (w.dims != 3) reject("Only a stack of matrices has parts.");
+  if (w.nodes > 1) reject("A stack that nodes of memory share has no parts.");
   if (first < 0 || count < 0 || count > w.count - first)
     reject(std::to_string(count) + " matrices from " + std::to_string(first) +
            " on do not lie within a stack of " + std::to_string(w.count) + ".");
@@ -127,8 +158,13 @@ void check_matrix(const Cpu& cpu, const PyWeight& w, const char* name, int dims)
            " does not know; pack it with the Cpu that multiplies it.");
 }
 
+void check_whole(const PyWeight& w) {
+  if (w.nodes > 1) reject("w is shared by nodes of memory, for Cpu.moe alone; pack it without `sliced`.");
+}
+
 void py_linear(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out, bool accumulate) {
   check_matrix(cpu, w, "w", 2);
+  check_whole(w);
   check_array(x, "x", {-1, w.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(out, "out", {n, w.rows}, true);
@@ -138,6 +174,7 @@ void py_linear(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out, bool accu
 
 void py_linear_heads(Cpu& cpu, const PyWeight& w, ConstFloats x, Floats out) {
   check_matrix(cpu, w, "w", 3);
+  check_whole(w);
   check_array(x, "x", {-1, w.count, w.cols}, true);
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(out, "out", {n, w.count, w.rows}, true);
@@ -178,6 +215,10 @@ void check_gated(const Cpu& cpu, const PyWeight& gate, const PyWeight& up, const
            shape_text(weight_shape(gate).data(), static_cast<size_t>(dims)) + ", " +
            shape_text(weight_shape(up).data(), static_cast<size_t>(dims)) + ", " +
            shape_text(weight_shape(down).data(), static_cast<size_t>(dims)) + ".");
+  for (const PyWeight* w : {&gate, &up, &down})
+    if (w->nodes > 1 && w->nodes != cpu.pool.nodes())
+      reject("A weight is shared by " + std::to_string(w->nodes) + " nodes of memory, but this Cpu has " +
+             std::to_string(cpu.pool.nodes()) + "; pack it with the Cpu that multiplies it.");
 }
 
 namespace {
@@ -273,6 +314,9 @@ NB_MODULE(_C, m) {
       .def_prop_ro(
           "layout", [](const PyWeight& w) { return w.layout ? w.layout->name : "file"; },
           "'file' for GGUF blocks, else the name of the layout that Cpu.pack chose.")
+      .def_prop_ro("slices", &weight_slices,
+                   "How many of `bytes` each node of memory owns, one after the other; all where it is not "
+                   "sliced.")
       .def_ro("copied", &PyWeight::copied,
               "Whether Cpu.pack has copied it to memory of its own; else its bytes are those it was made of.")
       .def_prop_ro(
@@ -284,9 +328,12 @@ NB_MODULE(_C, m) {
            "float32 array of `shape`, bit-equal to gguf.quants.dequantize.");
 
   nb::class_<Cpu> cpu(m, "Cpu", "A pinned thread pool and the kernels of one instruction set.");
-  cpu.def(nb::new_(&make_cpu), "threads"_a = nb::none(), "isa"_a = nb::none(),
+  cpu.def(nb::new_(&make_cpu), "threads"_a = nb::none(), "isa"_a = nb::none(), "nodes"_a = nb::none(),
           "threads: default one per physical core within the cgroup's quota; isa: default KTD_ISA or the "
-          "best.")
+          "best; nodes: CPUs next to each node of memory, to pin threads to, default as the system says.")
+      .def_ro("nodes", &Cpu::nodes,
+              "Numbers of the nodes of memory that own a slice each of what is packed so; empty where there "
+              "is one.")
       .def_prop_ro("isa", [](const Cpu& self) { return self.table.name; })
       .def_prop_ro("threads", [](const Cpu& self) { return self.pool.threads(); })
       .def("hand_off", &py_hand_off, "loops"_a = 1000, "gap"_a = 0.0,

@@ -31,24 +31,24 @@ void follow_policy(uint8_t* data, size_t size) {
 }
 
 // Huge pages where the system grants them: a product walks many megabytes in a row.
-std::unique_ptr<uint8_t, Free> allocate(int64_t bytes) {
+std::unique_ptr<uint8_t, Free> allocate(int64_t bytes, bool at_home) {
   constexpr size_t kHuge = 2 << 20;
   const size_t unit = static_cast<size_t>(bytes) >= kHuge ? kHuge : 4096;
   const size_t size = (static_cast<size_t>(bytes) + unit) / unit * unit;
   std::unique_ptr<uint8_t, Free> data(static_cast<uint8_t*>(aligned_alloc(unit, size)));
   if (!data) throw std::bad_alloc();
   if (unit == kHuge) madvise(data.get(), size, MADV_HUGEPAGE);
-  follow_policy(data.get(), size);
+  if (!at_home) follow_policy(data.get(), size);
   return data;
 }
 
-PyWeight py_pack(Cpu& cpu, const PyWeight& w) {
-  const std::optional<Weight> packed = packed_weight(cpu, w);
+PyWeight py_pack(Cpu& cpu, const PyWeight& w, bool sliced) {
+  const std::optional<Weight> packed = packed_weight(cpu, w, sliced);
   if (!packed)
     reject(w.layout ? std::string("w is packed already.")
                     : std::string("Instruction set ") + cpu.table.name + " multiplies " +
                           format_info(w.format).name + " as it lies in the file; do not pack it.");
-  std::unique_ptr<uint8_t, Free> data = allocate(packed->nbytes());
+  std::unique_ptr<uint8_t, Free> data = allocate(packed->nbytes(), packed->nodes > 1);
   {
     nb::gil_scoped_release released;
     pack(cpu, w, *packed, data.get());
@@ -83,10 +83,12 @@ void bind_pack(nb::class_<Cpu>& cpu) {
   using namespace nb::literals;
   cpu.def("packed_bytes", &packed_bytes, "ggml_type"_a, "shape"_a,
           "Bytes of such a weight after `pack`, or 0 where the file's own blocks are multiplied best.")
-      .def("pack", &py_pack, "w"_a,
-           "A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the "
-           "same bits. It lies where the calling thread's memory policy says. Raises ValueError where "
-           "packed_bytes is 0.")
+      .def(
+          "pack", &py_pack, "w"_a, "sliced"_a = false,
+          "A copy of w, of the same values, in the layout that this Cpu multiplies fastest; results are the "
+          "same bits. It lies where the calling thread's memory policy says; `sliced`, for `moe` alone: each "
+          "of `nodes` owns some rows of every matrix, which its threads write. Raises ValueError where "
+          "packed_bytes is 0.")
       .def(
           "packed", &py_packed, "data"_a.noconvert(), "ggml_type"_a, "shape"_a,
           "The weight whose `bytes` an earlier `pack` has made, by a Cpu with the same layout for this type; "

@@ -7,6 +7,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "machine/pause.h"
 
 namespace ktd {
@@ -40,7 +43,11 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
 
 }  // namespace
 
-Pool::Pool(int threads, std::vector<int> cores) : threads_(threads), taking_part_(threads) {
+Pool::Pool(int threads, std::vector<int> cores, std::vector<int> homes)
+    : threads_(threads),
+      taking_part_(threads),
+      homes_(std::move(homes)),
+      nodes_(homes_.empty() ? 1 : *std::max_element(homes_.begin(), homes_.end()) + 1) {
   for (int i = 1; i < threads; ++i) {
     const int core = cores.empty() ? -1 : cores[static_cast<size_t>(i) % cores.size()];
     workers_.emplace_back([this, i, core] { work(i, core); });
@@ -55,33 +62,52 @@ Pool::~Pool() {
 }
 
 void Pool::drain(int thread) {
-  int64_t begin = next_.load(std::memory_order_relaxed);
-  while (begin < n_) {
-    const int64_t share = (n_ - begin) / (kShares * threads_);
+  const int home = used_ > 1 ? homes_[static_cast<size_t>(thread)] : 0;
+  for (int i = 0; i < (at_home_ ? 1 : used_); ++i) drain_queue((home + i) % used_, thread);
+}
+
+void Pool::drain_queue(int node, int thread) {
+  Queue& queue = queues_[node];
+  const int64_t size = queue.size;
+  int64_t begin = queue.next.load(std::memory_order_relaxed);
+  while (begin < size) {
+    const int64_t share = (size - begin) * used_ / (kShares * threads_);
     const int64_t most = share < grain_ ? grain_ : share < kRun * grain_ ? share : kRun * grain_;
-    const int64_t end = begin + most < n_ ? begin + most : n_;
-    if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-    task_.call(task_.context, begin, end, thread);
-    begin = next_.load(std::memory_order_relaxed);
+    const int64_t end = begin + most < size ? begin + most : size;
+    if (!queue.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+    task_.call(task_.context, node, begin, end, thread);
+    begin = queue.next.load(std::memory_order_relaxed);
   }
 }
 
-void Pool::run(int64_t n, int64_t grain, Task task) {
+void Pool::run(std::span<const int64_t> sizes, int64_t grain, Task task, bool at_home) {
+  int64_t n = 0;
+  for (const int64_t size : sizes) n += size;
   if (n <= 0) return;
-  if (workers_.empty() || n <= grain) {
-    task.call(task.context, 0, n, 0);
+  if (workers_.empty() || (n <= grain && !at_home)) {
+    for (size_t node = 0; node < sizes.size(); ++node)
+      if (sizes[node] > 0) task.call(task.context, static_cast<int>(node), 0, sizes[node], 0);
     return;
   }
   task_ = task;
-  n_ = n;
   grain_ = grain;
-  next_.store(0, std::memory_order_relaxed);
+  used_ = static_cast<int>(sizes.size());
+  at_home_ = at_home;
+  for (size_t node = 0; node < sizes.size(); ++node) {
+    queues_[node].size = sizes[node];
+    queues_[node].next.store(0, std::memory_order_relaxed);
+  }
   const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
   state_.store(static_cast<uint64_t>(epoch) << 32 | kOpen, std::memory_order_release);
   epoch_.store(epoch, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(epoch_);
 
-  drain(0);
+  if (at_home) {
+    for (int node = 0; node < used_; ++node)
+      while (queues_[node].next.load(std::memory_order_relaxed) < queues_[node].size) sched_yield();
+  } else {
+    drain(0);
+  }
 
   // Close the loop to late-comers, then wait for those inside to finish their last piece.
   uint64_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel);

@@ -5,14 +5,17 @@
 
 #include <atomic>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
 
+#include "machine/topology.h"
+
 namespace ktd {
 
-// A loop body without allocation: `call(context, begin, end, thread)`.
+// A loop body without allocation: `call(context, node, begin, end, thread)`.
 struct Task {
-  void (*call)(void* context, int64_t begin, int64_t end, int thread);
+  void (*call)(void* context, int node, int64_t begin, int64_t end, int thread);
   void* context;
 };
 
@@ -22,24 +25,37 @@ struct Task {
 class Pool {
  public:
   // `cores`: CPU of each thread for pinning, or empty for no pinning. Thread 0 is the caller and is not
-  // pinned.
-  Pool(int threads, std::vector<int> cores);
+  // pinned. `homes`: the node of memory of each thread, counted from 0, each that of a worker too, or empty
+  // for one node.
+  Pool(int threads, std::vector<int> cores, std::vector<int> homes = {});
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return threads_; }
+  int nodes() const { return nodes_; }
 
   // Runs body(begin, end, thread) over [0, n) in pieces of `grain`, several in a row while many are left.
   // Calls from several threads take turns: hold `turn()` around a sequence of loops that share scratch. The
   // body must not throw.
   template <class Body>
   void parallel_for(int64_t n, int64_t grain, Body&& body) {
-    Task task{[](void* context, int64_t begin, int64_t end, int thread) {
-                (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end, thread);
-              },
-              const_cast<void*>(static_cast<const void*>(&body))};
-    run(n, grain, task);
+    const auto whole = [&](int, int64_t begin, int64_t end, int thread) { body(begin, end, thread); };
+    run({&n, 1}, grain, task_of(whole), false);
+  }
+
+  // The same, body(node, begin, end, thread), over [0, sizes[node]) of every node: a thread takes pieces of
+  // its own node as long as there are any, then helps the others.
+  template <class Body>
+  void parallel_for_nodes(std::span<const int64_t> sizes, Body&& body) {
+    run(sizes, 1, task_of(body), false);
+  }
+
+  // The same by workers of the node alone, for which the caller waits: the first to touch a page are those
+  // next to whom it is to lie. Where there is one node, everybody takes part.
+  template <class Body>
+  void parallel_at_home(std::span<const int64_t> sizes, Body&& body) {
+    run(sizes, 1, task_of(body), nodes() > 1);
   }
 
   std::unique_lock<std::mutex> turn() { return std::unique_lock<std::mutex>(turn_); }
@@ -61,17 +77,37 @@ class Pool {
   };
 
  private:
-  void run(int64_t n, int64_t grain, Task task);
+  // Pieces of one node: those before `next` are taken.
+  struct alignas(64) Queue {
+    std::atomic<int64_t> next{0};
+    int64_t size = 0;
+  };
+
+  template <class Body>
+  static Task task_of(Body& body) {
+    return {[](void* context, int node, int64_t begin, int64_t end, int thread) {
+              (*static_cast<Body*>(context))(node, begin, end, thread);
+            },
+            const_cast<void*>(static_cast<const void*>(&body))};
+  }
+
+  void run(std::span<const int64_t> sizes, int64_t grain, Task task, bool at_home);
   void work(int thread, int core);
   void drain(int thread);
+  void drain_queue(int node, int thread);
   bool try_enter(uint32_t epoch);
 
   const int threads_;
   std::atomic<int> taking_part_;  // threads from this one on sit loops out
   std::mutex turn_;
-  Task task_{};
-  int64_t n_ = 0, grain_ = 1;
-  alignas(64) std::atomic<int64_t> next_{0};
+  const std::vector<int> homes_;
+  const int nodes_;
+  alignas(64) Task task_{};  // what a worker reads of a loop, in one line of the cache
+  int used_ = 1;
+  int64_t grain_ = 1;
+  bool at_home_ = false;
+  // A loop uses the first or one for each node. In place: a worker need not wait for their address.
+  Queue queues_[kMaxNodes];
   // Epoch in the high half; in the low half bit 31 = the loop is open, below it the number of workers inside.
   alignas(64) std::atomic<uint64_t> state_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};  // what sleepers wait on

@@ -5,6 +5,7 @@
 #include <stdio.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <set>
 #include <utility>
@@ -76,21 +77,40 @@ std::vector<int> allowed_cpus() {
   return cpus;
 }
 
-Topology read_topology(const std::string& root, const std::vector<int>& cpus) {
-  Topology topology{{}, {}, 1, false};
-  std::set<int> seen;
+void take_turns(Topology& topology, const std::vector<std::pair<int, int>>& cores) {
   std::map<int, int> taken;                                // cores by node
   std::vector<std::pair<std::pair<int, int>, int>> turns;  // (how many of its node come before, node), core
-  for (const int cpu : cpus) {
-    if (!seen.insert(first_sibling(root, cpu)).second) continue;
-    const int node = node_of(root, cpu);
-    turns.push_back({{taken[node]++, node}, cpu});
-  }
+  for (const auto& [core, node] : cores) turns.push_back({{taken[node]++, node}, core});
   std::sort(turns.begin(), turns.end());
   for (const auto& [turn, core] : turns) {
     topology.cores.push_back(core);
     topology.nodes.push_back(turn.second);
   }
+}
+
+Homes find_homes(const Topology& topology, int threads) {
+  const auto node_of_thread = [&](int i) {
+    return topology.nodes[static_cast<size_t>(i) % topology.nodes.size()];
+  };
+  std::set<int> all, pinned;
+  for (int i = 0; i < threads; ++i) {
+    all.insert(node_of_thread(i));
+    if (i > 0) pinned.insert(node_of_thread(i));
+  }
+  if (all.size() < 2 || all.size() > kMaxNodes || pinned != all) return {};
+  Homes homes{{all.begin(), all.end()}, {}};
+  for (int i = 0; i < threads; ++i)
+    homes.threads.push_back(static_cast<int>(std::distance(all.begin(), all.find(node_of_thread(i)))));
+  return homes;
+}
+
+Topology read_topology(const std::string& root, const std::vector<int>& cpus) {
+  Topology topology{{}, {}, 1, false};
+  std::set<int> seen;
+  std::vector<std::pair<int, int>> cores;
+  for (const int cpu : cpus)
+    if (seen.insert(first_sibling(root, cpu)).second) cores.push_back({cpu, node_of(root, cpu)});
+  take_turns(topology, cores);
   topology.threads = std::max<int>(1, static_cast<int>(topology.cores.size()));
   const double quota = cgroup_cpus(root);
   if (quota > 0 && quota < topology.threads) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace ktd {
@@ -14,6 +15,21 @@ struct Topology {
   int threads;             // default pool size: physical cores, cut to the cgroup's CPU quota
   bool limited;            // a cgroup quota is below the core count, so pinning would do harm
 };
+
+// More share no weights: R1's experts have eight times 256 rows to share.
+inline constexpr int kMaxNodes = 16;
+
+// The nodes of memory that a pool's threads are pinned next to, by number, and which of them each thread is:
+// an index of `nodes`. Both empty where weights are not to be shared: one node, too many, or one that has
+// none but thread 0, which is not pinned.
+struct Homes {
+  std::vector<int> nodes, threads;
+};
+
+Homes find_homes(const Topology& topology, int threads);
+
+// Lets the nodes of (CPU, node) take turns.
+void take_turns(Topology& topology, const std::vector<std::pair<int, int>>& cores);
 
 // CPUs that the calling thread may run on, ascending.
 std::vector<int> allowed_cpus();

@@ -10,6 +10,7 @@
 #include "products/crossover.h"
 #include "isa/kernel_table.h"
 #include "machine/pool.h"
+#include "machine/topology.h"
 
 namespace ktd {
 
@@ -46,10 +47,13 @@ struct QuantizedRows {
 };
 
 struct Cpu {
-  Cpu(int threads, std::vector<int> cores, const KernelTable& table)
-      : pool(threads, std::move(cores)), table(table) {}
+  Cpu(int threads, std::vector<int> cores, const KernelTable& table, Homes homes = {})
+      : pool(threads, std::move(cores), std::move(homes.threads)),
+        nodes(std::move(homes.nodes)),
+        table(table) {}
 
   Pool pool;
+  const std::vector<int> nodes;  // of memory, that share the rows of a weight; empty: there is one
   const KernelTable& table;
 
   // What MatmulArgs::few should be in a call for `n` tokens; guarded by pool.turn(). Measured when it first

@@ -55,12 +55,13 @@ Activations quantize(Cpu& cpu, QuantizedRows& to, int64_t block, Rows<const floa
   return {q, scales, sums};
 }
 
-std::optional<Weight> packed_weight(const Cpu& cpu, const Weight& w) {
+std::optional<Weight> packed_weight(const Cpu& cpu, const Weight& w, bool sliced) {
   Weight packed = w;
   packed.data = nullptr;
   packed.layout = cpu.table.packed[static_cast<int>(w.format)].layout;
   if (w.layout != nullptr || packed.layout == nullptr) return std::nullopt;
   packed.row_bytes = packed.layout->group_bytes(w.cols);
+  if (sliced) packed.nodes = cpu.pool.nodes();
   return packed;
 }
 
@@ -68,19 +69,24 @@ void pack(Cpu& cpu, const Weight& w, const Weight& packed, uint8_t* data) {
   const auto pack_rows = cpu.table.packed[static_cast<int>(w.format)].pack;
   const auto turn = cpu.pool.turn();
   uint8_t* scratch = cpu.scratch();
-  const int64_t panels = (w.rows + kPanel - 1) / kPanel;
-  cpu.pool.parallel_for(w.count * panels, 1, [&](int64_t begin, int64_t end, int thread) {
+  const auto panels = [](RowRange slice) { return (slice.size() + kPanel - 1) / kPanel; };
+  int64_t pieces[kMaxNodes];
+  for (int node = 0; node < packed.nodes; ++node) pieces[node] = w.count * panels(packed.slice(node));
+  const auto body = [&](int node, int64_t begin, int64_t end, int thread) {
+    const RowRange slice = packed.slice(node);
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t matrix = piece / panels, row = piece % panels * kPanel;
+      const int64_t matrix = piece / panels(slice), row = slice.begin + piece % panels(slice) * kPanel;
       MatmulArgs args{};
       args.w = w.row(matrix, row);
       args.row_bytes = w.row_bytes;
-      args.rows = std::min(kPanel, w.rows - row);
+      args.rows = std::min(kPanel, slice.end - row);
       args.cols = w.cols;
       args.scratch = scratch + thread * kMatmulScratch;
       pack_rows(args, data + packed.offset(matrix, row));
     }
-  });
+  };
+  const std::span<const int64_t> sizes(pieces, static_cast<size_t>(packed.nodes));
+  packed.nodes > 1 ? cpu.pool.parallel_at_home(sizes, body) : cpu.pool.parallel_for_nodes(sizes, body);
 }
 
 void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<float> out, bool accumulate) {

@@ -26,11 +26,11 @@ inline auto matmul_of(const Cpu& cpu, const Weight& w) {
 void linear(Cpu& cpu, const Weight& w, Rows<const float> x, int64_t n, Rows<float> out, bool accumulate);
 
 // `w` as it will lie in the layout that this machine multiplies faster, without data yet; none where the
-// file's blocks are best.
-std::optional<Weight> packed_weight(const Cpu& cpu, const Weight& w);
+// file's blocks are best. `sliced`: each node of memory is to own a slice, for `moe` alone.
+std::optional<Weight> packed_weight(const Cpu& cpu, const Weight& w, bool sliced = false);
 
 // Copies `w`, which is in the file's blocks, to `packed` with room for its nbytes() at 64-byte aligned
-// `data`.
+// `data`. The workers of each node write its slices.
 void pack(Cpu& cpu, const Weight& w, const Weight& packed, uint8_t* data);
 
 // Into how many parts to cut `n` tokens if a product of so many rows is to make about `pieces` pieces.

@@ -46,9 +46,22 @@ struct Layer {
   Activations x_gate, x_up;
   Groups groups;
   int few_gate, few_up, few_down;  // MatmulArgs::few
-
-  int64_t hidden_chunks() const { return (hidden_size + hidden_chunk - 1) / hidden_chunk; }
 };
+
+// Runs body(node, its rows, begin, end, thread) over count(its rows) pieces of every node's share of `rows`,
+// whether the weights lie there or not: pieces and results are the same for any number of nodes.
+template <class Count, class Body>
+void for_pieces(Pool& pool, int64_t rows, Count&& count, Body&& body) {
+  const int nodes = pool.nodes();
+  int64_t sizes[kMaxNodes];
+  for (int node = 0; node < nodes; ++node) sizes[node] = count(slice_of(rows, node, nodes));
+  pool.parallel_for_nodes({sizes, static_cast<size_t>(nodes)},
+                          [&](int node, int64_t begin, int64_t end, int thread) {
+                            body(node, slice_of(rows, node, nodes), begin, end, thread);
+                          });
+}
+
+int64_t chunks_of(int64_t rows, int64_t chunk) { return (rows + chunk - 1) / chunk; }
 
 Groups group_pairs(Cpu& cpu, const MoeArgs& args) {
   const int64_t experts = args.gate->count, pairs = args.n * args.k;
@@ -88,30 +101,28 @@ struct Hidden {
   Activations quantized;
 };
 
-// A piece of a half: rows of active expert `a` from `row` on times the `n` positions from `first` on.
+// A piece of a half: `rows` rows of active expert `a` from `row` on times the `n` positions from `first` on.
 struct Piece {
-  int64_t a, row, first, n;
+  int64_t a, row, rows, first, n;
 };
 
-// The rows of a chunk of positions, cut into `row_chunks` chunks, follow each other.
-Piece piece_at(const Groups& g, int64_t piece, int64_t row_chunks, int64_t row_chunk) {
-  const int64_t chunk = piece / row_chunks;
+// The rows of `all` of a chunk of positions, cut into chunks of `row_chunk`, follow each other.
+Piece piece_at(const Groups& g, RowRange all, int64_t piece, int64_t row_chunk) {
+  const int64_t row_chunks = chunks_of(all.size(), row_chunk), chunk = piece / row_chunks;
   const int64_t a = std::upper_bound(g.chunk, g.chunk + g.active, static_cast<int32_t>(chunk)) - g.chunk - 1;
   const int64_t first = g.begin[a] + (chunk - g.chunk[a]) * kTokenChunk;
-  return {a, piece % row_chunks * row_chunk, first, std::min<int64_t>(kTokenChunk, g.begin[a + 1] - first)};
+  const int64_t row = all.begin + piece % row_chunks * row_chunk;
+  return {a, row, std::min(row_chunk, all.end - row), first,
+          std::min<int64_t>(kTokenChunk, g.begin[a + 1] - first)};
 }
 
-Piece hidden_piece(const Layer& layer, int64_t piece) {
-  return piece_at(layer.groups, piece, layer.hidden_chunks(), layer.hidden_chunk);
-}
-
-// One of the pieces [begin, end) that a thread runs one after the other.
-void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, int64_t begin, int64_t end,
-                      int thread, float* scratch, uint8_t* matmul_scratch) {
+// One of the pieces [begin, end) of rows `all` that a thread runs one after the other.
+void run_hidden_piece(const Layer& layer, const Hidden& hidden, RowRange all, int64_t piece, int64_t begin,
+                      int64_t end, int thread, float* scratch, uint8_t* matmul_scratch) {
   const MoeArgs& args = layer.args;
   const Groups& g = layer.groups;
-  const auto [a, row, first, n] = hidden_piece(layer, piece);
-  const int64_t rows = std::min(layer.hidden_chunk, layer.hidden_size - row);
+  const auto hidden_piece = [&](int64_t i) { return piece_at(g, all, i, layer.hidden_chunk); };
+  const auto [a, row, rows, first, n] = hidden_piece(piece);
   float* const gate_out = scratch + thread * 2 * kTokenChunk * kHiddenChunk;
   float* const up_out = gate_out + kTokenChunk * kHiddenChunk;
 
@@ -136,12 +147,12 @@ void run_hidden_piece(const Layer& layer, const Hidden& hidden, int64_t piece, i
     matmul_of(layer.cpu, w)(m);
   };
   const bool alike = matmul_of(layer.cpu, *args.gate) == matmul_of(layer.cpu, *args.up);
-  const bool same_tokens = piece > begin && hidden_piece(layer, piece - 1).first == first;
+  const bool same_tokens = piece > begin && hidden_piece(piece - 1).first == first;
   product(*args.gate, layer.x_gate, layer.few_gate, gate_out, args.up->row(g.expert[a], row),
           alike && same_tokens);
   const uint8_t* next = nullptr;
   if (piece + 1 < end) {
-    const Piece following = hidden_piece(layer, piece + 1);
+    const Piece following = hidden_piece(piece + 1);
     next = args.gate->row(g.expert[following.a], following.row);
   }
   product(*args.up, layer.x_up, layer.few_up, up_out, next, alike);
@@ -228,39 +239,49 @@ void run_down_piece(const Layer& layer, const Hidden& hidden, int64_t row, int64
   for (int64_t t = 0; t < args.n; ++t) sum_pairs(layer, partial, rows, t, row, rows);
 }
 
-// The second half of many tokens, kHiddenChunk rows of an expert's at a time like the first.
+// The second half of many tokens, kHiddenChunk rows of an expert's at a time like the first. Every node has
+// some of the rows whose products wait.
 void run_down_many(const Layer& layer, const Hidden& hidden, uint8_t* matmul_scratch) {
   const MoeArgs& args = layer.args;
   const Groups& g = layer.groups;
   const Weight& down = *args.down;
-  const int64_t chunks = (down.rows + kHiddenChunk - 1) / kHiddenChunk,
-                slab_chunks = std::clamp<int64_t>(kWaiting / (g.pairs * kHiddenChunk), 1, chunks),
-                slab = slab_chunks * kHiddenChunk;
+  Pool& pool = layer.cpu.pool;
+  const int nodes = pool.nodes();
+  const int64_t chunks = chunks_of(chunks_of(down.rows, kHiddenChunk), nodes),  // of a node, the most
+      width = std::clamp<int64_t>(kWaiting / (g.pairs * kHiddenChunk * nodes), 1, chunks) * kHiddenChunk,
+                slab = nodes * width;
   float* const products = layer.cpu.partial.get<float>(g.pairs * slab);
-  for (int64_t start = 0; start < down.rows; start += slab) {
-    const int64_t rows = std::min(slab, down.rows - start),
-                  row_chunks = (rows + kHiddenChunk - 1) / kHiddenChunk;
-    const auto piece_of = [&](int64_t i) { return piece_at(g, i, row_chunks, kHiddenChunk); };
-    layer.cpu.pool.parallel_for(
-        g.chunk[g.active] * row_chunks, 1, [&](int64_t begin, int64_t end, int thread) {
+  for (int64_t start = 0; start < chunks * kHiddenChunk; start += width) {
+    const auto waiting = [&](RowRange own) {
+      return RowRange{std::min(own.begin + start, own.end), std::min(own.begin + start + width, own.end)};
+    };
+    for_pieces(
+        pool, down.rows,
+        [&](RowRange own) { return g.chunk[g.active] * chunks_of(waiting(own).size(), kHiddenChunk); },
+        [&](int node, RowRange own, int64_t begin, int64_t end, int thread) {
+          const auto piece_of = [&](int64_t i) { return piece_at(g, waiting(own), i, kHiddenChunk); };
           for (int64_t i = begin; i < end; ++i) {
             const Piece piece = piece_of(i);
             MatmulArgs m =
                 down_product(layer, hidden, piece.first, piece.n, matmul_scratch + thread * kMatmulScratch);
-            m.w = down.row(g.expert[piece.a], start + piece.row);
+            m.w = down.row(g.expert[piece.a], piece.row);
             if (i + 1 < end) {
               const Piece next = piece_of(i + 1);
-              m.next = down.row(g.expert[next.a], start + next.row);
+              m.next = down.row(g.expert[next.a], next.row);
             }
-            m.rows = std::min(kHiddenChunk, rows - piece.row);
-            m.out = products + piece.first * slab + piece.row;
+            m.rows = piece.rows;
+            m.out = products + piece.first * slab + node * width + piece.row - waiting(own).begin;
             m.out_stride = slab;
             m.same_x = i > begin && piece_of(i - 1).first == piece.first;
             matmul_of(layer.cpu, down)(m);
           }
         });
-    layer.cpu.pool.parallel_for(args.n, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) sum_pairs(layer, products, slab, t, start, rows);
+    pool.parallel_for(args.n, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int node = 0; node < nodes; ++node) {
+          const RowRange rows = waiting(slice_of(down.rows, node, nodes));
+          sum_pairs(layer, products + node * width, slab, t, rows.begin, rows.size());
+        }
     });
   }
 }
@@ -303,12 +324,15 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
   }
   uint8_t* matmul_scratch = cpu.scratch();
   float* scratch = cpu.gate_up.get<float>(threads * 2 * kTokenChunk * kHiddenChunk);
-  cpu.pool.parallel_for(layer.groups.chunk[layer.groups.active] * layer.hidden_chunks(), 1,
-                        [&](int64_t begin, int64_t end, int thread) {
-                          for (int64_t piece = begin; piece < end; ++piece)
-                            run_hidden_piece(layer, hidden, piece, begin, end, thread, scratch,
-                                             matmul_scratch);
-                        });
+  for_pieces(
+      cpu.pool, hidden_size,
+      [&](RowRange own) {
+        return layer.groups.chunk[layer.groups.active] * chunks_of(own.size(), hidden_chunk);
+      },
+      [&](int, RowRange own, int64_t begin, int64_t end, int thread) {
+        for (int64_t piece = begin; piece < end; ++piece)
+          run_hidden_piece(layer, hidden, own, piece, begin, end, thread, scratch, matmul_scratch);
+      });
   if (block != 0 && fine)
     hidden.quantized = quantize(cpu, cpu.hidden, block, {hidden.values, hidden_size}, pairs, 1, hidden_size);
 
@@ -321,16 +345,17 @@ void run_slice(Cpu& cpu, const MoeArgs& args) {
   const int64_t cached = std::max<int64_t>(32, (1 << 18) / std::max<int64_t>(pairs, 1) / 32 * 32);
   const int64_t rows = std::clamp<int64_t>(args.ids ? std::min(fair, cached) : fair, 32, 512);
   float* partial = args.ids ? cpu.partial.get<float>(threads * pairs * rows) : nullptr;
-  const int64_t pieces = (down.rows + rows - 1) / rows * parts;
-  cpu.pool.parallel_for(pieces, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t row = piece / parts * rows, part = piece % parts;
-      run_down_piece(layer, hidden, row, std::min(rows, down.rows - row), part, parts,
-                     piece + 1 < end && part + 1 == parts,
-                     partial ? partial + thread * pairs * rows : nullptr,
-                     matmul_scratch + thread * kMatmulScratch);
-    }
-  });
+  for_pieces(
+      cpu.pool, down.rows, [&](RowRange own) { return chunks_of(own.size(), rows) * parts; },
+      [&](int, RowRange own, int64_t begin, int64_t end, int thread) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+          const int64_t row = own.begin + piece / parts * rows, part = piece % parts;
+          run_down_piece(layer, hidden, row, std::min(rows, own.end - row), part, parts,
+                         piece + 1 < end && part + 1 == parts,
+                         partial ? partial + thread * pairs * rows : nullptr,
+                         matmul_scratch + thread * kMatmulScratch);
+        }
+      });
 }
 
 }  // namespace
