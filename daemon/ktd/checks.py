@@ -22,10 +22,13 @@ from ktd.plan import GIB
 from ktd.server.run_record import RunRecordFile
 from ktd.settings import Settings
 from ktd_kernels import Cpu, amx_refusal, cpu_features, isa_list, memory_bandwidth
-from ktd_kernels.numa import interleaved, memory_nodes
+from ktd_kernels.numa import interleaved, memory_nodes, pages_at_home, sliced_sample
 
 # Below this a 1.58-bit R1 (4 GB of experts a token) writes less than a token in two seconds.
 _SLOW_BANDWIDTH = 8e9
+# Of slices that lie on their nodes less than this is worth a note: pages at their borders do not.
+_AT_HOME = 0.9
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _NVIDIA_QUERY = "--query-gpu=name,memory.total,memory.free,driver_version,compute_cap"
 
 
@@ -45,6 +48,8 @@ def all_checks(settings: Settings) -> list[Check]:
         _instruction_set,
         _cores,
         _nodes,
+        _slices,
+        _huge_pages,
         _bandwidth,
         _memory,
         _gpu,
@@ -114,12 +119,53 @@ def _nodes(settings: Settings) -> Iterator[Check]:
         found = f"{each}; weights will not be spread over them: {policy.refusal}"
         yield Check("NUMA", "note", found, policy.remedy)
     else:
-        found = f"{each}; weights will lie on all usable ones in turn"
+        found = f"{each}; weights mapped from a file will lie on all usable ones in turn"
         remedy = (
             "pages of the model's file that are in the page cache stay where they are: after copying or"
             " downloading it, free the cache once (as root: echo 1 > /proc/sys/vm/drop_caches)"
         )
         yield Check("NUMA", "ok", found, remedy)
+
+
+def _slices(settings: Settings) -> Iterator[Check]:
+    """Packs a sample as experts are packed and asks the system where its pages lie."""
+    if sum(node.usable for node in memory_nodes()) < 2:
+        return
+    name, mapped = "NUMA slices", "what stays mapped from the model or --repack-cache has none"
+    try:
+        cpu = Cpu(settings.cpu_infer, settings.isa)
+    except ValueError:
+        return  # told of the instruction set
+    if not cpu.nodes:
+        remedy = "leave --cpu-infer unset, and give the container as much CPU time as it has cores"
+        yield Check(name, "note", "none: threads are not pinned to several nodes", remedy)
+        return
+    sample = sliced_sample(cpu)
+    if sample is None:
+        yield Check(name, "ok", f"none: {cpu.isa} repacks nothing, and {mapped}")
+        return
+    try:
+        share = pages_at_home([sample], cpu.nodes)
+    except OSError as error:
+        remedy = "start the container with --cap-add SYS_NICE"
+        yield Check(name, "note", f"where pages lie cannot be seen: {error.strerror}", remedy)
+        return
+    found = f"{share:.0%} of a repacked sample lies next to the threads that multiply it; {mapped}"
+    if share < _AT_HOME:
+        yield Check(name, "note", found, "free memory on each node, and start ktd without numactl's policies")
+    else:
+        yield Check(name, "ok", found)
+
+
+def _huge_pages(settings: Settings) -> Iterator[Check]:
+    try:
+        chosen = _HUGE_PAGES.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        chosen = "never"
+    if chosen in ("always", "madvise"):
+        yield Check("huge pages", "ok", f"{chosen}: repacked weights ask for them")
+    else:
+        yield Check("huge pages", "note", "not allowed", f"as root: echo madvise > {_HUGE_PAGES}")
 
 
 def _cpu_quota() -> float | None:

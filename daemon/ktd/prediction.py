@@ -152,13 +152,15 @@ class _SharedWeights(WeightSource):
         """As of WeightSource."""
         return self._once(name, lambda: WeightSource.matrix(self, name, rows, cols))
 
-    def stack(self, name: str, count: int, rows: int, cols: int) -> Matrix:
+    def stack(self, name: str, count: int, rows: int, cols: int, *, sliced: bool = False) -> Matrix:
         """As of WeightSource."""
-        return self._once(name, lambda: WeightSource.stack(self, name, count, rows, cols))
+        return self._once(name, lambda: WeightSource.stack(self, name, count, rows, cols, sliced=sliced))
 
-    def halves(self, name: str, count: int, rows: int, cols: int) -> tuple[Matrix, Matrix]:
+    def halves(
+        self, name: str, count: int, rows: int, cols: int, *, sliced: bool = False
+    ) -> tuple[Matrix, Matrix]:
         """As of WeightSource."""
-        return self._once(name, lambda: WeightSource.halves(self, name, count, rows, cols))
+        return self._once(name, lambda: WeightSource.halves(self, name, count, rows, cols, sliced=sliced))
 
     def split_kv_b(self, name: str, heads: int, nope: int, value: int, kv_lora: int) -> tuple[Matrix, Matrix]:
         """As of WeightSource."""

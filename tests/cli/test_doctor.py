@@ -22,7 +22,7 @@ from ktd.launch import embedded_model
 from ktd.main import run
 from ktd.model import load_model
 from ktd.settings import Settings
-from ktd_kernels import Cpu, isa_list, numa
+from ktd_kernels import Cpu, Weight, isa_list, numa
 
 NVIDIA = "echo 'NVIDIA H100, 81559 MiB, 81000 MiB, 570.1, 9.0'"
 
@@ -42,8 +42,8 @@ def test_every_check_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     made = found(port=0, grpc_port=0)
     made.pop("GPUs in their order", None)  # of a machine with several
     assert list(made) == [
-        "instruction set", "cores", "NUMA", "memory bandwidth", "memory", "GPU", "model", "disk",
-        "port of gRPC", "port of HTTP", "supervisor",
+        "instruction set", "cores", "NUMA", "huge pages", "memory bandwidth", "memory", "GPU", "model",
+        "disk", "port of gRPC", "port of HTTP", "supervisor",
     ]  # fmt: skip
     assert made["memory bandwidth"].found == "50.0 GB/s read by all threads"
     assert "ktd-demo" in made["model"].found
@@ -201,7 +201,7 @@ def test_a_container_with_less_than_its_threads(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("allowed", "verdict", "said", "remedy"),
     [
-        (True, "ok", "weights will lie on all usable ones in turn", "drop_caches"),
+        (True, "ok", "weights mapped from a file will lie on all usable ones in turn", "drop_caches"),
         (False, "note", "will not be spread over them: the system does not allow it", "SYS_NICE"),
     ],
 )
@@ -222,3 +222,49 @@ def test_several_nodes_of_memory(
     assert "node 2: 3.0 of 4.0 GiB free, 16 cores, not for this process; weights" in check.found
     assert said in check.found
     assert remedy in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict", "said"),
+    [
+        (0.99, "ok", "99% of a repacked sample lies next to the threads that multiply it"),
+        (0.5, "note", "50% of a repacked sample"),
+        (None, "note", "cannot be seen: Operation not permitted"),
+    ],
+)
+def test_slices_of_a_sample_are_looked_for(
+    monkeypatch: pytest.MonkeyPatch, share: float | None, verdict: str, said: str
+) -> None:
+    first = min(os.sched_getaffinity(0))
+    cpu = Cpu(4, None, [[first], [first]])
+    if numa.sliced_sample(cpu) is None:
+        pytest.skip(f"{cpu.isa} packs nothing")
+    nodes = [numa.Node(number, 4 << 30, 3 << 30, 16, True) for number in range(2)]
+
+    def at_home(weights: list[Weight], numbers: list[int]) -> float:
+        assert (len(weights[0].slices), numbers) == (2, [0, 1])
+        if share is None:
+            raise PermissionError(1, "Operation not permitted")
+        return share
+
+    monkeypatch.setattr(checks, "memory_nodes", lambda: nodes)
+    monkeypatch.setattr(checks, "pages_at_home", at_home)
+    monkeypatch.setattr(checks, "Cpu", lambda threads, isa: cpu)
+    (check,) = checks._slices(Settings())
+    assert (check.verdict, said in check.found) == (verdict, True)
+    monkeypatch.setattr(checks, "Cpu", lambda threads, isa: Cpu(1))
+    (check,) = checks._slices(Settings())
+    assert (check.verdict, "--cpu-infer" in check.remedy) == ("note", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [("always [madvise] never", "ok"), ("always madvise [never]", "note"), (None, "note")],
+)
+def test_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, verdict: str) -> None:
+    path = tmp_path / "enabled"
+    if text:
+        path.write_text(text)
+    monkeypatch.setattr(checks, "_HUGE_PAGES", path)
+    (check,) = checks._huge_pages(Settings())
+    assert (check.verdict, "echo madvise" in check.remedy) == (verdict, verdict == "note")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,36 @@ def test_where_weights_lie_is_told_where_there_is_a_choice(
         )
         assert spread.startswith(expected)
         assert "drop_caches" in uneven
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "file"])
+def test_slices_for_several_nodes_change_no_bit(
+    config: Any, tensors: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: bool
+) -> None:
+    """Experts alone are sliced, and only in memory; the log says how much of them lies with its threads."""
+    first = min(os.sched_getaffinity(0))
+    one, two = Cpu(1), Cpu(4, None, [[first], [first]])
+    if not one.packed_bytes(int(Q.IQ1_S), (16, 256)):
+        pytest.skip(f"{one.isa} packs nothing")
+    if not numa.memory_nodes():
+        pytest.skip("this system tells nothing of nodes")
+    caplog.set_level("INFO", "ktd.model.loader")
+    blocks, _ = quantise(tensors, mix("ud-iq1_s"))
+    cache = tmp_path / "kept" if kept else None
+    with GgufFile.open(write_model(tmp_path / "m.gguf", config, blocks)) as gguf:
+        plain, sliced = (
+            load_model(gguf, cpu, context=64, progress=lambda fraction: None, repack=True, repack_cache=cache)
+            for cpu in (one, two)
+        )
+    told = [text for text in caplog.messages if "slices" in text or "numactl" in text]
+    if kept:
+        assert not told
+    else:  # there is no node 1 here, or it is not these threads'
+        assert told[0].startswith("Experts lie in slices for 2 nodes of memory: ")
+        assert "numactl" in told[1]
+    for chunk in (1, 12):
+        want, got = (Bench(model).logits(TOKENS, chunk) for model in (plain, sliced))
+        np.testing.assert_array_equal(got, want)
 
 
 def test_a_refused_placement_is_told_once(

@@ -57,16 +57,18 @@ class Experts:
         self.up: Matrix
         self.blocks: list[Weight] = []
         if source.has(name("gate_up_exps")):
-            self.gate, self.up = source.halves(name("gate_up_exps"), moe.experts, moe.width, hidden)
+            self.gate, self.up = source.halves(
+                name("gate_up_exps"), moe.experts, moe.width, hidden, sliced=local
+            )
         else:
-            self.gate = source.stack(name("gate_exps"), moe.experts, moe.width, hidden)
-            self.up = source.stack(name("up_exps"), moe.experts, moe.width, hidden)
+            self.gate = source.stack(name("gate_exps"), moe.experts, moe.width, hidden, sliced=local)
+            self.up = source.stack(name("up_exps"), moe.experts, moe.width, hidden, sliced=local)
             shapes = {"gate": (moe.width, hidden), "up": (moe.width, hidden), "down": (hidden, moe.width)}
             if not local and source.sendable:
                 self.blocks = [
                     source.blocks(name(f"{part}_exps"), moe.experts, *shape) for part, shape in shapes.items()
                 ]
-        self.down: Matrix = source.stack(name("down_exps"), moe.experts, hidden, moe.width)
+        self.down: Matrix = source.stack(name("down_exps"), moe.experts, hidden, moe.width, sliced=local)
 
 
 class MoeFfn:

@@ -13,13 +13,14 @@ from ktd.model.deepseek import DeepseekModel, Model
 from ktd.model.placement import Placement
 from ktd.model.sidecar import opened
 from ktd.model.source import WeightSource
-from ktd_kernels import Cpu
-from ktd_kernels.numa import interleaved, pages_by_node
+from ktd_kernels import Cpu, Weight
+from ktd_kernels.numa import interleaved, pages_at_home, pages_by_node
 
 log = logging.getLogger(__name__)
 
-# A node with less than this part of its fair share of the weights is worth a warning.
-_UNEVEN = 0.5
+# A node with less than this part of its fair share of the weights is worth a warning, as are slices of which
+# less lies on their own nodes.
+_UNEVEN, _ASTRAY = 0.5, 0.9
 
 
 def packed_sizes(gguf: GgufFile, cpu: Cpu, placement: Placement) -> dict[str, int]:
@@ -68,6 +69,8 @@ def load_model(
         log.warning("Weights are not spread over the nodes of memory: %s. %s", policy.refusal, policy.remedy)
     elif policy.nodes and source.areas:
         _tell_spread(source.areas, policy.nodes)
+    if source.sliced:
+        _tell_slices(source.sliced, cpu.nodes)
     progress(1.0)
     return model
 
@@ -92,6 +95,21 @@ def _tell_spread(areas: Sequence[tuple[int, int]], nodes: Sequence[int]) -> None
             "Weights lie unevenly: a node was full, or the file was in the page cache before, whose pages"
             " stay where they are. Free the cache (as root: echo 1 > /proc/sys/vm/drop_caches) and start"
             " again."
+        )
+
+
+def _tell_slices(weights: Sequence[Weight], nodes: Sequence[int]) -> None:
+    """Logs how much of what nodes share lies where the threads are that multiply it, as the system says."""
+    try:
+        share = pages_at_home(weights, nodes)
+    except OSError as error:
+        log.warning("Where the slices of experts lie cannot be seen: %s", error.strerror)
+        return
+    log.info("Experts lie in slices for %d nodes of memory: %.0f%% at home", len(nodes), 100 * share)
+    if share < _ASTRAY:
+        log.warning(
+            "Threads read a part of their slices from other nodes of memory: one was full, or the process was"
+            " started with a memory policy (numactl, systemd). Free memory, or start it without."
         )
 
 

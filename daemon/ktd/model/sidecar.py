@@ -54,9 +54,11 @@ def shortage(path: Path, nbytes: int) -> str:
 
 
 class Sidecar:
-    """What a load without such a file uses. `ready`: names of the tensors that need not be read."""
+    """What a load without such a file uses. `ready`: names of the tensors that need not be read;
+    `keeps`: weights are mapped from a file in the end, where each matrix lies in one piece."""
 
     ready: frozenset[str] = frozenset()
+    keeps = False
 
     def get(self, key: str, ggml_type: int, shape: Sequence[int]) -> Weight | None:
         """The weight, if it is kept."""
@@ -122,6 +124,8 @@ def _found_or_begun(
 class _Mapped(Sidecar):
     """A file that is there. Raises UnfitError, OSError."""
 
+    keeps = True
+
     def __init__(self, path: Path, gguf: GgufFile, cpu: Cpu, origin: Origin) -> None:
         self._gguf, self._cpu = gguf, cpu
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -180,6 +184,8 @@ class _Written(Sidecar):
 
     Raises OSError where it cannot be begun.
     """
+
+    keeps = True
 
     def __init__(
         self, path: Path, gguf: GgufFile, cpu: Cpu, origin: Origin, sizes: Mapping[str, int]

@@ -62,6 +62,7 @@ class WeightSource:
         self._sidecar = sidecar or Sidecar()
         self._target: Device | None = None
         self.areas: list[tuple[int, int]] = []  # address and bytes of what was handed out for the CPU
+        self.sliced: list[Weight] = []  # what nodes of memory share of that
         self._told = _Told(progress, max(gguf.nbytes, 1))
         self._told.done = sum(gguf.tensors[name].nbytes for name in self._sidecar.ready)
         self._touch = gguf.nbytes <= psutil.virtual_memory().available
@@ -91,18 +92,21 @@ class WeightSource:
         """A linear layer [rows, cols], mapped or packed."""
         return self._whole(name, (rows, cols))
 
-    def stack(self, name: str, count: int, rows: int, cols: int) -> Matrix:
-        """One matrix for each expert or head, [count, rows, cols], mapped or packed."""
-        return self._whole(name, (count, rows, cols))
+    def stack(self, name: str, count: int, rows: int, cols: int, *, sliced: bool = False) -> Matrix:
+        """One matrix for each expert or head, [count, rows, cols], mapped or packed; `sliced`: nodes of
+        memory may share what is packed, see `Cpu.pack`."""
+        return self._whole(name, (count, rows, cols), sliced)
 
     def blocks(self, name: str, count: int, rows: int, cols: int) -> Weight:
         """A stack as it lies in the file, mapped; not read."""
         shape = (count, rows, cols)
         return Weight(self._gguf.data(name), int(self._info(name, shape).ggml_type), shape)
 
-    def halves(self, name: str, count: int, rows: int, cols: int) -> tuple[Matrix, Matrix]:
+    def halves(
+        self, name: str, count: int, rows: int, cols: int, *, sliced: bool = False
+    ) -> tuple[Matrix, Matrix]:
         """The upper and the lower `rows` rows of each matrix of [count, 2 · rows, cols], as two stacks,
-        copied."""
+        copied; `sliced` as of `stack`."""
         info = self._info(name, (count, 2 * rows, cols))
         blocks = self._gguf.data(name).reshape(count, 2, -1)
 
@@ -111,7 +115,7 @@ class WeightSource:
                 return np.ascontiguousarray(blocks[:, number]).reshape(-1)
 
             key = key_of(name, ("upper", "lower")[number])
-            return self._weight(key, copy, int(info.ggml_type), (count, rows, cols))
+            return self._weight(key, copy, int(info.ggml_type), (count, rows, cols), sliced)
 
         both = half(0), half(1)
         self._passed(name)
@@ -135,11 +139,11 @@ class WeightSource:
         k_b, kind = _float_blocks(transposed, info.ggml_type)
         return self._weight(key_of(name, "k"), lambda: k_b, kind, transposed.shape), v_b
 
-    def _whole(self, name: str, shape: tuple[int, ...]) -> Matrix:
+    def _whole(self, name: str, shape: tuple[int, ...], sliced: bool = False) -> Matrix:
         kind = int(self._info(name, shape).ggml_type)
         if self._target is None and not self._packs(kind, shape):
             return self._kept(Weight(self._data(name), kind, shape))
-        weight = self._weight(key_of(name), lambda: self._gguf.data(name), kind, shape)
+        weight = self._weight(key_of(name), lambda: self._gguf.data(name), kind, shape, sliced)
         self._passed(name)
         return weight
 
@@ -150,7 +154,12 @@ class WeightSource:
             self._told.more(self._gguf.tensors[name].nbytes)
 
     def _weight(
-        self, key: str, blocks: Callable[[], npt.NDArray[np.uint8]], kind: int, shape: Sequence[int]
+        self,
+        key: str,
+        blocks: Callable[[], npt.NDArray[np.uint8]],
+        kind: int,
+        shape: Sequence[int],
+        sliced: bool = False,
     ) -> Matrix:
         if self._target is not None:
             return self._target.weight(blocks(), kind, shape)
@@ -158,11 +167,14 @@ class WeightSource:
             return self._kept(Weight(blocks(), kind, shape))
         kept = self._sidecar.get(key, kind, shape)
         if kept is None:
-            kept = self._sidecar.put(key, self._packer.pack(Weight(blocks(), kind, shape)))
+            sliced = sliced and not self._sidecar.keeps
+            kept = self._sidecar.put(key, self._packer.pack(Weight(blocks(), kind, shape), sliced=sliced))
         return self._kept(kept)
 
     def _kept(self, weight: Weight) -> Weight:
         self.areas.append((weight.bytes.ctypes.data, weight.nbytes))
+        if len(weight.slices) > 1:
+            self.sliced.append(weight)
         return weight
 
     def _packs(self, kind: int, shape: Sequence[int]) -> bool:
