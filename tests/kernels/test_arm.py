@@ -170,16 +170,16 @@ def test_rows(arm: ArmCpu, here: Cpu, request: pytest.FixtureRequest) -> None:
 def test_dot_products_stay_inside_their_instruction_set() -> None:
     """Nor do their objects export what the linker could pick for everybody."""
     seen = set()
-    for path in OBJECTS.glob("*.dir/*.o"):
-        folder = path.parent.name
+    for path in OBJECTS.glob("*.dir/**/*.o"):
+        folder = path.relative_to(OBJECTS).parts[0]
         text = _tool("objdump", "-d", "--no-show-raw-insn", str(path))
         dot, matrix = re.search(r"\t[su]dot\t", text), re.search(r"\t(us|[us])mmla\t", text)
         assert (dot is not None) == (folder in ("isa_neon.dir", "isa_i8mm.dir")), path
         assert (matrix is not None) == (folder == "isa_i8mm.dir"), path
         seen.add(folder)
-    assert seen == {"isa_i8mm.dir", "isa_neon.dir", "isa_scalar.dir", "core.dir"}
+    assert seen == {"isa_i8mm.dir", "isa_neon.dir", "isa_scalar.dir", "core.dir", "program.dir"}
     for name in ("neon", "i8mm"):
-        (compiled,) = OBJECTS.glob(f"isa_{name}.dir/*.o")
+        (compiled,) = OBJECTS.glob(f"isa_{name}.dir/**/*.o")
         symbols = _tool("nm", "-C", "--defined-only", str(compiled)).splitlines()
         shared = [line for line in symbols if line.split()[1] in "TWVBDRu"]
         assert [line.split(maxsplit=2)[2] for line in shared] == [f"ktd::{name}::table()"]
