@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ class SentExperts:
         sizes = [sum(w.nbytes + _ALIGNMENT for w in stacks) for stacks in self._stacks.values()]
         self._room = min(GROUP_BYTES, max(sizes, default=0))
         self._coming: deque[tuple[int, int]] = deque()  # layer and share
+        self._pairs: Any = None  # of the layer that was sorted and not yet added
 
     @property
     def file_bytes(self) -> int:
@@ -69,8 +71,9 @@ class SentExperts:
         if layer != experts.layer:
             raise RuntimeError(f"experts of layer {layer} were sent for layer {experts.layer}")
         parts = self._parts(layer, share)
+        pairs, self._pairs = self._pairs, None  # the next layer's take their memory
         for part, (gate, up, down) in zip(parts, self._device.pass_through(len(parts)), strict=True):
-            self._device.prompt.add_experts(gate, up, down, self._pairs, part.start, v.x)
+            self._device.prompt.add_experts(gate, up, down, pairs, part.start, v.x)
 
     def _parts(self, layer: int, share: int) -> list[range]:
         """The experts of each group."""
