@@ -17,7 +17,7 @@ from ktd.client import Client
 from ktd.commands.wait import address_of
 from ktd.embedded.questions import check, draw_question
 from ktd.errors import KtdError, SettingsError
-from ktd.server.run_record import RunRecordFile
+from ktd.server.listeners import listeners
 from ktd.settings import Settings, load
 from ktd.types import Answer, ChatRequest, Message, Reasoning, SamplingParams
 
@@ -59,11 +59,11 @@ async def ask(settings: Settings, question: str, sampling: SamplingParams) -> tu
 
 def check_daemon(settings: Settings, pid: int) -> None:
     """Raises SettingsError when it is another daemon that answers on the port."""
-    record = RunRecordFile(settings.grpc_port).read()
-    if record and record.serving and record.pid != pid:
+    taken = listeners(settings.grpc_port)
+    if taken and all(listener.pid != pid for listener in taken):
         raise SettingsError(
-            f"Another ktd (process {record.pid}) answers on {address_of(settings)}, not the supervised one:"
-            " stop it, or set KTD_GRPC_PORT and KTD_PORT to free ports."
+            f"Another daemon answers on {address_of(settings)}, not the supervised one: {taken[0]} holds the"
+            " port. Stop it, or set KTD_GRPC_PORT and KTD_PORT to free ports."
         )
 
 

@@ -19,6 +19,7 @@ from ktd.errors import UserError
 from ktd.gpu import find_gpus, launcher_lacks
 from ktd.launch import embedded_model
 from ktd.plan import GIB
+from ktd.server.listeners import listeners
 from ktd.server.run_record import RunRecordFile
 from ktd.settings import Settings
 from ktd_kernels import Cpu, amx_refusal, cpu_features, isa_list, memory_bandwidth
@@ -287,7 +288,7 @@ def _disk(settings: Settings) -> Iterator[Check]:
 
 def _ports(settings: Settings) -> Iterator[Check]:
     record = RunRecordFile(settings.grpc_port).read()
-    ours = record if record and record.serving else None
+    ours = record.pid if record and record.serving else None
     for door, host, port in (
         ("gRPC", settings.grpc_host, settings.grpc_port),
         ("HTTP", settings.host, settings.port),
@@ -295,13 +296,14 @@ def _ports(settings: Settings) -> Iterator[Check]:
         name = f"port of {door}"
         if not _listening(host, port):
             yield Check(name, "ok", f"{host}:{port} is free")
-        elif ours:
-            yield Check(name, "ok", f"{host}:{port} is served by the ktd of process {ours.pid}")
+            continue
+        taken = listeners(port)
+        if ours and (not taken or any(listener.pid == ours for listener in taken)):
+            yield Check(name, "ok", f"{host}:{port} is served by the ktd of process {ours}")
         else:
+            by = taken[0] if taken else "another program"
             flag = "--grpc-port" if door == "gRPC" else "--port"
-            yield Check(
-                name, "bad", f"{host}:{port} is taken by another program", f"choose another with {flag}"
-            )
+            yield Check(name, "bad", f"{host}:{port} is taken by {by}", f"choose another with {flag}")
 
 
 def _listening(host: str, port: int) -> bool:

@@ -52,6 +52,9 @@ _REASONS = {
 }
 
 
+# What gRPC says of a connection that was made and came to nothing.
+_CONNECTED = ("Failed parsing HTTP/2", "Socket closed", "handshake")
+
 # Seconds for an answer that takes a daemon no time.
 _PATIENCE = 5.0
 
@@ -159,13 +162,20 @@ class Client:
             raise EngineFailure(f"The answer broke off: {self._address.authority} did not end it.")
 
     def _error(self, error: grpc.aio.AioRpcError) -> KtdError:
-        said = str(error.details())
+        said, place = str(error.details()), self._address.authority
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return Unavailable(
-                f"What listens on {self._address.authority} does not answer: it is busy, or no ktd."
-            )
+            return Unavailable(f"What listens on {place} does not answer: it is busy, or no ktd.")
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return Unavailable(f"What listens on {place} is no ktd, or one of another version.")
         if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in said.lower():
-            said = f"Nothing answers on {self._address.authority}: is the daemon running there?"
+            if "CERTIFICATE_VERIFY_FAILED" in said:
+                said = f"The certificate of {place} is not trusted here, or is one for another name."
+            elif any(mark in said for mark in _CONNECTED):
+                said = (
+                    f"What listens on {place} is no ktd, or one side uses TLS (grpcs://) and the other not."
+                )
+            else:
+                said = f"Nothing answers on {place}: is the daemon running there?"
         return _ERRORS.get(error.code(), EngineFailure)(said)
 
 

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ktd.errors import SettingsError, Unavailable, UserError
+from ktd.server.listeners import listeners
 from ktd.settings import Settings, add_arguments, load
 
 if TYPE_CHECKING:
@@ -61,12 +62,14 @@ async def _wait(settings: Settings, patience: float) -> None:
     async with Client(address_of(settings), settings.api_key, settings.ssl_certfile) as client:
         while True:
             waited = time.monotonic() - began
+            record = file.read()
             try:
-                if await client.serving():
+                serving = await client.serving()
+                await _refuse_stranger(settings, record, client)
+                if serving:
                     return
                 state = await _progress(client)
             except Unavailable as error:
-                record = file.read()
                 if waited > min(START_SECONDS, patience):
                     _give_up_if_refused(record)
                 state = str(error)
@@ -78,6 +81,26 @@ async def _wait(settings: Settings, patience: float) -> None:
                 print(f"waiting: {state}", file=sys.stderr, flush=True)
                 told = state
             await asyncio.sleep(POLL_SECONDS)
+
+
+async def _refuse_stranger(settings: Settings, record: RunRecord | None, client: Client) -> None:
+    """Raises UserError when the daemon that answers was there before the one that was started here and has
+    not got the port, or was refused it."""
+    if record is None or record.stage not in ("pausing", "starting", "refused"):
+        return
+    if record.stage != "refused" and not record.alive:
+        return  # it crashed
+    try:
+        older = (await client.status()).uptime_seconds > record.age
+    except UserError:
+        older = True  # it does not take the key of these settings
+    if older:
+        holders = listeners(settings.grpc_port)
+        raise UserError(
+            f"Another daemon answers on {address_of(settings)}, not the one that was started here: "
+            f"{holders[0] if holders else 'somebody else'} holds the port. Stop it, or set KTD_GRPC_PORT and "
+            "KTD_PORT to free ports."
+        )
 
 
 async def _progress(client: Client) -> str:

@@ -20,6 +20,7 @@ from ktd.chat.request import from_proto
 from ktd.errors import RequestError, SettingsError, Stalled
 from ktd.server.authorization import carries_key
 from ktd.server.host import STALL_SECONDS, Host, State
+from ktd.server.listeners import listeners
 from ktd.server.reading import SMALL, chat_request, read
 from ktd.server.responses import MOST_BYTES
 from ktd.server.status import sentence_of, status_of
@@ -279,9 +280,14 @@ class GrpcServer:
         except OSError as error:
             raise SettingsError(f"The certificate cannot be read: {error}.") from error
         except RuntimeError as error:
+            taken = listeners(int(address.rpartition(":")[2]))
+            why = (
+                f"{taken[0]} does already"
+                if taken
+                else "the port is taken or the address is not this machine's"
+            )
             raise SettingsError(
-                f"gRPC cannot listen on {address}: the port is taken or the address is not this machine's. "
-                "Choose another with --grpc-port or --grpc-host."
+                f"gRPC cannot listen on {address}: {why}. Choose another with --grpc-port or --grpc-host."
             ) from error
 
     async def start(self) -> None:

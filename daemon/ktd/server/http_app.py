@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from ktd.errors import KtdError, SettingsError
 from ktd.server.authorization import carries_key
 from ktd.server.connections import SEND_BUFFER, close_idle
 from ktd.server.host import Host, State
+from ktd.server.listeners import listeners
 from ktd.server.ollama_api import OllamaApi
 from ktd.server.openai_api import OpenAiApi, error_response
 from ktd.server.responses import guarded
@@ -212,9 +214,9 @@ def _bind(address: str, port: int) -> socket.socket:
             bound.close()
             raise
     except OSError as error:
-        reason = error.strerror or str(error)
+        taken = listeners(port) if error.errno == errno.EADDRINUSE else []
+        why = f"{taken[0]} does already" if taken else (error.strerror or str(error)).lower()
         raise SettingsError(
-            f"HTTP cannot listen on {address}:{port} ({reason.lower()}): choose another with --port or "
-            "--host."
+            f"HTTP cannot listen on {address}:{port}: {why}. Choose another with --port or --host."
         ) from error
     return bound

@@ -50,6 +50,14 @@ class RunRecord:
         return self.stage in ("pausing", "starting", "ready") and self.alive
 
     @property
+    def age(self) -> float:
+        """Seconds since this run began, or, where it is over, since it ended."""
+        if not self.alive:
+            return time.time() - self.since
+        ticks = int(self.born.rpartition(" ")[2])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+    @property
     def pause(self) -> float:
         """Seconds to wait before the next start: none after one crash, then 2, 4, 8 … up to a minute."""
         count = len(self.crashes)
