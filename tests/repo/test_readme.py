@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from kit_hub import REPO, FakeHub, fake_hub
 
+from ktd.server.listeners import listeners
+from ktd.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
@@ -34,6 +37,7 @@ SMALLER = (
     ("make bench", ".venv/bin/ktd bench kernels --types Q8_0 --tokens 1 --seconds 0.05"),
 )
 CHAT_INPUT = "What is 2 + 3?\n"
+PORTS = (Settings().grpc_port, Settings().port)  # the README prints them
 
 
 def commands(readme: Path) -> list[str]:
@@ -54,6 +58,11 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 def quiet_checkout() -> Iterator[None]:
     if run("supervisorctl -c deploy/supervisord.conf pid").returncode == 0:
         pytest.skip("this checkout's daemon is running and would be disturbed: `make down` first")
+    # Not skipped: whoever runs all tests would not notice that the README's commands were never run.
+    if held := [f"{port} ({holder})" for port in PORTS for holder in listeners(port)]:
+        pytest.fail(
+            f"The README's commands need ports that are taken: {', '.join(held)}. Free them, run again."
+        )
     yield
     run("make down")
 
