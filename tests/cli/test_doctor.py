@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from kit_daemon import free_port
 
-from ktd import checks
+from ktd.doctor import Check, all_checks, memory, processor
+from ktd.doctor import gpu as gpu_checks
 from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import Gpu, gpus_for
@@ -31,11 +32,11 @@ NVIDIA = "echo 'NVIDIA H100, 81559 MiB, 81000 MiB, 570.1, 9.0'"
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(checks, "memory_bandwidth", lambda threads, seconds: 50e9)
+    monkeypatch.setattr(memory, "memory_bandwidth", lambda threads, seconds: 50e9)
 
 
-def found(**settings: Any) -> dict[str, checks.Check]:
-    return {check.name: check for check in checks.all_checks(Settings(**settings))}
+def found(**settings: Any) -> dict[str, Check]:
+    return {check.name: check for check in all_checks(Settings(**settings))}
 
 
 def test_every_check_is_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +109,7 @@ def test_a_slower_instruction_set_is_noted() -> None:
 
 
 def test_slow_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "memory_bandwidth", lambda threads, seconds: 3e9)
+    monkeypatch.setattr(memory, "memory_bandwidth", lambda threads, seconds: 3e9)
     check = found(port=0, grpc_port=0)["memory bandwidth"]
     assert (check.verdict, "channels" in check.remedy) == ("note", True)
 
@@ -125,8 +126,8 @@ def test_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, usable: bool, verdict: str, said: str
 ) -> None:
     gpu = Gpu("cuda:0", "NVIDIA H100", 81 << 30, 81 << 30)
-    monkeypatch.setattr(checks, "find_gpus", lambda: [gpu] if usable else [])
-    monkeypatch.setattr(checks, "launcher_lacks", lambda: None)
+    monkeypatch.setattr(gpu_checks, "find_gpus", lambda: [gpu] if usable else [])
+    monkeypatch.setattr(gpu_checks, "launcher_lacks", lambda: None)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -135,14 +136,14 @@ def test_the_gpu(
     assert check.verdict == verdict
     assert said in check.found
     old = replace(gpu, tried=False)
-    monkeypatch.setattr(checks, "find_gpus", lambda: [old] if usable else [])
+    monkeypatch.setattr(gpu_checks, "find_gpus", lambda: [old] if usable else [])
     assert ("only with --vram" in found(port=0, grpc_port=0)["GPU"].found) is usable
 
 
 def test_several_gpus_and_which_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [Gpu(f"cuda:{i}", "NVIDIA H100", 80 << 30, 81 << 30) for i in range(2)]
-    monkeypatch.setattr(checks, "find_gpus", lambda: gpus)
-    monkeypatch.setattr(checks, "launcher_lacks", lambda: None)
+    monkeypatch.setattr(gpu_checks, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(gpu_checks, "launcher_lacks", lambda: None)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{NVIDIA}\n{NVIDIA}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -162,7 +163,7 @@ def test_a_gpu_that_no_kernel_could_start_on(tmp_path: Path, monkeypatch: pytest
     """Triton builds launchers in C: a note, or a fault where the GPU is asked for, which is then refused."""
     gpu = Gpu("cuda:0", "NVIDIA H100", 81 << 30, 81 << 30)
     monkeypatch.setattr("ktd.gpu.find_gpus", lambda: [gpu])
-    monkeypatch.setattr(checks, "find_gpus", lambda: [gpu])
+    monkeypatch.setattr(gpu_checks, "find_gpus", lambda: [gpu])
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -192,7 +193,7 @@ def test_a_gpu_that_no_kernel_could_start_on(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_container_with_less_than_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_cpu_quota", lambda: 1.0)
+    monkeypatch.setattr(processor, "_cpu_quota", lambda: 1.0)
     check = found(cpu_infer=2, port=0, grpc_port=0)["cores"]
     assert check.verdict == "note"
     assert "--cpu-infer 1" in check.remedy
@@ -213,7 +214,7 @@ def test_several_nodes_of_memory(
             raise PermissionError(1, "Operation not permitted")
 
     nodes = [numa.Node(number, 4 << 30, 3 << 30, 16, number < 2) for number in range(3)]
-    for module in (checks, numa):
+    for module in (memory, numa):
         monkeypatch.setattr(module, "memory_nodes", lambda: nodes)
     monkeypatch.setattr(numa, "_call", call)
     check = found(port=0, grpc_port=0)["NUMA"]
@@ -247,13 +248,13 @@ def test_slices_of_a_sample_are_looked_for(
             raise PermissionError(1, "Operation not permitted")
         return share
 
-    monkeypatch.setattr(checks, "memory_nodes", lambda: nodes)
-    monkeypatch.setattr(checks, "pages_at_home", at_home)
-    monkeypatch.setattr(checks, "Cpu", lambda threads, isa: cpu)
-    (check,) = checks._slices(Settings())
+    monkeypatch.setattr(memory, "memory_nodes", lambda: nodes)
+    monkeypatch.setattr(memory, "pages_at_home", at_home)
+    monkeypatch.setattr(memory, "Cpu", lambda threads, isa: cpu)
+    (check,) = memory.slices(Settings())
     assert (check.verdict, said in check.found) == (verdict, True)
-    monkeypatch.setattr(checks, "Cpu", lambda threads, isa: Cpu(1))
-    (check,) = checks._slices(Settings())
+    monkeypatch.setattr(memory, "Cpu", lambda threads, isa: Cpu(1))
+    (check,) = memory.slices(Settings())
     assert (check.verdict, "--cpu-infer" in check.remedy) == ("note", True)
 
 
@@ -265,6 +266,6 @@ def test_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str |
     path = tmp_path / "enabled"
     if text:
         path.write_text(text)
-    monkeypatch.setattr(checks, "_HUGE_PAGES", path)
-    (check,) = checks._huge_pages(Settings())
+    monkeypatch.setattr(memory, "_HUGE_PAGES", path)
+    (check,) = memory.huge_pages(Settings())
     assert (check.verdict, "echo madvise" in check.remedy) == (verdict, verdict == "note")

@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints every check with its remedy; returns 1 when one is bad."""
-    from ktd.checks import all_checks
+    from ktd.doctor import all_checks
 
     checks = all_checks(load(args))
     if args.json:

@@ -21,22 +21,11 @@ from ktd.errors import RequestError, SettingsError, Stalled
 from ktd.server.authorization import carries_key
 from ktd.server.host import STALL_SECONDS, Host, State
 from ktd.server.listeners import listeners
+from ktd.server.proto_events import to_proto
 from ktd.server.reading import SMALL, chat_request, read
 from ktd.server.responses import MOST_BYTES
 from ktd.server.status import sentence_of, status_of
-from ktd.types import (
-    Answer,
-    ChatEvent,
-    ChatRequest,
-    Finished,
-    FinishReason,
-    Prefill,
-    Queued,
-    Reasoning,
-    TokenLogprob,
-    ToolCall,
-    Usage,
-)
+from ktd.types import ChatRequest
 from ktd_proto.v1 import engine_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -49,11 +38,6 @@ _STATES = {
     State.READY: pb.GetStatusResponse.STATE_READY,
     State.DRAINING: pb.GetStatusResponse.STATE_DRAINING,
     State.FAILED: pb.GetStatusResponse.STATE_FAILED,
-}
-_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
 }
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -134,45 +118,6 @@ async def _write(context: Context, message: Message) -> None:
         said = f"Nothing of this answer was read for {STALL_SECONDS:g} s: it was ended."
         log.info("A client at %s: %s", context.peer(), said)
         raise Stalled(said) from None
-
-
-def to_proto(event: ChatEvent, request_id: str, sequence: int) -> pb.ChatEvent:
-    """One event as it goes over the wire."""
-    out = pb.ChatEvent(request_id=request_id, sequence=sequence)
-    match event:
-        case Reasoning(text, tokens):
-            out.reasoning.text = text
-            out.reasoning.tokens.extend(map(_token, tokens))
-        case Answer(text, tokens):
-            out.answer.text = text
-            out.answer.tokens.extend(map(_token, tokens))
-        case Queued(position):
-            out.queued.SetInParent()
-            out.queued.position = position
-        case Prefill(done, total, rate):
-            out.prefill.done, out.prefill.total, out.prefill.tokens_per_second = done, total, rate
-        case ToolCall(id, name, arguments, index):
-            out.tool_call.CopyFrom(pb.ToolCall(id=id, name=name, arguments_json=arguments, index=index))
-        case Usage():
-            out.usage.CopyFrom(
-                pb.Usage(
-                    prompt_tokens=event.prompt_tokens,
-                    cached_tokens=event.cached_tokens,
-                    completion_tokens=event.completion_tokens,
-                    reasoning_tokens=event.reasoning_tokens,
-                    queue_seconds=event.timings.queue_seconds,
-                    prefill_seconds=event.timings.prefill_seconds,
-                    decode_seconds=event.timings.decode_seconds,
-                )
-            )
-        case Finished(reason):
-            out.finished.reason = _REASONS[reason]
-    return out
-
-
-def _token(token: TokenLogprob) -> pb.TokenLogprob:
-    top = [pb.TokenLogprob.Alternative(id=t.id, text=t.data, logprob=t.logprob) for t in token.top]
-    return pb.TokenLogprob(id=token.id, text=token.data, logprob=token.logprob, top=top)
 
 
 class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic at run time
