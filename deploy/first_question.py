@@ -18,7 +18,8 @@ from ktd.commands.wait import address_of
 from ktd.embedded.questions import check, draw_question
 from ktd.errors import KtdError, SettingsError
 from ktd.server.listeners import listeners
-from ktd.settings import Settings, load
+from ktd.settings import Settings
+from ktd.settings_sources import load
 from ktd.types import Answer, ChatRequest, Message, Reasoning, SamplingParams
 
 ANY_MODEL = "Which is larger, 9.11 or 9.9? Answer in one sentence."

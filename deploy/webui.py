@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 
 from ktd.commands.wait import address_of
-from ktd.settings import load
+from ktd.settings_sources import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPE = ROOT / "plugin" / "ktd_pipe.py"

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         """The parsed arguments. Raises UserError."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            from ktd.settings import suggest
+            from ktd.settings_sources import suggest
 
             name = unknown[0].split("=")[0]
             if not name.startswith("-") and "--gguf-path" in self._option_string_actions:
@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"ktd {ktd.__version__}")
         return 0
     if argv[0] not in known:
-        from ktd.settings import suggest
+        from ktd.settings_sources import suggest
 
         hint = suggest(argv[0], known) or f": commands are {', '.join(sorted(known))}."
         raise UserError(f"There is no command {argv[0]}{hint}")

@@ -13,7 +13,8 @@ import pytest
 from ktd.errors import SettingsError, UserError
 from ktd.main import Parser
 from ktd.model.sidecar import BESIDE
-from ktd.settings import Settings, add_arguments, load
+from ktd.settings import Settings, add_arguments
+from ktd.settings_sources import load
 from ktd.tutorial_flags import split_ignored
 
 

@@ -23,7 +23,8 @@ from ktd.bench.serve import ServeBench, ServeResult
 from ktd.client import Address, Client
 from ktd.commands.wait import address_of
 from ktd.errors import UserError
-from ktd.settings import Settings, load, parse_size, parse_sizes
+from ktd.settings import Settings, parse_size, parse_sizes
+from ktd.settings_sources import load
 from ktd.synth import SHAPES, file_in_memory
 from ktd.synth.mixes import MIX_NAMES
 from ktd_kernels import Cpu, isa_list

@@ -9,7 +9,8 @@ import sys
 import threading
 
 from ktd.errors import Unavailable
-from ktd.settings import Settings, add_arguments, load
+from ktd.settings import Settings, add_arguments
+from ktd.settings_sources import load
 
 NAME = "chat"
 HELP = "chat in the terminal, with a model loaded here or with a running daemon (--connect)"

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.text import Text
 
-from ktd.settings import add_arguments, load
+from ktd.settings import add_arguments
+from ktd.settings_sources import load
 
 NAME = "doctor"
 HELP = "look at CPU, memory, GPU, disk, ports and supervisor, and say what to mend"

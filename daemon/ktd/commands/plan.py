@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ktd.errors import KtdError
-from ktd.settings import Settings, add_arguments, load
+from ktd.settings import Settings, add_arguments
+from ktd.settings_sources import load
 
 if TYPE_CHECKING:
     from ktd.gguf import GgufFile

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ktd.errors import UserError
-from ktd.settings import Settings, add_arguments, load
+from ktd.settings import Settings, add_arguments
+from ktd.settings_sources import load
 
 if TYPE_CHECKING:
     from ktd.server.host import Loaded

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ktd.errors import SettingsError, Unavailable, UserError
 from ktd.server.listeners import listeners
-from ktd.settings import Settings, add_arguments, load
+from ktd.settings import Settings, add_arguments
+from ktd.settings_sources import load
 
 if TYPE_CHECKING:
     from ktd.client import Address, Client
