@@ -116,6 +116,18 @@ def test_a_taken_port(door: str, capfd: pytest.CaptureFixture[str], monkeypatch:
     assert os.environ[door] in said
 
 
+@pytest.mark.slow
+def test_strangers_do_not_fill_the_log() -> None:
+    upgrade = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with serving("--log-dir", "logs"):
+        before = Path("logs/ktd.log").read_text()
+        for said in (upgrade, b"\x16\x03\x01 no HTTP\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", int(os.environ["KTD_PORT"]))) as connection:
+                connection.sendall(said)
+                assert connection.recv(1000).startswith(b"HTTP/1.1 ")
+        assert Path("logs/ktd.log").read_text() == before
+
+
 def test_the_log_file_ends_with_the_reason(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

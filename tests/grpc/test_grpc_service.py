@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -318,6 +319,57 @@ async def test_streams_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyP
         (waits,) = (task for task in said if not task.done())
         next(watch for watch, task in zip(watches, said, strict=True) if task.done()).cancel()
         await asyncio.wait_for(waits, 30)
+
+
+async def test_strangers_who_watch_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.server.health.MOST_WATCHES", 2)
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    async with fake_daemon(api_key="secret") as daemon, AsyncExitStack() as stack:
+        channels = [grpc.aio.insecure_channel(daemon.address, own) for _ in range(3)]
+        first, second, third = [
+            health_pb2_grpc.HealthStub(await stack.enter_async_context(channel)) for channel in channels
+        ]
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for stub in (first, second)]
+        for watch in watches:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError, match="2 clients watch") as refused:
+            await third.Watch(health_pb2.HealthCheckRequest()).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        watches[0].cancel()
+
+        async def let_in() -> bool:
+            with suppress(grpc.aio.AioRpcError):
+                return bool(await third.Watch(health_pb2.HealthCheckRequest()).read())
+            return False
+
+        async with asyncio.timeout(30):
+            while not await let_in():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\xff\xff", b"\x0a\x80\x80\x10" + b"x" * (1 << 18)], ids=["no message", "large"]
+)
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_junk_for_health_is_refused_without_a_trace(
+    daemon: FakeDaemon, caplog: pytest.LogCaptureFixture, method: str, junk: bytes
+) -> None:
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"is not a grpc\.health") as refused:
+            await channel.unary_stream(f"/grpc.health.v1.Health/{method}")(junk).read()
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caplog.text == ""
+
+
+async def test_junk_for_reflection_is_refused_without_a_trace(
+    daemon: FakeDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        call = channel.stream_stream(path)(iter([b"\xff\xff"]))
+        said = [reflection_pb2.ServerReflectionResponse.FromString(data) async for data in call]
+    assert [answer.error_response.error_code for answer in said] == [3]
+    assert caplog.text == ""
 
 
 async def test_requests_share_a_room(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,6 +234,12 @@ WRONG: list[tuple[Any, str]] = [
     (b'{"messages":[{"role":"user","content":"\xff"}]}', "not JSON in UTF-8"),
     (b"[" * 100_000, "not JSON"),
     (b'{"messages":[{"role":"user","content":"\\ud800"}]}', "surrogate"),
+    (
+        b'{"messages":[{"role":"user","content":"a"}],'
+        b'"tools":[{"function":{"name":"a","parameters":{"\\ud800":1}}}]}',
+        "tools[0].function.parameters holds half of a surrogate pair",
+    ),
+    (b'{"seed":' + b"9" * 5000 + b"}", "A number in the body has thousands of digits"),
     ([], "not a JSON object"),
     ({}, "no messages"),
     ({"messages": []}, "no messages"),

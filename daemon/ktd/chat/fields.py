@@ -24,8 +24,10 @@ def json_object(data: bytes) -> dict[str, Any]:
     at_most(MOST_BACKSLASHES, data.count(b"\\"), "backslashes in the body")
     try:
         body = json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"The body is not JSON in UTF-8: {error}.") from None
+    except ValueError:  # of Python's own limit
+        raise RequestError("A number in the body has thousands of digits.") from None
     if not isinstance(body, dict):
         raise RequestError("The body is not a JSON object.")
     return {key: value for key, value in body.items() if value is not None}
@@ -119,7 +121,7 @@ def tools_of(body: Mapping[str, Any]) -> list[Tool]:
                 description=text_of(
                     function.get("description") or "", f"tools[{index}].function.description"
                 ),
-                parameters=parameters,
+                parameters=text_of(parameters, f"tools[{index}].function.parameters"),
             )
         )
     return tools

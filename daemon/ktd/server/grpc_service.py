@@ -8,21 +8,23 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 import ktd
 from ktd.chat.request import from_proto
-from ktd.errors import RequestError, SettingsError, Stalled
+from ktd.errors import SettingsError, Stalled
 from ktd.server.authorization import carries_key
+from ktd.server.decoding import Context, check_decoded, parser
+from ktd.server.health import Health
 from ktd.server.host import STALL_SECONDS, Host, State
 from ktd.server.listeners import listeners
 from ktd.server.proto_events import to_proto
-from ktd.server.reading import SMALL, chat_request, read
+from ktd.server.reading import chat_request, read
 from ktd.server.responses import MOST_BYTES
 from ktd.server.status import sentence_of, status_of
 from ktd.types import ChatRequest
@@ -39,9 +41,6 @@ _STATES = {
     State.DRAINING: pb.GetStatusResponse.STATE_DRAINING,
     State.FAILED: pb.GetStatusResponse.STATE_FAILED,
 }
-
-Context = grpc.aio.ServicerContext[Any, Any]
-_Request = TypeVar("_Request", bound=Message)
 
 
 class EngineServicer:
@@ -76,7 +75,7 @@ class EngineServicer:
     async def list_models(
         self, request: pb.ListModelsRequest | DecodeError, context: Context
     ) -> pb.ListModelsResponse:
-        await _check_decoded(request, pb.ListModelsRequest, context)
+        await check_decoded(request, pb.ListModelsRequest, context)
         served = self._host.served
         model = pb.Model(
             id=served.name,
@@ -92,7 +91,7 @@ class EngineServicer:
     async def get_status(
         self, request: pb.GetStatusRequest | DecodeError, context: Context
     ) -> pb.GetStatusResponse:
-        await _check_decoded(request, pb.GetStatusRequest, context)
+        await check_decoded(request, pb.GetStatusRequest, context)
         host, engine = self._host, self._host.engine_status()
         return pb.GetStatusResponse(
             state=_STATES[host.state],
@@ -146,29 +145,21 @@ async def _refuse_key(request: object, context: Context) -> None:
     )
 
 
-def _parser(kind: type[_Request]) -> Callable[[bytes], _Request | DecodeError]:
-    """Reads requests, of which none is large. gRPC would answer INTERNAL to an exception here; it is the
-    client's mistake."""
+def _reflection() -> grpc.GenericRpcHandler[Any, Any]:
+    """What is no request of reflection is read as an empty one, which is refused in its own words."""
+    read = parser(reflection_pb2.ServerReflectionRequest)
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 
-    def parse(data: bytes) -> _Request | DecodeError:
-        if len(data) > SMALL:
-            return DecodeError()
-        try:
-            return kind.FromString(data)
-        except DecodeError as error:
-            return error
+    def or_empty(data: bytes) -> reflection_pb2.ServerReflectionRequest:
+        request = read(data)
+        return reflection_pb2.ServerReflectionRequest() if isinstance(request, DecodeError) else request
 
-    return parse
-
-
-async def _check_decoded(request: object, kind: type[Message], context: Context) -> None:
-    if isinstance(request, DecodeError):
-        error = _undecoded(kind)
-        await context.abort(status_of(error).grpc, sentence_of(error))
-
-
-def _undecoded(kind: type[Message]) -> RequestError:
-    return RequestError(f"The request is not a {kind.DESCRIPTOR.full_name}, or a text in it is not UTF-8.")
+    method = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,  # type: ignore[attr-defined]
+        or_empty,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, {"ServerReflectionInfo": method})
 
 
 class GrpcServer:
@@ -198,21 +189,18 @@ class GrpcServer:
             ),
             "ListModels": grpc.unary_unary_rpc_method_handler(
                 servicer.list_models,
-                _parser(pb.ListModelsRequest),
+                parser(pb.ListModelsRequest),
                 pb.ListModelsResponse.SerializeToString,
             ),
             "GetStatus": grpc.unary_unary_rpc_method_handler(
                 servicer.get_status,
-                _parser(pb.GetStatusRequest),
+                parser(pb.GetStatusRequest),
                 pb.GetStatusResponse.SerializeToString,
             ),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        self._health = Health()
+        self._server.add_generic_rpc_handlers((self._health.handler, _reflection()))
         self.port = self._bind(address, certificate)
 
     def _bind(self, address: str, certificate: tuple[Path, Path] | None) -> int:
@@ -242,10 +230,8 @@ class GrpcServer:
 
     async def set_serving(self, serving: bool) -> None:
         """What health says, for the whole server and for the service by name."""
-        states = health_pb2.HealthCheckResponse
-        status = states.SERVING if serving else states.NOT_SERVING
         for service in ("", SERVICE):
-            await self._health.set(service, status)
+            await self._health.set(service, serving=serving)
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets the running ones end for `grace` seconds, then cancels them."""

@@ -88,8 +88,8 @@ def configure(settings: Settings) -> None:
         handlers=handlers,
         force=True,
     )
-    for chatty in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # What strangers send that is no HTTP, or asks for WebSockets, would fill the log, with wrong advice.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
 
 def last_words(message: str) -> None:
