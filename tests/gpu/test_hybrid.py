@@ -244,7 +244,7 @@ def test_two_gpus_write_the_bits_of_one(cpu: Cpu, share: int) -> None:
 
 def fix_shares(monkeypatch: pytest.MonkeyPatch, shares: dict[int, int]) -> None:
     """As if these had been measured for every layer that can be sent."""
-    monkeypatch.setattr(Shares, "_measured", lambda self, sent, layer: shares)
+    monkeypatch.setattr(Shares, "_measured", lambda self, sent, layers, excerpt_of: shares)
 
 
 def test_a_share_of_the_experts_may_be_sent(

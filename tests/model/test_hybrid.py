@@ -32,7 +32,7 @@ from ktd.gguf import GgufFile
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement, packed_sizes
 from ktd.model.exchange import PromptExperts
 from ktd.model.hybrid import HybridModel
-from ktd.model.shares import Shares
+from ktd.model.shares import Shares, _fastest
 from ktd.model.sidecar import opened
 from ktd.model.source import WeightSource
 from ktd.model.streaming import SentExperts
@@ -334,7 +334,7 @@ def test_weights_of_the_gpu_are_counted_in_the_progress(path: Path, cpu: Cpu) ->
 def fix_shares(monkeypatch: pytest.MonkeyPatch, shares: dict[int, int]) -> None:
     """As if these had been measured for every layer that can be sent."""
     monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", min(shares))
-    monkeypatch.setattr(Shares, "_measured", lambda self, sent, layer: shares)
+    monkeypatch.setattr(Shares, "_measured", lambda self, sent, layers, excerpt_of: shares)
 
 
 def test_parts_of_prompts_send_for_a_share_of_their_experts(
@@ -406,12 +406,14 @@ def test_the_share_of_the_cpu_may_fail(path: Path, cpu: Cpu, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("computing", "sending", "shares"),
     [
-        ({16: 1.0, 32: 2.0, 64: 4.5}, 3.0, {16: 4, 32: 6, 64: 10, 128: 12}),
+        ({16: 1.0, 32: 2.0, 64: 4.5, 128: 9.0}, 3.0, {16: 4, 32: 6, 64: 10, 128: 12}),
+        ({16: 1.0, 32: 1.2, 64: 1.5, 128: 3.0}, 3.0, {16: 4, 32: 4, 64: 5, 128: 8}),  # the faster the more
         ({16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0}, 60.0, {}),  # a sixtieth of the experts is none
-        ({16: 5.0}, 1.0, {16: 13, 32: 15, 64: 15, 128: 16}),
+        ({16: 0.1, 32: 0.1, 64: 4.0, 128: 8.0}, 4.0, {64: 8, 128: 11}),
+        ({16: 5.0, 32: 10.0, 64: 20.0, 128: 40.0}, 1.0, {16: 14, 32: 15, 64: 16, 128: 16}),
     ],
 )
-def test_as_much_is_sent_as_takes_as_long_as_the_rest(
+def test_as_much_is_sent_as_is_the_fastest(
     path: Path,
     cpu: Cpu,
     monkeypatch: pytest.MonkeyPatch,
@@ -419,21 +421,88 @@ def test_as_much_is_sent_as_takes_as_long_as_the_rest(
     sending: float,
     shares: dict[int, int],
 ) -> None:
-    """Times of 16 experts; no number of rows is tried that is known to take the CPU longer."""
+    """Times of 16 experts. The CPU alone is not tried where it is known to be the slower."""
+    tried = []
 
-    def seconds(self: Shares, experts: Any, layer: Any, n: int) -> float:
-        if isinstance(experts, PromptExperts):
-            return computing[n]
-        share = experts._shares[n][layer.layer] / 16
-        return max(share * sending, (1 - share) * computing[n])
+    def seconds(self: Shares, split: Any, ids: Any, layers: list[int], excerpt: Any) -> float:
+        ((n, by_layer),) = split._shares.items()
+        (share,) = by_layer.values()
+        tried.append((n, share))
+        return max(share / 16 * sending, (1 - share / 16) * computing[n])
 
-    computing |= {32: computing.get(32, 0.0)}  # what is sent for is sent for 32 rows
     monkeypatch.setattr(Shares, "_seconds", seconds)
     monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", 16)
     model, _ = hybrid(path, cpu, 2)
     assert isinstance(model, HybridModel)
     model.reserve(150, 1, Bench(model).cache)
     assert model._stages[0].shares.found == {n: {1: share} for n, share in shares.items()}
+    assert {n for n, share in tried if share == 0} == {n for n in computing if n <= min(shares, default=n)}
+
+
+@pytest.mark.parametrize("start", [20, 60, 110, 160])
+def test_the_fastest_share_is_found_from_a_guess(start: int) -> None:
+    """Of 256 experts, where a byte takes the bus twice as long as the CPU while both are at work."""
+
+    def seconds(share: int) -> float:
+        tried.append(share)
+        return max(share * 2.0, 256.0 - share)
+
+    tried: list[int] = []
+    share, least = _fastest(seconds, start, 256)
+    assert least == max(share * 2.0, 256.0 - share)
+    assert len(tried) == len(set(tried)) <= 7
+    if start in (60, 110):
+        assert abs(share - 256 / 3) <= 8
+    else:  # too far away, but nearer
+        assert abs(share - 256 / 3) < abs(start - 256 / 3)
+
+
+def test_what_is_sent_for_prompts_is_logged(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ktd")
+    for shares, line in (
+        ({32: 7}, "Of prompts of about 32 tokens 7 of 16 experts a layer are sent to cpu"),
+        ({}, "No experts are sent to cpu for prompts: it would take longer"),
+    ):
+        monkeypatch.setattr(Shares, "_measured", lambda *_, shares=shares: shares)
+        monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", 32)
+        model, _ = hybrid(path, cpu)
+        caplog.clear()
+        model.reserve(32, 1, Bench(model).cache)
+        assert caplog.messages == [line]
+
+
+@pytest.mark.parametrize("share", [0, 5, 16])
+def test_the_first_prompt_is_not_the_first_step_of_its_size(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, share: int
+) -> None:
+    """Once memory was given back a step of all rows is run, but no expert of what is the CPU's alone."""
+    fix_shares(monkeypatch, {32: share} if share else {32: 0})
+    model, device = hybrid(path, cpu)
+    assert isinstance(model, HybridModel)
+    settled: list[tuple[Counter[int], int, int]] = []
+    exchange_idle: list[bool] = []
+    finish = PromptExperts.finish
+
+    def finished(self: PromptExperts, *args: Any) -> None:
+        exchange_idle.append(self._exchange.idle)
+        finish(self, *args)
+
+    def settle() -> None:
+        exchange_idle.clear()
+        settled.append((device.prompt.rows.copy(), device.passed, device.launches))
+
+    monkeypatch.setattr(PromptExperts, "finish", finished)
+    monkeypatch.setattr(device, "settle", settle)
+    model.reserve(48, 4, Bench(model).cache)
+    each = sum(w.nbytes for w in model._stages[0].sendable[0].blocks) // 16
+    ((rows, passed, launches),) = settled
+    assert device.prompt.rows - rows == {48: model.config.layers - 1, 1: 1}
+    assert device.passed - passed == share * each
+    assert device.launches - launches == (share == 5)
+    assert exchange_idle == [True] * (2 if share == 0 else 1)
+    assert not model._stages[0].exchange.idle
 
 
 def test_experts_pass_through_in_groups(path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +547,7 @@ def streamed(
             model = HybridModel(source, config, cpu, [device], placement, CONTEXT)
     bench = Bench(model)
     model.reserve(48, 48, bench.cache)
+    device.passed = 0
     return model, device, bench.logits(random_tokens(48))
 
 

@@ -70,7 +70,7 @@ def ready(
     bench = Bench(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ktd.model.shares._LEAST_ROWS", 16)
-        patch.setattr(Shares, "_measured", lambda self, sent, layer: shares(layer.layer))
+        patch.setattr(Shares, "_measured", lambda self, sent, layers, excerpt_of: shares(layers[0].layer))
         model.reserve(rows, sequences, bench.cache)
     return bench
 
@@ -104,6 +104,35 @@ def test_no_bit_shows_where_the_layers_are_parted(
     assert (device.passed > 0) is (share > 0 and not on_gpu >= {1, 2})
     assert [d.replays for d in devices] == [device.replays] * len(devices)
     assert [d.captures for d in devices] == [device.captures] * len(devices)
+
+
+def test_shares_are_tried_in_the_step_of_a_prompt(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention and all, through layers in a row that share one sending; and again with the same experts."""
+    model, (device,) = staged(path, cpu, ())
+    expert = sum(w.nbytes for w in model._stages[0].sendable[0].blocks) // 16
+    seconds = Shares._seconds
+    runs, ids_of = list[tuple[int, int]](), dict[int, Any]()
+
+    def tried(self: Shares, split: Any, ids: Any, layers: Any, excerpt: Any) -> float:
+        rows, passed = device.prompt.rows.copy(), device.passed
+        taken = seconds(self, split, ids, layers, excerpt)
+        n, share = len(ids), split._shares[len(ids)][1]
+        assert list(layers) == [1, 2]
+        assert device.prompt.rows - rows == {n: 2}
+        assert device.passed - passed == 2 * share * expert
+        assert np.array_equal(ids_of.setdefault(n, ids), ids)
+        assert all(len(set(row)) == model.config.moe.used for row in ids.tolist())  # type: ignore[union-attr]
+        runs.append((n, share))
+        return taken
+
+    monkeypatch.setattr(Shares, "_seconds", tried)
+    monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", 16)
+    bench = Bench(model)
+    model.reserve(48, 3, bench.cache)
+    assert {(16, 0), (16, 16)} <= set(runs)
+    assert {n for n, _ in runs} == {16, 32}
 
 
 def test_a_size_for_which_one_device_sends_is_one_for_all(path: Path, cpu: Cpu) -> None:

@@ -140,13 +140,15 @@ class Stack:
         wanted: Wanted | None = None,
         elsewhere: Elsewhere | None = None,
         tick: Tick | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        """Takes the residual stream v.x from before the first of these layers to behind their last.
+        """Takes the residual stream v.x from before the first of these layers to behind their last, or
+        through those of `only` alone.
 
         With `wanted` the last layer takes those rows alone, to wanted.v.x; of the others it computes only
         what the cache stores.
         """
-        for _ in self._walk(ops, rows, cache, table, v, wanted, elsewhere, tick):
+        for _ in self._walk(ops, rows, cache, table, v, wanted, elsewhere, tick, only):
             pass
 
     def forward_in_turns(
@@ -173,11 +175,12 @@ class Stack:
         wanted: Wanted | None,
         elsewhere: Elsewhere | None,
         tick: Tick | None,
+        only: Sequence[int] | None = None,
     ) -> Iterator[bool]:
         """`forward`, in stretches that end where the result of experts elsewhere is needed; yields True."""
         parts = _parts(rows, v)
-        for index, layer in self._layers.items():
-            stored = cache.layer(index)
+        for index in self._layers if only is None else only:
+            layer, stored = self._layers[index], cache.layer(index)
             ops.rms_norm(v.x, layer.attention_norm, self._eps, v.h)
             for some, part in parts:
                 layer.attention.store(ops, some, stored, table, part)

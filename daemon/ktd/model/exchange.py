@@ -33,7 +33,8 @@ class Exchange:
         used = config.moe.used if config.moe else 0
         self.device = device
         self.idle = False
-        self._hidden, self._used = config.hidden, used
+        self.used = used
+        self._hidden = config.hidden
         self._sent = device.pinned((expert_floats(rows, config.hidden, used),))
         self._sums = device.pinned((rows, config.hidden))
 
@@ -44,7 +45,7 @@ class Exchange:
     def host(self, n: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """On the host, of n rows from `start` on: hidden states [n, hidden], ids and weights [n, used], sums
         [n, hidden]."""
-        inputs = expert_inputs(self._from(n, start), n, self._hidden, self._used)
+        inputs = expert_inputs(self._from(n, start), n, self._hidden, self.used)
         return *inputs, self._sums[start : start + n]
 
     def job(
@@ -67,7 +68,7 @@ class Exchange:
         self.device.collect(self._sums[v.start : v.start + v.n], flag, v.x)
 
     def _from(self, n: int, start: int) -> torch.Tensor:
-        part: torch.Tensor = of_experts(self._sent, n, start, self._hidden, self._used)
+        part: torch.Tensor = of_experts(self._sent, n, start, self._hidden, self.used)
         return part
 
 

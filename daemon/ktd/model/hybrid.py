@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
@@ -30,6 +31,7 @@ from ktd.model.deepseek import Tick
 from ktd.model.device import Device
 from ktd.model.inputs import Inputs, table_width
 from ktd.model.placement import CAPTURED_ROWS, DRAWN_ROWS, Placement
+from ktd.model.shares import Excerpt
 from ktd.model.source import WeightSource
 from ktd.model.stage import Stage
 from ktd.model.streaming import SentExperts, Span
@@ -81,10 +83,12 @@ class HybridModel:
         for stage in self._stages:
             with _planned(stage.device), stage.device.work():
                 stage.reserve(self._rows, logit_rows, pages, self._hidden, self._logits)
-        self._warm_up(cache)
-        self._measure_shares()
-        for stage in self._stages:
-            stage.device.settle()
+        with _planned(*(stage.device for stage in self._stages)), self._first_pages_kept(cache):
+            self._warm_up(cache)
+            self._measure_shares(cache)
+            for stage in self._stages:
+                stage.device.settle()
+            self._read_once(cache)
 
     def forward(self, batch: Batch, cache: LatentCache, tick: Tick | None = None) -> F32:
         """As Model says."""
@@ -179,17 +183,57 @@ class HybridModel:
         self._cpu.embed(self._embedding, batch.tokens, self._hidden[: len(batch.tokens)].numpy())
         return width
 
-    def _measure_shares(self) -> None:
+    def _measure_shares(self, cache: LatentCache) -> None:
         """What part of the experts is sent for prompts."""
         sent = [SentExperts(stage.device, stage.sendable) for stage in self._stages]
         if sum(each.file_bytes for each in sent) > psutil.virtual_memory().available:
             return  # what would be read from the disk for every chunk is no faster
         for stage, each in zip(self._stages, sent, strict=True):
-            with _planned(stage.device), stage.device.work():
-                stage.shares.measure(each)
+            with stage.device.work():
+                stage.shares.measure(each, partial(self._excerpt, stage, cache))
+
+    def _excerpt(self, stage: Stage, cache: LatentCache, n: int) -> Excerpt:
+        batch = self._some_prompt(n, cache)
+        return stage.excerpt(batch, self._fill(batch, cache, [stage.inputs]), cache)
+
+    def _some_prompt(self, n: int, cache: LatentCache) -> Batch:
+        """n random tokens, one wanted, all pages of which are the first."""
+        tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, n).tolist()
+        pages = [0] * -(-self._positions // cache.page_size)
+        starts = range(0, n, self._positions)
+        texts = [tokens[start : start + self._positions] for start in starts]
+        return Batch.of([Piece(text, 0, pages, text is texts[-1]) for text in texts], cache.page_size)
+
+    def _read_once(self, cache: LatentCache) -> None:
+        """A step as large as any, so that no user's is the first for which memory is taken. Layers of which
+        nothing is sent are left out: they may take the CPU minutes."""
+        batch = self._some_prompt(self._rows, cache)
+        with self._idle():
+            self._prompt(batch, cache, self._prompts(batch)[1])
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """No experts are computed here that are the CPU's alone."""
+        for stage in self._stages:
+            stage.exchange.idle = True
+        try:
+            yield
+        finally:
+            for stage in self._stages:
+                stage.exchange.idle = False
+
+    @contextmanager
+    def _first_pages_kept(self, cache: LatentCache) -> Iterator[None]:
+        """The first page of every layer, which is written to here, is afterwards what it was."""
+        first_pages = [part[:, 0].clone() for part in cache.parts]
+        self._synchronize()
+        yield
+        for part, page in zip(cache.parts, first_pages, strict=True):
+            part[:, 0] = page
+        self._synchronize()
 
     def _warm_up(self, cache: LatentCache) -> None:
-        """Compiles and allocates all that steps will need, and captures those of few rows."""
+        """Compiles and allocates all that steps of drawn rows will need, and captures those of few."""
         sizes = range(1, min(self._logit_rows, CAPTURED_ROWS) + 1)
         waits = any(stage.waits for stage in self._stages)
 
@@ -197,11 +241,7 @@ class HybridModel:
             wanted = [Piece([0], 0, [0], 1)]  # by a chunk of a prompt, most often one row
             return Batch.of(wanted + [Piece([0], 0, [0], 0)] * (n - 1), cache.page_size)
 
-        with _planned(*(stage.device for stage in self._stages)):
-            first_pages = [part[:, 0].clone() for part in cache.parts]  # they are written to
-            self._synchronize()
-            for stage in self._stages:
-                stage.exchange.idle = True
+        with self._idle():
             self._prompt(batch(self._rows), cache, [(0, slice(0, self._rows))])
             # Scratch memory is taken by the largest.
             for n, width, parts in product(reversed(sizes), reversed(self._widths), (1, 2)):
@@ -209,19 +249,15 @@ class HybridModel:
                     self._fill(batch(n), cache, [stage.drawn_inputs for stage in self._stages])
                     self._drawn_steps(n, width, cache, parts)
                     self._synchronize()
-            for stage in self._stages:
-                stage.exchange.idle = False
-                with stage.device.work():
-                    stage.rehearse()
-            # What would be read from the disk for every step takes as long in any number of parts.
-            mapped = sum(stage.mapped_bytes for stage in self._stages)
-            measured = waits and mapped <= psutil.virtual_memory().available
-            parts_of = self._measure_parts(sizes, cache) if measured else dict.fromkeys(sizes, 1)
-            for n, width in product(sizes, self._widths):
-                self._capture(n, width, parts_of[n], cache)
-            for part, page in zip(cache.parts, first_pages, strict=True):
-                part[:, 0] = page
-            self._synchronize()
+        for stage in self._stages:
+            with stage.device.work():
+                stage.rehearse()
+        # What would be read from the disk for every step takes as long in any number of parts.
+        mapped = sum(stage.mapped_bytes for stage in self._stages)
+        measured = waits and mapped <= psutil.virtual_memory().available
+        parts_of = self._measure_parts(sizes, cache) if measured else dict.fromkeys(sizes, 1)
+        for n, width in product(sizes, self._widths):
+            self._capture(n, width, parts_of[n], cache)
 
     def _measure_parts(self, sizes: Sequence[int], cache: LatentCache) -> dict[int, int]:
         """In how many parts steps of n drawn rows are the faster, found for powers of two."""

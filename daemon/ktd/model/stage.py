@@ -20,14 +20,14 @@ from ktd.model.deepseek import Stack, Tick, Wanted
 from ktd.model.device import Device
 from ktd.model.exchange import Exchange, MailedExperts, PromptExperts, row_parts
 from ktd.model.ffn import Elsewhere
-from ktd.model.inputs import Inputs
+from ktd.model.inputs import GpuRows, Inputs
 from ktd.model.ops import RowsPart
 from ktd.model.placement import DRAWN_ROWS, Placement
 from ktd.model.rope import rope_table
-from ktd.model.shares import Shares
+from ktd.model.shares import Excerpt, Shares
 from ktd.model.source import WeightSource
 from ktd.model.streaming import Span
-from ktd.model.workspace import Workspace
+from ktd.model.workspace import Views, Workspace
 from ktd_kernels import Cpu
 
 
@@ -81,9 +81,7 @@ class Stage:
             parts: MailedExperts(self.exchange, self._cpu, self._stack.elsewhere, parts) for parts in (1, 2)
         }
         self.prompt_experts = PromptExperts(self.exchange, self._cpu)
-        self.shares = Shares(
-            device, self._cpu, self.exchange, self._workspace, self.prompt_experts, self.sendable, rows
-        )
+        self.shares = Shares(device, self._cpu, self.exchange, self.prompt_experts, self.sendable, rows)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -98,9 +96,7 @@ class Stage:
     ) -> None:
         """Rows of prompts, in spans of one number by `Shares.of`."""
         ops, n = self.device.prompt, len(batch.tokens)
-        rows = self.inputs.send(n, width, len(batch.page_table))
-        v = self._workspace.rows(n)
-        v.x.copy_(self._hidden[:n], non_blocking=True)
+        rows, v = self._enter(batch, width)
         experts = self.shares.experts or self.prompt_experts
         if self.shares.experts:
             self.shares.experts.begin(spans)
@@ -115,6 +111,25 @@ class Stage:
             logits = self._workspace.logits(wanted.v.n)
             self._stack.head(self.device.rows, wanted.v, logits)
             self._logits[: wanted.v.n].copy_(logits, non_blocking=True)
+
+    def excerpt(self, batch: Batch, width: int, cache: LatentCache) -> Excerpt:
+        """What some layers do in the step of a prompt, to be timed."""
+
+        def run(layers: Sequence[int], experts: Elsewhere) -> None:
+            rows, v = self._enter(batch, width)
+            self._stack.forward(
+                self.device.prompt, rows, cache, self._table, v, elsewhere=experts, only=layers
+            )
+
+        return run
+
+    def _enter(self, batch: Batch, width: int) -> tuple[GpuRows, Views]:
+        """Rows of prompts, and buffers with their hidden states."""
+        n = len(batch.tokens)
+        rows = self.inputs.send(n, width, len(batch.page_table))
+        v = self._workspace.rows(n)
+        v.x.copy_(self._hidden[:n], non_blocking=True)
+        return rows, v
 
     def check(self) -> None:
         """After the step of a prompt: raises RuntimeError where a layer's experts could not be computed."""
