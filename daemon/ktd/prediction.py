@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from ktd.bench.model import Session
+from ktd.bench.session import Session
 from ktd.bench.timing import last_level_cache_bytes
 from ktd.engine import Engine, EngineConfig
 from ktd.gguf import GgufFile, TensorInfo

@@ -15,7 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from ktd import main as entry
-from ktd.bench import kernels, model, ops, timing
+from ktd.bench import kernels, model, ops, report, timing, trace
 from ktd.bench.ggml import Ggml, Products
 from ktd.bench.kernels import KernelResult
 from ktd.errors import EngineFailure, SettingsError
@@ -199,7 +199,7 @@ def test_model_command(ktd: Run, gguf_file: Path) -> None:
 
 def test_model_command_on_a_shape(ktd: Run, tmp_path: Path) -> None:
     shape = ("--shape", "tiny-r1", "--mix", "ud-iq1_s", "--layers", "2", "--dense-layers", "1")
-    trace = tmp_path / "trace.json"
+    profile = tmp_path / "trace.json"
     options = (
         "--prompts",
         "5",
@@ -210,13 +210,59 @@ def test_model_command_on_a_shape(ktd: Run, tmp_path: Path) -> None:
         "--cpu-infer",
         "1",
         "--trace",
-        str(trace),
+        str(profile),
     )
     code, out, _ = ktd("bench", "model", *shape, *options)
     assert code == 0
     assert out.startswith("2 layers of tiny-r1: loaded in ")
     assert f"tok/s of {SHAPES['tiny-r1'].layers} layers" in out
-    assert json.loads(trace.read_text())["traceEvents"]
+    for written in (profile, tmp_path / "trace-prompt-5.json"):
+        assert json.loads(written.read_text())["traceEvents"]
+    assert "Where the time" not in out, "nothing was done on a GPU"
+
+
+def test_where_the_time_of_a_prompt_went(capsys: pytest.CaptureFixture[str]) -> None:
+    def event(kind: str, name: str, first: float, end: float) -> dict[str, object]:
+        return {"ph": "X", "cat": kind, "name": name, "ts": first, "dur": end - first}
+
+    events: list[dict[str, object]] = [
+        {"ph": "M", "name": "process_name"},
+        event("cpu_op", "aten::mm", 0, 9000),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1000, 3000),
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 2000, 4000),  # beside the first for a ms
+        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 8000, 8500),
+        event("gpu_memset", "Memset (Device)", 8500, 8600),
+        event("kernel", "gated_64", 2000, 2500),
+        event("kernel", "plain_128", 2400, 3000),
+        event("kernel", "combine", 3000, 3200),
+        event("kernel", "unpack", 1500, 2000),
+        event("kernel", "attend", 5000, 5100),
+        event("kernel", "prompt_kernel", 5100, 5160),
+        event("kernel", "dequantize_bf16", 5160, 5300),
+        event("kernel", "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", 5300, 5650),
+        event("kernel", "sm80_xmma_gemm_bf16bf16_bf16f32", 5650, 5730),
+        event("kernel", "collect", 6000, 6300),
+        event("kernel", "_rms_norm_kernel", 6300, 6310),
+        event("kernel", "void at::native::vectorized_elementwise_kernel<4>", 6310, 6330),
+    ]
+    found = trace.shares_of(events, 512, 0.010)
+    assert found is not None
+    assert (found.tokens, found.seconds) == (512, 0.010)
+    assert found.bus == pytest.approx(3.0e-3)
+    assert found.kernels == {
+        "experts": pytest.approx(1.2e-3),
+        "unpacking": pytest.approx(0.5e-3),
+        "attention": pytest.approx(0.16e-3),
+        "dense": pytest.approx(0.57e-3),
+        "the CPU's sums": pytest.approx(0.3e-3),
+        "other kernels": pytest.approx(0.03e-3),
+    }
+    # Of ten ms there was something from 1 to 4, 5 to 5.73, 6 to 6.33 and 8 to 8.6.
+    assert found.nothing == pytest.approx(5.34e-3)
+    assert trace.shares_of(events[:2], 512, 0.010) is None
+    report._print_traces([found])
+    out = capsys.readouterr().out
+    assert " ".join(out.splitlines()[-2].split()) == "512 10.0 3.0 1.2 0.5 0.2 0.6 0.3 0.0 5.3"
 
 
 @pytest.mark.parametrize(

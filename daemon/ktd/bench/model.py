@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 
+from ktd.bench.session import Session
 from ktd.bench.timing import read_bandwidth
+from ktd.bench.trace import PromptTrace, profiled, prompt_trace
 from ktd.budget import budget_of
 from ktd.engine import Engine, EngineConfig
-from ktd.errors import KtdError, SettingsError
+from ktd.errors import SettingsError
 from ktd.gguf import GgufFile
 from ktd.gpu import find_gpus, gpus_for
 from ktd.model import ModelConfig, load_model
 from ktd.model.placement import ROUTED, Placement
 from ktd.plan import PAGE_SIZE, make_plan
-from ktd.types import Ended, EngineEvent, Failed, GenerationRequest, SamplingParams, Tokens
 from ktd_kernels import Cpu
 
 _SHORT = (32, 6)  # context and tokens of a run that only warms up or is profiled
@@ -79,6 +78,7 @@ class ModelResult:
     expert_layers_on_gpu: int
     prefill: list[PrefillResult]
     decode: list[DecodeResult]
+    traces: list[PromptTrace]
 
     def as_json(self) -> dict[str, object]:
         """All fields and rates."""
@@ -93,7 +93,7 @@ class ModelBench:
     """What to measure: prompt lengths, numbers of sequences, tokens in front of them and tokens each writes.
 
     `layers_of_whole`: see ModelResult; None for a whole model. `trace`: where a profile of a few decode steps
-    goes, for chrome://tracing or Perfetto.
+    goes, for chrome://tracing or Perfetto; those of prompts go beside it, by length.
     """
 
     path: Path
@@ -169,9 +169,7 @@ class ModelBench:
                         seconds = session.decode(count, before, self.answer_tokens)
                         read = weight_bytes(gguf, config, plan.placement, count)
                         decode.append(DecodeResult(count, before, seconds, *read))
-                if self.trace is not None:
-                    say(f"profiling into {self.trace}")
-                    _profile(session, self.trace)
+                traces = self._profile(session, self.trace, say) if self.trace is not None else []
                 now = {gpu.device: gpu.free for gpu in find_gpus()} if plan.gpus else {}
             finally:
                 engine.stop()
@@ -191,7 +189,22 @@ class ModelBench:
                 expert_layers_on_gpu=len(plan.placement.expert_layers_on_gpu),
                 prefill=prefill,
                 decode=decode,
+                traces=traces,
             )
+
+    def _profile(self, session: Session, path: Path, say: Callable[[str], None]) -> list[PromptTrace]:
+        """Profiles answers and a prompt of each length; says of those on a GPU where their time went."""
+        say(f"profiling into {path}")
+        with profiled(path):
+            session.decode(1, *_SHORT)
+        traces = []
+        for tokens in dict.fromkeys(self.prompts):
+            place = path.with_stem(f"{path.stem}-prompt-{tokens}")
+            say(f"profiling into {place}")
+            with profiled(place):
+                seconds = session.read(tokens)
+            traces.append(prompt_trace(place, tokens, seconds))
+        return [trace for trace in traces if trace is not None]
 
 
 def weight_bytes(
@@ -207,81 +220,3 @@ def weight_bytes(
         share = chosen if ROUTED.match(name) else 1.0
         read[placement.on_gpu(name)] += share * info.nbytes
     return read[0], read[1]
-
-
-def _profile(session: Session, path: Path) -> None:
-    import torch
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        session.decode(1, *_SHORT)
-    profile.export_chrome_trace(str(path))
-
-
-class Session:
-    """Submits requests and waits for their tokens."""
-
-    def __init__(self, engine: Engine, vocab_size: int) -> None:
-        self._engine, self._vocab_size = engine, vocab_size
-        self._rng = np.random.default_rng(0)
-        self._count = 0
-
-    def _request(self, prompt_tokens: int, max_tokens: int) -> GenerationRequest:
-        self._count += 1
-        return GenerationRequest(
-            request_id=f"bench-{self._count}",
-            prompt=self._rng.integers(0, self._vocab_size, prompt_tokens).tolist(),
-            max_tokens=max_tokens,
-            # Random tokens, as the peer's are: greedy text of random weights goes round in a circle, and its
-            # few experts would stay in the caches.
-            sampling=SamplingParams(temperature=1.0, top_p=1.0, seed=self._count),
-            stop_ids=frozenset(),
-        )
-
-    def _run(self, sequences: int, prompt_tokens: int, max_tokens: int) -> tuple[float, list[list[float]]]:
-        """When `sequences` equal requests were submitted, and when each token of each came."""
-        events: queue.Queue[tuple[int, float, EngineEvent]] = queue.Queue()
-
-        def listener(number: int) -> Callable[[EngineEvent], None]:
-            return lambda event: events.put((number, time.perf_counter(), event))
-
-        started = 0.0
-
-        def submit_all(event: EngineEvent) -> None:
-            nonlocal started
-            if isinstance(event, Failed):
-                events.put((0, time.perf_counter(), event))
-            if isinstance(event, Ended):
-                started = time.perf_counter()
-                try:
-                    for number in range(sequences):
-                        self._engine.submit(self._request(prompt_tokens, max_tokens), listener(number))
-                except KtdError as error:  # nobody else would hear it on this thread
-                    events.put((0, started, Failed(error)))
-
-        # A first request ends; from its last event, on the engine's thread, the others start in one step.
-        self._engine.submit(self._request(1, 1), submit_all)
-        times: list[list[float]] = [[] for _ in range(sequences)]
-        ended = 0
-        while ended < sequences:
-            number, when, event = events.get()
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Tokens):
-                times[number] += [when] * len(event.ids)
-            ended += isinstance(event, Ended)
-        return started, times
-
-    def prefill(self, tokens: int) -> float:
-        """Seconds until the first token after a prompt."""
-        started, times = self._run(1, tokens, 1)
-        return times[0][0] - started
-
-    def decode(self, sequences: int, context: int, tokens: int) -> float:
-        """Mean seconds of a step while all sequences write behind prompts of `context` tokens."""
-        _, times = self._run(sequences, context, tokens)
-        first, last = max(own[0] for own in times), min(own[-1] for own in times)
-        steps = sum(first < when <= last for own in times for when in own) / sequences
-        return (last - first) / steps

@@ -13,6 +13,7 @@ from ktd.bench.model import ModelResult
 from ktd.bench.ops import AttentionResult, HandOffResult
 from ktd.bench.peer_model import PeerResult
 from ktd.bench.serve import ServeResult
+from ktd.bench.trace import PromptTrace
 from ktd.plan import size_text
 
 # Width of a table that goes to a file or a pipe.
@@ -118,6 +119,8 @@ def print_model(result: ModelResult, peer: PeerResult | None) -> None:
         for row, p, its in zip(rows, result.prefill, peer.prefill, strict=True):
             row += [f"{p.tokens / its.seconds:.1f}", f"{its.seconds / p.seconds:.2f}", its.flags]
     _print("Reading a prompt", names, rows)
+    if result.traces:
+        _print_traces(result.traces)
     names = [
         "sequences",
         "context",
@@ -155,6 +158,19 @@ def print_model(result: ModelResult, peer: PeerResult | None) -> None:
     )
     for reason in peer.left_out if peer is not None else ():
         print(reason)
+
+
+def _print_traces(traces: Sequence[PromptTrace]) -> None:
+    """One line a prompt."""
+    _print(
+        "Where the time of a prompt goes on the GPU, ms while profiled; copies and kernels run side by side",
+        ["prompt tokens", "all", "bus", *traces[0].kernels, "nothing"],
+        [
+            [str(t.tokens)]
+            + [f"{1e3 * seconds:.1f}" for seconds in (t.seconds, t.bus, *t.kernels.values(), t.nothing)]
+            for t in traces
+        ],
+    )
 
 
 def print_serve(title: str, results: Sequence[ServeResult]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ktd.bench.ggml import Ggml
@@ -136,7 +138,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="this peer on the same file; beside a GPU, its experts on the CPU",
     )
     model.add_argument("--peer-python", type=Path, help="Python that has llama-cpp-python")
-    model.add_argument("--trace", type=Path, help="write a profile of a few steps for chrome://tracing")
+    model.add_argument(
+        "--trace",
+        type=Path,
+        help="write a profile of a few steps, and beside it one of a prompt of each length, for chrome://tracing",
+    )
     model.add_argument(
         "--answer", type=int, default=16, help="tokens a sequence writes (default: %(default)s)"
     )
@@ -240,7 +246,12 @@ def _run_model(args: argparse.Namespace) -> int:
         raise UserError(f"{given[0]} belongs to --shape, not to a GGUF.")
     if (args.against is None) != (args.peer_python is None):
         raise UserError("--against llama.cpp and --peer-python belong together.")
-    with Console(stderr=True).status("starting") as status:
+    console = Console(stderr=True)
+    # What loading tells, such as the share of a prompt's experts that is sent.
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    with console.status("starting") as status:
         if args.gguf is not None:
             result, peer, failure = _measure(args, args.gguf, None, status.update)
         else:
