@@ -439,6 +439,21 @@ def test_as_much_is_sent_as_is_the_fastest(
     assert {n for n, share in tried if share == 0} == {n for n in computing if n <= min(shares, default=n)}
 
 
+def test_nothing_is_sent_for_numbers_of_rows_that_it_makes_slower(
+    path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(self: Shares, split: Any, ids: Any, *_: Any) -> float:
+        (by_layer,) = split._shares.values()
+        return {16: 1.0, 32: 2.0, 64: 3.0}[len(ids)] if by_layer[1] == 0 else 2.5
+
+    monkeypatch.setattr(Shares, "_seconds", seconds)
+    monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", 16)
+    model, _ = hybrid(path, cpu)
+    assert isinstance(model, HybridModel)
+    model.reserve(64, 1, Bench(model).cache)
+    assert list(model._stages[0].shares.found) == [64]
+
+
 @pytest.mark.parametrize("start", [20, 60, 110, 160])
 def test_the_fastest_share_is_found_from_a_guess(start: int) -> None:
     """Of 256 experts, where a byte takes the bus twice as long as the CPU while both are at work."""

@@ -29,6 +29,7 @@ from ktd.model import Batch, GpuNeeds, ModelConfig, Piece, Placement, vram_bytes
 from ktd.model.hybrid import HybridModel
 from ktd.model.shares import Shares
 from ktd.model.source import WeightSource
+from ktd.model.streaming import SplitExperts
 from ktd_kernels import Cpu
 
 LAYERS = 4
@@ -114,19 +115,27 @@ def test_shares_are_tried_in_the_step_of_a_prompt(
     expert = sum(w.nbytes for w in model._stages[0].sendable[0].blocks) // 16
     seconds = Shares._seconds
     runs, ids_of = list[tuple[int, int]](), dict[int, Any]()
+    start, chosen = SplitExperts.start, list[Any]()
+
+    def started(self: SplitExperts, experts: Any, v: Any) -> None:
+        chosen.append(v.expert_ids.clone())
+        start(self, experts, v)
 
     def tried(self: Shares, split: Any, ids: Any, layers: Any, excerpt: Any) -> float:
         rows, passed = device.prompt.rows.copy(), device.passed
+        chosen.clear()
         taken = seconds(self, split, ids, layers, excerpt)
         n, share = len(ids), split._shares[len(ids)][1]
         assert list(layers) == [1, 2]
         assert device.prompt.rows - rows == {n: 2}
         assert device.passed - passed == 2 * share * expert
-        assert np.array_equal(ids_of.setdefault(n, ids), ids)
+        assert len(chosen) == 2
+        assert all(np.array_equal(ids_of.setdefault(n, ids), each) for each in chosen)
         assert all(len(set(row)) == model.config.moe.used for row in ids.tolist())  # type: ignore[union-attr]
         runs.append((n, share))
         return taken
 
+    monkeypatch.setattr(SplitExperts, "start", started)
     monkeypatch.setattr(Shares, "_seconds", tried)
     monkeypatch.setattr("ktd.model.shares._LEAST_ROWS", 16)
     bench = Bench(model)
