@@ -27,9 +27,10 @@ ANY_MODEL = "Which is larger, 9.11 or 9.9? Answer in one sentence."
 TRIES = 2
 
 NEXT = """
-The daemon runs under supervisor:  supervisorctl -c deploy/supervisord.conf status|stop|restart|tail ktd
+The daemon runs under supervisor; `make down` stops both:
+  .venv/bin/supervisorctl -c deploy/supervisord.conf status|stop|start|restart|tail ktd
 In Open WebUI (make webui installs one with all of this done) paste plugin/ktd_pipe.py under
-Admin Panel -> Functions -> +, switch it on, and set its valves:
+Admin Panel -> Functions -> Create, save, switch it on, and set its valves:
   BASE_URL  {address}
   API_KEY   {key}
   MODELS    (leave it empty: the daemon is asked)

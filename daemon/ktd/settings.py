@@ -81,7 +81,7 @@ class Settings(BaseModel):
     )
 
     cpu_infer: int | None = _setting(
-        "engine", None, "threads of the kernels (default: the physical cores)", ge=1, le=4096
+        "engine", None, "threads of the kernels (default: the physical cores)", ge=1, le=1024
     )
     isa: str | None = _setting(
         "engine", None, "instruction set of the kernels (default: the best that this CPU has)"
@@ -110,7 +110,7 @@ class Settings(BaseModel):
     max_sequences: int = _setting("engine", 8, "requests answered at once", ge=1, le=1024)
     queue_limit: int = _setting("engine", 64, "requests that may wait; one more is refused", ge=0, le=100_000)
     chunk_tokens: int | None = _setting(
-        "engine", None, "tokens computed in one step (default: 512, with a GPU up to 2048)", ge=1, le=65_536
+        "engine", None, "tokens computed in one step (default: 512, with a GPU up to 4096)", ge=1, le=65_536
     )
     cache_type: Literal["bf16", "f32"] = _setting("engine", "bf16", "number type of the latent cache")
     use_cuda_graph: bool = _setting("engine", True, "record the decode step of a GPU; no effect without one")

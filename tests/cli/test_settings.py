@@ -144,6 +144,7 @@ def test_gpu_memory_of_each() -> None:
 
 WRONG = [
     ("--port 99999", {}, "", "--port is '99999'"),
+    ("--cpu-infer 1025", {}, "", "--cpu-infer is '1025': it should be less than or equal to 1024"),
     ("--port http", {}, "", "--port is 'http': it should be a valid integer"),
     ("", {"KTD_PORT": "-1"}, "", "KTD_PORT is '-1'"),
     ("", {}, "port = 70000", "port in ktd.toml is 70000"),

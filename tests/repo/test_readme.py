@@ -108,7 +108,7 @@ def test_the_commands_of_the_readme_work_as_printed(tmp_path: Path, hub: FakeHub
     told = next(output for command, output in shown.items() if "api/chat" in command)
     assert '"done_reason": "stop"' in told
     assert '"thinking": ' in told
-    assert "RUNNING" in shown["supervisorctl -c deploy/supervisord.conf status ktd"]
+    assert "RUNNING" in shown[".venv/bin/supervisorctl -c deploy/supervisord.conf status ktd"]
     assert re.search(r"prompt: \d+ tokens.*answer: \d+ tokens", shown[".venv/bin/ktd chat"])
     assert run("supervisorctl -c deploy/supervisord.conf pid").returncode != 0, "make down left it running"
 
