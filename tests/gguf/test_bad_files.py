@@ -73,6 +73,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
         header(0, 1) + text("k") + struct.pack("<IIQ", 9, 8, 10**6) + b"\0" * 20,
         "ends inside its header, at metadata key 'k'",
     ),
+    "last text of an array beyond 64 bits": (
+        header(0, 1) + text("k") + struct.pack("<IIQ", 9, 8, 1) + struct.pack("<Q", 2**64 - 1) + b"\0" * 20,
+        "ends inside its header, at metadata key 'k'",
+    ),
     "arrays in arrays": (
         header(0, 1) + text("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 9 + b"\0" * 40,
         "nests arrays",

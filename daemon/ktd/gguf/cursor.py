@@ -162,8 +162,10 @@ class Cursor:
             if position + 8 > end:
                 raise self._truncated(what)
             position += 8 + unpack(buffer, position)[0]
+            if position > end:
+                raise self._truncated(what)
             ends.append(position - start)
-        self._advance(position - start, what)
+        self.position = position
         return StringArray(buffer[start:position], ends, f"{what} of {self.path}")
 
     def _flag(self, value: int, what: str) -> bool:
