@@ -107,6 +107,11 @@ TEXTS: dict[str, dict[Language, str]] = {
         "not {url!r}.",
         "zh": "阀门 BASE_URL 应填写 grpc://127.0.0.1:50051 或 https://host/v1 这样的地址，而不是 {url!r}。",
     },
+    "bad_key": {
+        "en": "The valve API_KEY holds blanks or characters beyond ASCII, which no service takes: enter the "
+        "key again.",
+        "zh": "阀门 API_KEY 中含有空白或非 ASCII 字符，任何服务都不接受：请重新填写密钥。",
+    },
     "bad_file": {
         "en": "The file {path} of the TLS valves cannot be read: {reason}.",
         "zh": "无法读取 TLS 阀门中的文件 {path}：{reason}。",
@@ -126,6 +131,12 @@ TEXTS: dict[str, dict[Language, str]] = {
         "the valve "
         "BASE_URL.",
         "zh": "{address} 没有响应。请启动服务（supervisorctl start ktd），或更正阀门 BASE_URL。",
+    },
+    "other_protocol": {
+        "en": "Something listens at {address}, but does not answer as {scheme}:// ({reason}). Correct "
+        "the valve BASE_URL (its port; grpc, grpcs, http or https) or the TLS valves.",
+        "zh": "{address} 有程序在监听，但没有按 {scheme}:// 应答（{reason}）。请更正阀门 "
+        "BASE_URL（端口；grpc、grpcs、http 或 https）或 TLS 阀门。",
     },
     "unreachable_name": {"en": "ktd: {address} does not answer", "zh": "ktd：{address} 没有响应"},
     "broke_off": {
@@ -1083,6 +1094,10 @@ class Target:
         return self.url.startswith(("grpc://", "grpcs://"))
 
     @property
+    def scheme(self) -> str:
+        return urlsplit(self.url).scheme
+
+    @property
     def address(self) -> str:
         """What a person knows the server by: host and port."""
         return urlsplit(self.url).netloc.rpartition("@")[2]
@@ -1113,6 +1128,13 @@ class Job:
     @property
     def continues(self) -> bool:
         return self.messages[-1]["role"] == "assistant" and not self.messages[-1].get("tool_calls")
+
+
+def whole(text: str) -> str:
+    """`text` with a question mark for each half of a surrogate pair, as browsers send them where a script cut
+    an emoji: UTF-8 has none.
+    """
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def parts_text(content: object) -> str:
@@ -1153,7 +1175,7 @@ def read_messages(body: Mapping[str, Any], *, text_only: bool, tools: bool = Fal
                 raise PipeError("images", code="unsupported_content")
             messages.append({"role": role, "content": content})
             continue
-        text = parts_text(content)
+        text = whole(parts_text(content))
         if role == "assistant":
             text = _OLD_THOUGHT.sub("", text).replace(_JOINER, "")
         elif not tools:
@@ -1254,7 +1276,7 @@ def read_options(body: Mapping[str, Any]) -> Json:
             options[target] = read_number(name, body[name], kind)
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    options["stop"] = [str(text) for text in stops if text]
+    options["stop"] = [whole(str(text)) for text in stops if text]
     bias = body.get("logit_bias")
     if isinstance(bias, Mapping) and bias:
         options["logit_bias"] = {
@@ -1503,12 +1525,15 @@ _CHANNEL_OPTIONS = (
 )
 
 
+# Where an address names none.
+GRPC_PORT = 50051
+
+
 def open_channel(target: Target) -> Any:
     """A channel to `grpc://host:port` or, with TLS, `grpcs://host:port`. Connects when used."""
-    parts = urlsplit(target.url)
-    address = target.address if parts.port else f"{target.address}:50051"
+    address = target.address if urlsplit(target.url).port else f"{target.address}:{GRPC_PORT}"
     options = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if target.loopback else 1)]
-    if parts.scheme == "grpc":
+    if target.scheme == "grpc":
         return grpc.aio.insecure_channel(address, options=options)
     authority, certificate, key = (read_file(path) for path in target.certificates)
     credentials = grpc.ssl_channel_credentials(authority, key, certificate)
@@ -1534,8 +1559,28 @@ async def connected_channel(links: Links, target: Target, patience: float) -> An
             async with asyncio.timeout(patience):
                 await channel.channel_ready()
         except TimeoutError:
+            if await _listened_to(target):
+                reason = f"{patience:g} s"
+                raise other_protocol(target, reason, 14) from None
             raise PipeError("unreachable", address=target.address, code=14) from None
     return channel
+
+
+async def _listened_to(target: Target) -> bool:
+    """Whether something takes connections where no gRPC answers: gRPC itself does not tell."""
+    parts = urlsplit(target.url)
+    try:
+        async with asyncio.timeout(1):
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port or GRPC_PORT)
+    except (OSError, TimeoutError, UnicodeError):
+        return False
+    writer.close()
+    return True
+
+
+def other_protocol(target: Target, reason: str, code: int) -> PipeError:
+    """What listens is no service, or not of the kind that the address says."""
+    return PipeError("other_protocol", address=target.address, scheme=target.scheme, reason=reason, code=code)
 
 
 def _authorization(target: Target) -> tuple[tuple[str, str], ...]:
@@ -2172,9 +2217,13 @@ async def http_events(links: Links, job: Job, payload: Json) -> AsyncGenerator[E
         finally:
             await response.aclose()
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        if "SSL" in str(error):
+            raise other_protocol(target, str(error), 503) from error
         raise PipeError("unreachable", address=target.address, code=503) from error
     except httpx.HTTPError as error:
         reason = str(error) or type(error).__name__
+        if isinstance(error, httpx.RemoteProtocolError) and "illegal" in reason:
+            raise other_protocol(target, reason, 502) from error
         raise PipeError(
             "broke_off", address=target.address, reason=reason, code=502, retry=not started
         ) from error
@@ -2554,8 +2603,8 @@ def parse_targets(valves: Any) -> list[Target]:
     )
     targets = []
     for index, url in enumerate(urls):
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             usable = parts.scheme in ("grpc", "grpcs", "http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             usable = False
@@ -2563,6 +2612,8 @@ def parse_targets(valves: Any) -> list[Target]:
             raise PipeError("bad_url", url=url, code="invalid_settings")
         # One key for all, or one each; the same for the model lists.
         key = keys[index] if index < len(keys) else keys[0] if len(keys) == 1 else ""
+        if not re.fullmatch("[!-~]*", key):
+            raise PipeError("bad_key", code="invalid_settings")
         models = []
         for item in (lists[index] if index < len(lists) else "").replace("，", ",").split(","):
             name, _, shown = item.partition("=")

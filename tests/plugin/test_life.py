@@ -192,7 +192,7 @@ async def test_model_lists_from_valves_and_several_servers() -> None:
         assert len(two.engine.requests) == 1
 
 
-@pytest.mark.parametrize("url", ["", "ftp://x", "127.0.0.1:50051", "grpc://"])
+@pytest.mark.parametrize("url", ["", "ftp://x", "127.0.0.1:50051", "grpc://", "http://[::1"])
 async def test_a_wrong_address_is_named(url: str) -> None:
     pipe = module.Pipe()
     pipe.valves = pipe.Valves(BASE_URL=url)
