@@ -69,17 +69,20 @@ class ReferenceOps:
 class ReferenceDevice:
     """As ktd_kernels.gpu.Gpu. A captured body is run again at each replay; `replays` counts them, `held` the
     bytes of weights and `allocated` those of buffers; `passed` and `locked` those of weights; `followed` are
-    the devices that it waited for. `foreign`: the layouts that it does not read."""
+    the devices that it waited for. `foreign`: the layouts that it does not read. `fetches`: whether it reads
+    experts where the CPU has them; `fetches_done` are the layers' weights and rows that it did so for."""
 
     _all: ClassVar[WeakSet[ReferenceDevice]] = WeakSet()
 
-    def __init__(self, cpu: Cpu, foreign: Sequence[str] = ()) -> None:
-        self._foreign = foreign
+    def __init__(self, cpu: Cpu, foreign: Sequence[str] = (), fetches: bool = False) -> None:
+        self._foreign, self._fetches = foreign, fetches
         self.device = torch.device("cpu")
         self.rows: Any = ReferenceOps(cpu, self)
         self.prompt: Any = ReferenceOps(cpu, self)
         self.captures = self.replays = self.launches = self.posts = 0
         self.held = self.allocated = self.passed = self.locked = 0
+        self.fetches_done: list[tuple[int, int]] = []  # rows, and experts of each
+        self._places: set[int] = set()  # of locked weights
         self._aside = False
         self._work = threading.local()
         self._replay: _Replay | None = None
@@ -137,8 +140,15 @@ class ReferenceDevice:
         return layout not in self._foreign
 
     def lock(self, weight: Weight) -> bool:
-        self.locked += weight.nbytes
+        place = weight.bytes.ctypes.data
+        self.locked += 0 if place in self._places else weight.nbytes
+        self._places.add(place)
         return True
+
+    def fetched(self, stacks: Sequence[Weight], room: torch.Tensor) -> _Fetched | None:
+        self.check(room)
+        assert all(w.bytes.ctypes.data in self._places and w.layout != "file" for w in stacks)
+        return _Fetched(self, stacks) if self._fetches else None
 
     def reserve_stream(self, nbytes: int, rooms: int) -> None:
         self._room = nbytes
@@ -213,6 +223,23 @@ class ReferenceDevice:
             self._replay.start()
 
         return replay
+
+
+class _Fetched:
+    """As ktd_kernels.cuda.fetch.FetchedExperts."""
+
+    slots = 3
+
+    def __init__(self, device: ReferenceDevice, stacks: Sequence[Weight]) -> None:
+        self._device, self._stacks = device, stacks
+
+    def add(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: int, out: torch.Tensor
+    ) -> None:
+        assert 0 < ids.shape[1] - first <= self.slots
+        self._device.fetches_done.append((len(x), ids.shape[1] - first))
+        chosen = ids[:, first:].contiguous(), weights[:, first:].contiguous()
+        self._device.rows.moe(*self._stacks, x, *chosen, out, accumulate=True)
 
 
 class _Replay(threading.Thread):

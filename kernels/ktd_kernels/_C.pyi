@@ -213,9 +213,9 @@ class MoeJob:
     Cpu.moe bound to its arguments, to be run whenever another device has filled them: by a host function of a CUDA stream, or in a MoeSequence.
     """
 
-    def __init__(self, cpu: Cpu, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], first: int = 0) -> None:
+    def __init__(self, cpu: Cpu, gate: Weight, up: Weight, down: Weight, x: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(device='cpu')], first: int = 0, here: int | None = None) -> None:
         """
-        Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are. Experts below `first` are elsewhere: they add nothing.
+        Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are. Experts below `first` are elsewhere, and those of a token behind its first `here` (none: all are here): they add nothing.
         """
 
     function: Final[int] = ...

@@ -14,6 +14,7 @@ import torch
 
 from ktd_kernels import MoeJob, Weight, cuda, triton
 from ktd_kernels.cuda import GpuWeight, mailbox, readable, turing
+from ktd_kernels.cuda.fetch import FetchedExperts
 from ktd_kernels.upload import Uploader, WeightStream, stream
 
 
@@ -119,6 +120,11 @@ class Gpu:
         """Keeps a weight's memory in its place, so that it is sent at the speed of the bus; False where the
         system does not allow it."""
         return self._uploader.lock(weight.bytes, read_only=not weight.copied)
+
+    def fetched(self, stacks: Sequence[Weight], room: torch.Tensor) -> FetchedExperts | None:
+        """Experts that kernels read where the CPU has them, through `room`, uint8: gate, up and down in
+        packed layouts. None where they are not locked from their first byte to their last."""
+        return FetchedExperts(stacks, room) if all(self._uploader.locked(w.bytes) for w in stacks) else None
 
     def reserve_stream(self, nbytes: int, rooms: int) -> None:
         """Makes room for `pass_through`: so many `rooms` for groups of up to `nbytes`."""

@@ -46,16 +46,27 @@ class Uploader:
 
     def lock(self, data: npt.NDArray[np.uint8], read_only: bool) -> bool:
         """Keeps whole pages of `data` in memory from now on, for `send` to copy from; False where the system
-        does not allow it. `read_only`: the pages may be those of a mapped file."""
+        does not allow it. `read_only`: the pages may be those of a mapped file. Else the last one, of which
+        `data` has a part, is kept too."""
+        if self.locked(data):
+            return True
         address = data.ctypes.data
         first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (address + data.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = address + data.size + (0 if read_only else mmap.PAGESIZE - 1)
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
         size, flags = ctypes.c_size_t(end - first), _READ_ONLY if read_only else 0
         if end <= first or self._driver.cuMemHostRegister_v2(ctypes.c_void_p(first), size, flags):
             return False
         bisect.insort(self._locked, (first, end))
         self._kept.append(data)
         return True
+
+    def locked(self, data: npt.NDArray[np.uint8]) -> bool:
+        """Whether all of `data` was locked, so that kernels may read it where it is."""
+        return self._locked_part(data.ctypes.data, data.ctypes.data + data.size) == (
+            data.ctypes.data,
+            data.ctypes.data + data.size,
+        )
 
     def send(self, source: npt.NDArray[np.uint8], target: torch.Tensor) -> None:
         """Copies bytes on the current stream. What is not locked was read when this returns; the rest must

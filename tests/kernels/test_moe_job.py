@@ -189,3 +189,20 @@ def test_a_host_function_leaves_one_core_of_many_to_the_thread_that_launches() -
     assert np.array_equal(out, expected)
     assert len(workers) == 7
     assert beside[-1] < 0.03 * sum(beside)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_of_each_token_the_first_experts_are_here(cpu: Cpu, n: int) -> None:
+    """The bits are those of these alone."""
+    weights = stacks()
+    x, ids, scales, out = arguments(n)
+    for here in range(USED + 1):
+        run(MoeJob(cpu, *weights, x, ids, scales, out, here=here))
+        expected = np.zeros_like(out)
+        if here:
+            some = (np.ascontiguousarray(array[:, :here]) for array in (ids, scales))
+            cpu.moe(*weights, x, *some, expected)
+        assert np.array_equal(out, expected)
+    for wrong in (-1, USED + 1):
+        with pytest.raises(ValueError, match=f"here is {wrong}, but a token has {USED} experts"):
+            MoeJob(cpu, *weights, x, ids, scales, out, here=wrong)

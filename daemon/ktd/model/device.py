@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     import torch
 
 
+class Fetched(Protocol):
+    """Experts that the device reads where the CPU has them. `ktd_kernels.cuda.fetch.FetchedExperts` is one;
+    its docstrings say what is meant."""
+
+    @property
+    def slots(self) -> int: ...
+
+    def add(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: int, out: torch.Tensor
+    ) -> None: ...
+
+
 class Device(Protocol):
     """Memory, order of work, and ops for `rows` that were drawn and for those of a `prompt`."""
 
@@ -44,6 +56,8 @@ class Device(Protocol):
     def reads(self, layout: str, ggml_type: int) -> bool: ...
 
     def lock(self, weight: Weight) -> bool: ...
+
+    def fetched(self, stacks: Sequence[Weight], room: torch.Tensor) -> Fetched | None: ...
 
     def reserve_stream(self, nbytes: int, rooms: int) -> None: ...
 

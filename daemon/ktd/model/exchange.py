@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from ktd.model.config import ModelConfig
 from ktd.model.device import Device
+from ktd.model.fetching import Fetching
 from ktd.model.ffn import Experts
 from ktd.model.workspace import Views, expert_floats, expert_inputs, of_experts
 from ktd_kernels import Cpu, MoeJob, MoeSequence
@@ -49,11 +51,19 @@ class Exchange:
         return *inputs, self._sums[start : start + n]
 
     def job(
-        self, cpu: Cpu, experts: Experts, n: int, rows: slice = _ALL, first: int = 0, start: int = 0
+        self,
+        cpu: Cpu,
+        experts: Experts,
+        n: int,
+        rows: slice = _ALL,
+        first: int = 0,
+        start: int = 0,
+        here: int | None = None,
     ) -> MoeJob:
-        """From `rows` of the host's n rows from `start` on to their sums, by the experts from `first` on."""
+        """From `rows` of the host's n rows from `start` on to their sums, by the experts from `first` on, and
+        of each row by the first `here` it has."""
         h, ids, weights, sums = (tensor[rows].numpy() for tensor in self.host(n, start))
-        return MoeJob(cpu, experts.gate, experts.up, experts.down, h, ids, weights, sums, first)
+        return MoeJob(cpu, experts.gate, experts.up, experts.down, h, ids, weights, sums, first, here)
 
     def add(self, v: Views, rows: slice = _ALL) -> None:
         """Adds the sums of `rows` of v, which are on the host, to v.x; not awaited."""
@@ -75,17 +85,20 @@ class Exchange:
 class MailedExperts:
     """For captured steps: the device leaves its rows on the host and goes on; the thread that has started the
     step computes them, layer by layer and in each one part of the rows after the other, and the device takes
-    the sums when it needs them."""
+    the sums when it needs them. Meanwhile it computes what `fetching` leaves to it."""
 
-    def __init__(self, exchange: Exchange, cpu: Cpu, layers: Sequence[Experts], parts: int) -> None:
+    def __init__(
+        self, exchange: Exchange, cpu: Cpu, layers: Sequence[Experts], fetching: Fetching, parts: int
+    ) -> None:
         """`parts`: how many `row_parts` the rows of a step come in, one or two."""
         self._exchange = exchange
         self._cpu = cpu
         self._layers = layers
+        self._fetching = fetching
         self._parts = parts
         self._place = {experts.layer: place * parts for place, experts in enumerate(layers)}
         self._flags = exchange.device.pinned((len(layers) * parts, 2, 16), torch.int32)
-        self._runs: dict[int, tuple[list[MoeJob], MoeSequence]] = {}
+        self._runs: dict[tuple[int, int], tuple[list[MoeJob], MoeSequence]] = {}
 
     def start(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
@@ -93,6 +106,7 @@ class MailedExperts:
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
+        self._fetching.add(experts, v)
         self._exchange.collect(v, self._flag(experts, v, 1))
 
     def rehearse(self, v: Views) -> None:
@@ -105,7 +119,7 @@ class MailedExperts:
     def run(self, step: Callable[[], None], n: int) -> None:
         """Launches a captured step of `n` rows and computes what it asks for. Raises RuntimeError where a
         layer's experts could not be computed, or the device stopped asking."""
-        jobs, sequence = self._runs.get(n) or self._prepare(n)
+        jobs, sequence = self._runs.get((n, self._fetching.count)) or self._prepare(n)
         sequence.begin()
         try:  # whatever ends the step, the device is not left waiting
             step()
@@ -125,21 +139,28 @@ class MailedExperts:
 
     def _prepare(self, n: int) -> tuple[list[MoeJob], MoeSequence]:
         jobs = [
-            self._exchange.job(self._cpu, experts, part.stop - part.start, start=part.start)
+            self._exchange.job(
+                self._cpu,
+                experts,
+                part.stop - part.start,
+                start=part.start,
+                here=self._fetching.here(experts),
+            )
             for experts in self._layers
             for part in row_parts(n, self._parts)
         ]
-        self._runs[n] = jobs, MoeSequence(jobs, self._flags.numpy())
-        return self._runs[n]
+        run = self._runs[n, self._fetching.count] = jobs, MoeSequence(jobs, self._flags.numpy())
+        return run
 
 
 class PromptExperts:
     """The calling thread computes and launches in turns; for chunks of a prompt, whose progress is told layer
-    by layer, and for drawn rows too many for a captured step."""
+    by layer, and, with `fetching`, for drawn rows too many for a captured step."""
 
-    def __init__(self, exchange: Exchange, cpu: Cpu) -> None:
+    def __init__(self, exchange: Exchange, cpu: Cpu, fetching: Fetching | None = None) -> None:
         self._exchange = exchange
         self._cpu = cpu
+        self._fetching = fetching
 
     def start(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
@@ -148,9 +169,14 @@ class PromptExperts:
 
     def finish(self, experts: Experts, v: Views) -> None:
         """As Elsewhere says."""
+        here = None
+        if self._fetching is not None:
+            here = self._fetching.here(experts)
+            self._fetching.add(experts, v)
         self._exchange.device.finish_aside()
         if not self._exchange.idle:
             h, ids, weights, sums = (tensor.numpy() for tensor in self._exchange.host(v.n, v.start))
+            ids, weights = (np.ascontiguousarray(array[:, :here]) for array in (ids, weights))
             self._cpu.moe(experts.gate, experts.up, experts.down, h, ids, weights, sums)
         self._exchange.add(v)
 

@@ -11,7 +11,9 @@ chose: it is measured when the model is loaded whether that pays.
 
 from __future__ import annotations
 
+import logging
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,9 @@ from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+log = logging.getLogger(__name__)
+# Drawn rows of the steps by which it is found how many experts a device fetches.
+_FETCHING_ROWS = (1, 4)
 # Tokens of context for which attention is launched: each step takes the least that holds its own.
 _CONTEXTS = (4096, 16384, 65536)
 
@@ -252,12 +257,39 @@ class HybridModel:
         for stage in self._stages:
             with stage.device.work():
                 stage.rehearse()
-        # What would be read from the disk for every step takes as long in any number of parts.
+        # What would be read from the disk for every step takes as long in any way.
         mapped = sum(stage.mapped_bytes for stage in self._stages)
         measured = waits and mapped <= psutil.virtual_memory().available
+        if measured:
+            self._measure_fetching(sizes, cache)
         parts_of = self._measure_parts(sizes, cache) if measured else dict.fromkeys(sizes, 1)
         for n, width in product(sizes, self._widths):
             self._capture(n, width, parts_of[n], cache)
+
+    def _measure_fetching(self, sizes: Sequence[int], cache: LatentCache) -> None:
+        """How many of a drawn row's experts the devices fetch: as many as make steps of one row and of four,
+        both taken alike, the fastest."""
+        most = max(stage.fetching.most for stage in self._stages)
+        seconds = {}
+        for count in range(most + 1) if most else ():
+            self._fetch(count, sizes, cache)
+            seconds[count] = math.prod(self._seconds(n, 1, cache) for n in _FETCHING_ROWS if n in sizes)
+        if seconds:
+            count = min(seconds, key=seconds.__getitem__)
+            self._fetch(count, sizes, cache)
+            log.info("Of each drawn token's experts in memory the GPU fetches and computes %d.", count)
+
+    def _fetch(self, count: int, sizes: Sequence[int], cache: LatentCache) -> None:
+        """The devices fetch `count` of a row's experts from now on; steps have run once with it."""
+        for stage in self._stages:
+            stage.fetching.count = min(count, stage.fetching.most)
+            stage.forget_captures()
+        with self._idle():
+            for n in reversed(sizes):
+                batch = self._random_batch(n, cache, 0)
+                self._fill(batch, cache, [stage.drawn_inputs for stage in self._stages])
+                self._drawn_steps(n, self._widths[0], cache)
+                self._synchronize()
 
     def _measure_parts(self, sizes: Sequence[int], cache: LatentCache) -> dict[int, int]:
         """In how many parts steps of n drawn rows are the faster, found for powers of two."""
@@ -270,19 +302,25 @@ class HybridModel:
         return {n: found[1 << n.bit_length() - 1] for n in sizes}
 
     def _seconds_in_parts(self, n: int, cache: LatentCache) -> dict[int, float]:
-        """Seconds of a captured step of n rows of random tokens, by the number of its parts; the best of
-        three."""
-        width = self._widths[0]
-        tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, n).tolist()
-        batch = Batch.of([Piece([token], 0, [0], 1, prompt=0) for token in tokens], cache.page_size)
-        seconds = {1: math.inf, 2: math.inf}
-        for parts in seconds:
-            self._capture(n, width, parts, cache)
-            for _ in range(3):
-                start = time.perf_counter()
-                self._drawn(batch, cache)
-                seconds[parts] = min(seconds[parts], time.perf_counter() - start)
-        return seconds
+        """Seconds of a captured step of n rows, by the number of its parts."""
+        return {parts: self._seconds(n, parts, cache) for parts in (1, 2)}
+
+    def _seconds(self, n: int, parts: int, cache: LatentCache) -> float:
+        """Seconds of a captured step of n rows; the median of five, each of other tokens, or the experts of
+        a small model would stay in the processor's caches."""
+        self._capture(n, self._widths[0], parts, cache)
+        taken = []
+        for seed in range(5):
+            batch = self._random_batch(n, cache, seed)
+            start = time.perf_counter()
+            self._drawn(batch, cache)
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    def _random_batch(self, n: int, cache: LatentCache, seed: int) -> Batch:
+        """n drawn rows at the start of texts, all in the cache's first page."""
+        tokens = np.random.default_rng(seed).integers(0, self.config.vocab_size, n).tolist()
+        return Batch.of([Piece([token], 0, [0], 1, prompt=0) for token in tokens], cache.page_size)
 
     def _capture(self, n: int, width: int, parts: int, cache: LatentCache) -> None:
         for stage in self._stages:

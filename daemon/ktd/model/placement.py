@@ -20,8 +20,9 @@ _VALUE_BYTES: dict[CacheType, int] = {"bf16": 2, "f32": 4}
 # The driver's context, the kernels' code and the libraries' own workspaces, before anything of the model.
 _RUNTIME_BYTES = 640 << 20
 #: Bytes of weights that are sent at once to experts of long prompts, and how many such groups there is room
-#: for: some are sent while a layer's attention is computed. Two more are there rearranged.
-GROUP_BYTES, ROOMS = 96 << 20, 6
+#: for: some are sent while a layer's attention is computed. Two more are there rearranged, and there is room
+#: for one of experts that the device fetches for drawn rows.
+GROUP_BYTES, ROOMS = 96 << 20, 5
 #: Drawn rows that are computed at once at most; they have buffers of their own.
 DRAWN_ROWS = 64
 #: Steps of up to so many drawn rows are captured.
@@ -140,7 +141,7 @@ class GpuNeeds:
             + (4 * (self._logit_rows + drawn) * config.vocab_size if last else 0)
             + (2 * captured - 1 if elsewhere else captured) * len(layers) * _GRAPH_BYTES_A_LAYER
             + _SCRATCH_BYTES
-            + ((ROOMS + 2) * GROUP_BYTES if elsewhere else 0)
+            + ((ROOMS + 3) * GROUP_BYTES if elsewhere else 0)
         )
         return VramBytes(
             dense=sum(self.dense[layer] for layer in layers) + (self._head if last else 0),

@@ -19,6 +19,7 @@ from ktd.model.config import ModelConfig
 from ktd.model.deepseek import Stack, Tick, Wanted
 from ktd.model.device import Device
 from ktd.model.exchange import Exchange, MailedExperts, PromptExperts, row_parts
+from ktd.model.fetching import Fetching
 from ktd.model.ffn import Elsewhere
 from ktd.model.inputs import GpuRows, Inputs
 from ktd.model.ops import RowsPart
@@ -77,9 +78,14 @@ class Stage:
         self._drawn_workspace = Workspace(config, device)
         self._drawn_workspace.reserve(drawn, drawn if self._last else 0)
         self.exchange = Exchange(device, config, rows)
+        elsewhere = self._stack.elsewhere
+        #: What of drawn rows' experts the device computes; `count` is to be the same from the first step on.
+        self.fetching = Fetching(device, elsewhere, config.moe.used if config.moe else 0)
         self._mailed_experts = {
-            parts: MailedExperts(self.exchange, self._cpu, self._stack.elsewhere, parts) for parts in (1, 2)
+            parts: MailedExperts(self.exchange, self._cpu, elsewhere, self.fetching, parts)
+            for parts in (1, 2)
         }
+        self._drawn_experts = PromptExperts(self.exchange, self._cpu, self.fetching)
         self.prompt_experts = PromptExperts(self.exchange, self._cpu)
         self.shares = Shares(device, self._cpu, self.exchange, self.prompt_experts, self.sendable, rows)
 
@@ -136,12 +142,16 @@ class Stage:
         if self.shares.experts:
             self.shares.experts.check()
 
+    def forget_captures(self) -> None:
+        """Steps are no longer what was captured."""
+        self._graphs.clear()
+
     def drawn(self, n: int, width: int, cache: LatentCache, parts: int = 1) -> None:
         """n drawn rows, by a captured graph if there is one, else in so many parts. Returns when the CPU's
         work is done; raises RuntimeError where a layer's experts could not be computed."""
         step, parts = self._graphs.get((n, width), (None, parts))
         if step is None:
-            self._drawn_step(n, width, cache, self.prompt_experts, parts)
+            self._drawn_step(n, width, cache, self._drawn_experts, parts)
         else:
             self._mailed_experts[parts].run(step, n)
 

@@ -240,7 +240,8 @@ void py_mlp(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& 
             nullptr,
             {out.data(), out.stride(0)},
             accumulate,
-            0});
+            0,
+            1});
 }
 
 void py_moe(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down, ConstFloats x,
@@ -267,7 +268,8 @@ void py_moe(Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& 
             weights.data(),
             {out.data(), out.stride(0)},
             accumulate,
-            0});
+            0,
+            k});
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 // The Python classes MoeJob and MoeSequence.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -20,7 +22,7 @@ struct PyMoeJob : MoeJob {
 
 void init_job(PyMoeJob* self, Cpu& cpu, const PyWeight& gate, const PyWeight& up, const PyWeight& down,
               Array<const float> x, Array<const int32_t> ids, Array<const float> weights, Array<float> out,
-              int64_t first) {
+              int64_t first, std::optional<int64_t> here) {
   check_gated(cpu, gate, up, down, 3);
   if (first < 0 || first > gate.count)
     reject("first is " + std::to_string(first) + ", but there are " + std::to_string(gate.count) +
@@ -29,6 +31,8 @@ void init_job(PyMoeJob* self, Cpu& cpu, const PyWeight& gate, const PyWeight& up
   const int64_t n = static_cast<int64_t>(x.shape(0));
   check_array(ids, "ids", {n, -1});
   const int64_t k = static_cast<int64_t>(ids.shape(1));
+  if (here && (*here < 0 || *here > k))
+    reject("here is " + std::to_string(*here) + ", but a token has " + std::to_string(k) + " experts.");
   check_array(weights, "weights", {n, k});
   check_array(out, "out", {n, down.rows}, true);
   new (self) PyMoeJob(cpu, MoeArgs{&gate,
@@ -41,7 +45,8 @@ void init_job(PyMoeJob* self, Cpu& cpu, const PyWeight& gate, const PyWeight& up
                                    weights.data(),
                                    {out.data(), out.stride(0)},
                                    false,
-                                   first});
+                                   first,
+                                   here.value_or(k)});
   self->x = std::move(x);
   self->weights = std::move(weights);
   self->ids = std::move(ids);
@@ -91,11 +96,12 @@ void bind_moe_job(nb::module_& m) {
       "Cpu.moe bound to its arguments, to be run whenever another device has filled them: by a host "
       "function of a CUDA stream, or in a MoeSequence.")
       .def("__init__", &init_job, "cpu"_a, "gate"_a, "up"_a, "down"_a, "x"_a.noconvert(), "ids"_a.noconvert(),
-           "weights"_a.noconvert(), "out"_a.noconvert(), "first"_a = 0, nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+           "weights"_a.noconvert(), "out"_a.noconvert(), "first"_a = 0, "here"_a = nb::none(),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
            "Arguments as of Cpu.moe; read and written at each run, so the arrays must stay where they are. "
            "Experts "
-           "below `first` are elsewhere: they add nothing.")
+           "below `first` are elsewhere, and those of a token behind its first `here` (none: all are here): "
+           "they add nothing.")
       .def_prop_ro_static(
           "function", [](nb::handle) { return reinterpret_cast<uintptr_t>(&MoeJob::host_function); },
           "Address of void run(void* data), which throws nothing.")

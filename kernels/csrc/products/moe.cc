@@ -68,10 +68,14 @@ Groups group_pairs(Cpu& cpu, const MoeArgs& args) {
   int32_t* memory = cpu.groups.get<int32_t>(4 * (experts + 1) + 2 * pairs);
   int32_t *cursor = memory, *expert = cursor + experts + 1, *begin = expert + experts + 1,
           *chunk = begin + experts + 1, *token = chunk + experts + 1, *position = token + pairs;
-  const auto expert_of = [&](int64_t pair) { return args.ids ? args.ids[pair] : 0; };
+  // -1: elsewhere.
+  const auto expert_of = [&](int64_t pair) -> int64_t {
+    if (!args.ids) return 0;
+    return args.ids[pair] < args.first || pair % args.k >= args.here ? -1 : args.ids[pair];
+  };
   memset(cursor, 0, static_cast<size_t>(experts) * sizeof(int32_t));
-  for (int64_t pair = 0; pair < pairs; ++pair) ++cursor[expert_of(pair)];
-  for (int64_t e = 0; e < args.first; ++e) cursor[e] = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair)
+    if (const int64_t e = expert_of(pair); e >= 0) ++cursor[e];
   int64_t active = 0;
   int32_t start = 0, chunks = 0;
   for (int64_t e = 0; e < experts; ++e) {
@@ -87,8 +91,8 @@ Groups group_pairs(Cpu& cpu, const MoeArgs& args) {
   begin[active] = start;
   chunk[active] = chunks;
   for (int64_t pair = 0; pair < pairs; ++pair) {
-    const int32_t e = expert_of(pair);
-    position[pair] = e < args.first ? -1 : cursor[e]++;
+    const int64_t e = expert_of(pair);
+    position[pair] = e < 0 ? -1 : cursor[e]++;
     if (position[pair] >= 0) token[position[pair]] = static_cast<int32_t>(pair / args.k);
   }
   return {active, start, expert, begin, chunk, token, position};

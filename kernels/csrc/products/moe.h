@@ -6,8 +6,8 @@
 namespace ktd {
 
 // out[t] (+)= sum over j, in ascending j, of weights[t, j] * down[e](silu(gate[e] x[t]) * (up[e] x[t])), e =
-// ids[t, j]. Experts below `first` are elsewhere and add nothing. Null ids: every token takes matrix 0 with
-// weight 1 (k must be 1, first 0).
+// ids[t, j]. Experts below `first` are elsewhere and add nothing, as are those of a token behind its first
+// `here`. Null ids: every token takes matrix 0 with weight 1 (k must be 1, first 0, here 1).
 struct MoeArgs {
   const Weight* gate;
   const Weight* up;
@@ -18,7 +18,7 @@ struct MoeArgs {
   const float* weights;  // [n, k]
   Rows<float> out;
   bool accumulate;
-  int64_t first;
+  int64_t first, here;
   bool spare_core = false;  // as of Pool::SpareCore
 };
 

@@ -92,6 +92,11 @@ def mailbox_cubin(arch: int) -> bytes:
     return _cubin("mailbox", "mailbox.cu", arch)
 
 
+def fetch_cubin(arch: int) -> bytes:
+    """Chosen experts from the host's memory for sm_`arch`."""
+    return _cubin("fetch", "fetch.cu", arch)
+
+
 def mla_cubin(most_splits: int) -> bytes:
     """Attention over the latent cache for sm_90."""
     return _cubin("mla", "mla.cu", 90, (f"KTD_MOST={most_splits}",))

@@ -68,17 +68,22 @@ def weight_of(data: torch.Tensor, layout: str, ggml_type: int, shape: Sequence[i
     GpuWeight. Packed bytes start at a multiple of 16. Runs on torch's current stream."""
     if layout == "file":
         return GpuWeight(data, ggml_type, shape)
+    weight = GpuWeight.empty(ggml_type, shape, data.device)
+    unpack(data, layout, weight)
+    return weight
+
+
+def unpack(data: torch.Tensor, layout: str, weight: GpuWeight) -> None:
+    """Fills `weight` from its bytes in a packed layout, as `weight_of` does."""
     if data.dtype != torch.uint8 or not data.is_cuda or not data.is_contiguous() or data.data_ptr() % 16:
         raise TypeError(
             "packed bytes must be a contiguous uint8 tensor on a CUDA device, aligned to 16 bytes"
         )
-    weight = GpuWeight.empty(ggml_type, shape, data.device)
-    arguments = unpack_args(layout, ggml_type, weight.shape, data.numel(), weight.matrix_bytes)
+    arguments = unpack_args(layout, weight.ggml_type, weight.shape, data.numel(), weight.matrix_bytes)
     arguments.packed, arguments.out = data.data_ptr(), weight.data.data_ptr()
     with torch.cuda.device(weight.index):
-        kernel = _module(ggml_type, weight.index).function("unpack")
+        kernel = _module(weight.ggml_type, weight.index).function("unpack")
         launch_over(kernel, weight.index, arguments.packed_blocks * _GROUP_ROWS, arguments)
-    return weight
 
 
 @functools.cache

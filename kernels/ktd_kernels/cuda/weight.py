@@ -77,11 +77,16 @@ class GpuWeight:
             self.data = data if data.data_ptr() % _ALIGNMENT == 0 else data.clone()
 
     @classmethod
-    def empty(cls, ggml_type: int, shape: Sequence[int], device: torch.device) -> GpuWeight:
-        """Memory for a weight that `load` fills, matrix by matrix: a buffer for streamed experts."""
+    def empty(
+        cls, ggml_type: int, shape: Sequence[int], device: torch.device, room: torch.Tensor | None = None
+    ) -> GpuWeight:
+        """Memory for a weight that `load` fills, matrix by matrix: a buffer for streamed experts. `room`:
+        where it is to lie, uint8 [bytes or more], from a multiple of 16 on."""
         self = cls.__new__(cls)
         self._lay_out(ggml_type, shape, device)
-        self.data = torch.empty(self._size, dtype=torch.uint8, device=self.device)
+        if room is None:
+            room = torch.empty(self._size, dtype=torch.uint8, device=self.device)
+        self.data = room[: self._size]
         return self
 
     def load(self, data: torch.Tensor, first: int = 0) -> None:
