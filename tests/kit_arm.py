@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 BUILD = ROOT / "build" / "emulated" / "aarch64"
 PROGRAM, OBJECTS = BUILD / "kernels" / "csrc" / "program", BUILD / "kernels" / "csrc" / "CMakeFiles"
-PRODUCT, MOE, ATTENTION, RMS_NORM, ROPE, STORE, DEQUANTIZE = range(7)
+PRODUCT, MOE, ATTENTION, RMS_NORM, ROPE, STORE, DEQUANTIZE, DRAW, SCORE = range(9)
 
 
 def build() -> Path:
@@ -129,3 +129,21 @@ class ArmCpu:
         numbers = [int(bf16), cache.shape[1], table.shape[1], n, heads, r, rope.shape[2]]
         arrays = latent, rope, cache, table, rows, context, np.float32([scale]), out
         out[:] = self._ask(ATTENTION, numbers, *arrays)
+
+    def draw(
+        self, logits: F32, rows: NDArray[np.int32], rules: NDArray[np.float64], tokens: NDArray[np.int32]
+    ) -> None:
+        given = rules.copy()
+        given[:, 1] = rules[:, 1].astype(np.int64).view(np.float64)  # top_k
+        tokens[:] = self._ask(DRAW, [len(rows), logits.shape[1]], logits[rows], _counted(rows), given, tokens)
+
+    def score(
+        self, logits: F32, rows: NDArray[np.int32], totals: NDArray[np.float64], ids: NDArray[np.int32]
+    ) -> None:
+        """Gives the totals alone."""
+        numbers = [len(rows), logits.shape[1], ids.shape[1]]
+        totals[:] = self._ask(SCORE, numbers, logits[rows], _counted(rows), ids, totals)
+
+
+def _counted(rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.arange(len(rows), dtype=np.int32)

@@ -208,6 +208,16 @@ class Cpu:
         Choose experts: logits [n, E], bias [E] or None, gating 'softmax' or 'sigmoid', group_score 'max' or 'top2'; ids_out int32 [n, used] in descending order of choice, weights_out [n, used].
         """
 
+    def draw(self, logits: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], rules: Annotated[NDArray[numpy.float64], dict(device='cpu', writable=False)], tokens_out: Annotated[NDArray[numpy.int32], dict(device='cpu')]) -> None:
+        """
+        A token for each of the `rows`, int32 [m], of logits [n, vocab] (strided rows). rules float64 [m, 5]: temperature (0: the largest logit), top_k (0: all), top_p of what top_k left, min_p of the likeliest, and a random number in [0, 1). tokens_out int32 [m], -1 where a row has a NaN or no finite maximum. Of equals the lowest id counts as the likeliest.
+        """
+
+    def score(self, logits: Annotated[NDArray[numpy.float32], dict(device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(device='cpu', writable=False)], totals_out: Annotated[NDArray[numpy.float64], dict(device='cpu')], ids_out: Annotated[NDArray[numpy.int32], dict(device='cpu')]) -> None:
+        """
+        Of each of the `rows`, int32 [m], of logits [n, vocab] (strided rows): log(sum(exp(logits))) in totals_out float64 [m], NaN where `draw` says -1, and the tokens of the k largest logits, the largest first, of equals the lowest id, in ids_out int32 [m, k].
+        """
+
 class MoeJob:
     """
     Cpu.moe bound to its arguments, to be run whenever another device has filled them: by a host function of a CUDA stream, or in a MoeSequence.

@@ -18,11 +18,12 @@
 #include "products/moe.h"
 #include "ops/ops_attention.h"
 #include "ops/ops_rows.h"
+#include "ops/ops_sample.h"
 
 namespace ktd {
 namespace {
 
-enum Op : int64_t { kProduct, kMoe, kAttention, kRmsNorm, kRope, kStore, kDequantize };
+enum Op : int64_t { kProduct, kMoe, kAttention, kRmsNorm, kRope, kStore, kDequantize, kDraw, kScore };
 
 struct Array {
   Buffer buffer;
@@ -165,6 +166,12 @@ void compute(Cpu& cpu, Request& r) {
       for (int64_t i = 0; i < w.rows; ++i) w.dequantize(0, i, r.floats(1) + i * w.cols);
       return;
     }
+    case kDraw:  // n, vocab; logits, numbers of rows, rules, tokens
+      return draw(cpu, {r.floats(0), r.n[1], r.n[1], r.ints(1), r.n[0]}, r.arrays[2].get<DrawRule>(),
+                  r.ints(3));
+    case kScore:  // n, vocab, count; logits, numbers of rows, ids, totals
+      return score(cpu, {r.floats(0), r.n[1], r.n[1], r.ints(1), r.n[0]}, r.n[2], r.arrays[3].get<double>(),
+                   r.ints(2));
   }
   exit(1);
 }

@@ -50,4 +50,15 @@ void check_array(const Array<T>& a, const char* name, std::initializer_list<int6
   }
 }
 
+inline int64_t size_of(const auto& array, size_t dim) { return static_cast<int64_t>(array.shape(dim)); }
+
+// Every value of `values` must lie in [0, limit).
+template <class T>
+void check_range(const T* values, int64_t n, int64_t limit, const char* name, const char* of) {
+  for (int64_t i = 0; i < n; ++i)
+    if (values[i] < 0 || values[i] >= limit)
+      reject(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(values[i]) + ", but " +
+             of + " has " + std::to_string(limit) + " entries.");
+}
+
 }  // namespace ktd

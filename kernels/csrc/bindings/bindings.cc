@@ -361,5 +361,6 @@ NB_MODULE(_C, m) {
            "[E, d, f], ids int32 [n, k], weights float32 [n, k].");
   bind_pack(cpu);
   bind_ops(cpu);
+  bind_sample(cpu);
   bind_moe_job(m);
 }

@@ -28,6 +28,9 @@ void bind_pack(nb::class_<Cpu>& cpu);
 // Adds the ops of bindings_ops.cc to class Cpu.
 void bind_ops(nb::class_<Cpu>& cpu);
 
+// Adds drawing of tokens and log probabilities to class Cpu.
+void bind_sample(nb::class_<Cpu>& cpu);
+
 // Adds classes MoeJob and MoeSequence.
 void bind_moe_job(nb::module_& m);
 

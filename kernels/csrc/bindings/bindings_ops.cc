@@ -19,17 +19,6 @@ using Floats = Array<float>;
 using ConstFloats = Array<const float>;
 using ConstInts = Array<const int32_t>;
 
-int64_t size_of(const auto& array, size_t dim) { return static_cast<int64_t>(array.shape(dim)); }
-
-// Every value of `values` must lie in [0, limit).
-template <class T>
-void check_range(const T* values, int64_t n, int64_t limit, const char* name, const char* of) {
-  for (int64_t i = 0; i < n; ++i)
-    if (values[i] < 0 || values[i] >= limit)
-      reject(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(values[i]) + ", but " +
-             of + " has " + std::to_string(limit) + " entries.");
-}
-
 // A latent cache [pages, page_size, width] of float32 or, as uint16, bfloat16.
 struct Cache {
   void* data;

@@ -1,4 +1,4 @@
-// Functions of one instruction set that ops-inl.h and attention-inl.h provide.
+// Functions of one instruction set that ops-inl.h and what it includes provide.
 #pragma once
 
 #include <stdint.h>
@@ -39,6 +39,14 @@ struct AttentionPart {
   float* o;
 };
 
+// Tokens of a vocabulary whose weights are computed and added together when one is drawn.
+constexpr int64_t kSampleBlock = 512;
+
+struct WeighedBlock {
+  double sum;
+  float largest;
+};
+
 struct OpsTable {
   // out = x / sqrt(mean(x²) + eps) · weight; `out` may be `x`.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t d, float* out);
@@ -64,6 +72,17 @@ struct OpsTable {
   // same arithmetic as attend_rows.
   void (*merge_chunks)(const Attention& a, const AttentionBlock& block, const AttentionPart& first,
                        int64_t chunks, int64_t part_stride, uint8_t* scratch);
+
+  // The largest of n values; NaN where one of them is.
+  float (*largest)(const float* x, int64_t n);
+  // weights[i] = 2^(scale · (x[i] - top)) of n <= kSampleBlock values, none above `top`, with a relative
+  // error below 2e-7 + 3 · 2^-24 · ln 2 · |the exponent|, exactly 1 for `top`, 0 below 2^-126; zeros from n
+  // to kSampleBlock.
+  WeighedBlock (*weigh)(const float* x, int64_t n, float top, float scale, float* weights);
+  // The sum of those of kSampleBlock weights that are not below `bound`.
+  double (*sum_from)(const float* weights, float bound);
+  // Places of the values in [low, high), ascending; returns how many. Writes up to 16 more.
+  int64_t (*find)(const float* x, int64_t n, float low, float high, int32_t* places);
 };
 
 }  // namespace ktd

@@ -5,6 +5,7 @@
 #ifdef KTD_TILE_ATTENTION
 #include "ops/attention_amx-inl.h"
 #endif
+#include "ops/sample-inl.h"
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t d, float* out) {
   VecF acc[4] = {};
@@ -57,6 +58,10 @@ constexpr OpsTable make_ops_table() {
   table.attend_rows = attend_rows;
   table.attend_chunk = attend_chunk;
   table.merge_chunks = merge_chunks;
+  table.largest = largest;
+  table.weigh = weigh;
+  table.sum_from = sum_from;
+  table.find = find;
 #ifdef KTD_TILE_ATTENTION
   table.tile = kAmxTile;
   table.attention_scratch = amx_attention_scratch;

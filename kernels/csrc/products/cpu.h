@@ -69,9 +69,9 @@ struct Cpu {
   QuantizedRows x, x_up, hidden;
   Buffer hidden_float, groups, gate_up, partial, thread_scratch;
 
-  // Scratch of ops_attention.cc and ops_route.cc; likewise.
+  // Scratch of ops_attention.cc, ops_route.cc and ops_sample.cc; likewise.
   Buffer attention_scratch, attention_chunks, attention_items, attention_merges, attention_parts,
-      route_scratch;
+      route_scratch, sample_rows, sample_weights, sample_blocks, sample_histograms;
 
   // 64-byte aligned kMatmulScratch bytes per thread.
   uint8_t* scratch() { return thread_scratch.get<uint8_t>(pool.threads() * kMatmulScratch); }

@@ -10,9 +10,12 @@ from ktd_kernels.reference.linear import dequantize, embed, linear, linear_heads
 from ktd_kernels.reference.norm import rms_norm
 from ktd_kernels.reference.rope import rope, yarn_attention_scale, yarn_table
 from ktd_kernels.reference.route import route
+from ktd_kernels.reference.sample import draw, draw_probabilities
 
 __all__ = [
     "dequantize",
+    "draw",
+    "draw_probabilities",
     "embed",
     "linear",
     "linear_heads",
