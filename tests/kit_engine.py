@@ -29,6 +29,7 @@ from ktd.types import (
     Score,
     Tokens,
 )
+from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
 GREEDY = SamplingParams(temperature=0.0)
@@ -44,6 +45,7 @@ class FakeModel:
 
     def __init__(self, vocab_size: int = 64, hook: Callable[[Batch], None] | None = None) -> None:
         self.config = SimpleNamespace(vocab_size=vocab_size, layers=1, latent=2)
+        self.cpu = Cpu(threads=1)
         self.devices = ()
         self.hook = hook
         self.steps: list[Batch] = []

@@ -87,6 +87,7 @@ class Engine:
             self._scheduler,
             self._books,
             self._live,
+            model.cpu,
             check_file=check_file,
             unwanted=self._unwanted,
             end=self._end,

@@ -1,20 +1,21 @@
-"""Draws the next token of one request from its row of logits.
+"""Draws the next tokens of a step's requests from their rows of logits.
 
-Each row is treated alone, with operations over the whole vocabulary: what a request draws depends on its
-logits and its seed, never on what shares its step.
+Each row is treated alone: what a request draws depends on its logits and its seed, never on what shares its
+step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ktd.errors import EngineFailure
 from ktd.types import GenerationRequest
+from ktd_kernels import Cpu
 
 F32 = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-_BLOCK = 512  # tokens that are summed at once
 
 
 class Sampler:
@@ -30,30 +31,32 @@ class Sampler:
         self._penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
         self._drawn: dict[int, int] = {}
         self._seen = set(request.prompt) if p.repetition_penalty != 1.0 else set()
+        self.adjusts = bool(p.logit_bias or self._penalised or self._constraint)  # else `adjust` does nothing
 
-    def draw(self, logits: F32) -> int:
-        """The next token id. `logits` [vocab] is overwritten. Raises EngineFailure where it holds no numbers,
-        or where the constraint allows none.
-
-        Order of the rules: bias, penalties, constraint, temperature, top-k, top-p of what top-k left, min-p.
-        Of equal logits the lowest id counts as the larger.
-        """
-        logits[self._bias_ids] += self._bias
+    def adjust(self, logits: F32) -> None:
+        """Applies to `logits` [vocab], in place, what comes before the draw: bias, penalties, constraint.
+        Raises EngineFailure where the constraint allows nothing."""
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias
         if self._penalised:
             self._penalise(logits)
         if self._constraint:
             self._constraint.mask(logits)
-        top = logits.max()
-        if not np.isfinite(top):
-            raise EngineFailure("The model gave no usable probabilities for this request.")
-        token = int(logits.argmax()) if self._params.temperature == 0 else self._sample(logits, top)
+
+    def rule(self) -> tuple[float, int, float, float, float]:
+        """How the next token is drawn, as `Cpu.draw` takes it, with the next random number."""
+        p = self._params
+        fraction = self._random.random() if p.temperature else 0.0
+        return p.temperature, p.top_k, p.top_p, p.min_p, fraction
+
+    def took(self, token: int) -> None:
+        """`token` was drawn. Raises EngineFailure where the constraint did not allow it."""
         if self._penalised:
             self._drawn[token] = self._drawn.get(token, 0) + 1
             if self._params.repetition_penalty != 1.0:
                 self._seen.add(token)
         if self._constraint:
             self._constraint.accept(token)
-        return token
 
     @property
     def complete(self) -> bool:
@@ -74,79 +77,33 @@ class Sampler:
             counts = np.fromiter(self._drawn.values(), np.float32, len(self._drawn))
             logits[drawn] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
 
-    def _sample(self, logits: F32, top: np.float32) -> int:
-        p = self._params
-        weights = logits
-        weights -= top
-        with np.errstate(over="ignore"):  # a temperature near 0 sends all but the best to -inf, as it should
-            weights /= np.float32(max(p.temperature, 1e-6))
-        np.exp(weights, out=weights)  # the best is exactly 1
-        ids = _candidates(weights, p.top_k, p.top_p, p.min_p)
-        place = _reached(_of(weights, ids), self._random.random())
-        return place if ids is None else int(ids[place])
 
+def draw_tokens(cpu: Cpu, logits: F32, samplers: Sequence[Sampler]) -> list[int | Exception]:
+    """The next token of each row, or what went wrong with that row: EngineFailure where it holds no numbers,
+    or where a constraint allows none. `logits` [rows, vocab] are overwritten.
 
-def _reached(weights: F32, fraction: float) -> int:
-    """The first place up to which the weights make more than `fraction` of their sum; never one of weight 0.
-
-    By blocks first: a running sum costs ten times what plain ones do.
+    Order of the rules: bias, penalties, constraint, temperature, top-k, top-p of what top-k left, min-p. Of
+    equals the lowest id counts as the larger.
     """
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
-    wanted = min(fraction * sums[-1], np.nextafter(sums[-1], 0.0))
-    block = int(np.searchsorted(sums, wanted, side="right"))
-    within = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
-    rest = wanted - (sums[block - 1] if block else 0.0)
-    # Rounded otherwise than the block's own sum, the rest may be a little more.
-    place = np.searchsorted(within, min(rest, np.nextafter(within[-1], 0.0)), side="right")
-    return block * _BLOCK + int(place)
-
-
-def _candidates(weights: F32, top_k: int, top_p: float, min_p: float) -> Ids | None:
-    """Ids that may be drawn, ascending; None when all may. `weights` are relative to the best, which is 1."""
-    ids = _largest(weights, top_k) if 0 < top_k < len(weights) else None
-    if top_p < 1:
-        ids = _among(ids, _nucleus(_of(weights, ids), top_p))
-    if min_p > 0:
-        ids = _among(ids, np.flatnonzero(_of(weights, ids) >= np.float32(min_p)))
-    return ids
-
-
-def _of(weights: F32, ids: Ids | None) -> F32:
-    return weights if ids is None else weights[ids]
-
-
-def _among(ids: Ids | None, places: Ids) -> Ids:
-    return places if ids is None else ids[places]
-
-
-def _largest(weights: F32, count: int) -> Ids:
-    """Places of the `count` largest, ascending; of equals the first."""
-    least = np.partition(weights, len(weights) - count)[len(weights) - count]
-    above = np.flatnonzero(weights > least)
-    equal = np.flatnonzero(weights == least)[: count - len(above)]
-    return np.sort(np.concatenate([above, equal]))
-
-
-def _nucleus(weights: F32, top_p: float) -> Ids:
-    """Places of the fewest weights, largest first, that sum to `top_p` of all; ascending. Sorts almost
-    nothing.
-
-    Weights below (1 - top_p) · sum / n together make less than 1 - top_p of the sum, so none of them is
-    needed. The rest falls into buckets by the upper 16 bits, whose order is that of positive floats; only
-    the bucket in which the sum is reached is sorted.
-    """
-    total = float(weights.sum(dtype=np.float64))
-    mass = top_p * total
-    places = np.flatnonzero(weights >= np.float32((1.0 - top_p) * total / len(weights) * (1.0 - 1e-6)))
-    kept = weights[places]
-    buckets = kept.view(np.uint32) >> 16
-    sums = np.bincount(buckets, weights=kept)[::-1]
-    from_top = np.cumsum(sums)
-    reached = min(int(np.searchsorted(from_top, mass)), len(sums) - 1)
-    bucket = len(sums) - 1 - reached
-    edge = np.flatnonzero(buckets == bucket)
-    edge = edge[np.argsort(-kept[edge], kind="stable")]
-    so_far = from_top[reached] - sums[reached] + np.cumsum(kept[edge], dtype=np.float64)
-    edge = edge[: int(np.searchsorted(so_far, mass)) + 1]
-    chosen: Ids = places[np.sort(np.concatenate([np.flatnonzero(buckets > bucket), edge]))]
-    return chosen
+    drawn: list[int | Exception] = [0] * len(samplers)
+    rows = []
+    for row, sampler in enumerate(samplers):
+        try:
+            sampler.adjust(logits[row])
+            rows.append(row)
+        except Exception as error:
+            drawn[row] = error
+    if not rows:
+        return drawn
+    rules = np.array([samplers[row].rule() for row in rows], np.float64)
+    tokens = np.empty(len(rows), np.int32)
+    cpu.draw(logits, np.array(rows, np.int32), rules, tokens)
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        try:
+            if token < 0:
+                raise EngineFailure("The model gave no usable probabilities for this request.")
+            samplers[row].took(token)
+            drawn[row] = token
+        except Exception as error:
+            drawn[row] = error
+    return drawn

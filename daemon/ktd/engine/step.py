@@ -7,20 +7,18 @@ from collections.abc import Callable, Collection, Mapping
 from threading import Lock
 from time import monotonic
 
-import numpy as np
-import numpy.typing as npt
-
 from ktd.engine.live import LiveRequest
 from ktd.engine.logprobs import RowScores, score_rows
 from ktd.engine.runner import Runner
+from ktd.engine.sampler import draw_tokens
 from ktd.errors import DeviceLost, EngineFailure, FileLost, KtdError
 from ktd.model import Tick
 from ktd.sched import Scheduler, Sequence, Work
 from ktd.types import Ended, Failed, FinishReason, Tokens
+from ktd_kernels import Cpu
 
 log = logging.getLogger(__name__)
 
-F32 = npt.NDArray[np.float32]
 FAULT = "The engine failed while it worked on this request; the daemon's log has the trace."
 # After these no later step could do better.
 FATAL = (DeviceLost, FileLost)
@@ -47,18 +45,21 @@ class Stepper:
         scheduler: Scheduler,
         books: Lock,
         live: Mapping[str, LiveRequest],
+        cpu: Cpu,
         *,
         check_file: Callable[[], None],
         unwanted: Callable[[], Collection[str]],
         end: Callable[[LiveRequest, Ended | Failed], None],
     ) -> None:
-        """books: guards the scheduler; live: the engine's requests by id; check_file: as of Engine; unwanted:
-        ids of those that nobody waits for any more; end: takes a request out and says its last word."""
+        """books: guards the scheduler; live: the engine's requests by id; cpu: what draws; check_file: as of
+        Engine; unwanted: ids of those that nobody waits for any more; end: takes a request out and says its
+        last word."""
         self.prompt_tokens = self.completion_tokens = self.steps = 0  # done so far
         self._runner = runner
         self._scheduler = scheduler
         self._books = books
         self._live = live
+        self._cpu = cpu
         self._check_file = check_file
         self._unwanted = unwanted
         self._end = end
@@ -90,9 +91,18 @@ class Stepper:
 
     def _run(self, work: list[Work], tick: Tick | None = None) -> None:
         requests = [self._of(item.sequence) for item in work]
+        drawing = [live for item, live in zip(work, requests, strict=True) if item.draws]
         try:
             logits = self._runner.run(work, tick)
             self._check_file()
+            # Before the draw, which overwrites the logits.
+            scores = score_rows(
+                self._cpu,
+                logits,
+                [live.request.sampling.top_logprobs for live in drawing],
+                [live.sampler.adjusts for live in drawing],
+            )
+            drawn = draw_tokens(self._cpu, logits, [live.sampler for live in drawing])
         except (Abandoned, *FATAL):
             raise
         except Exception:
@@ -104,26 +114,19 @@ class Stepper:
         with self._books:
             self._scheduler.commit(work)
             self.steps += 1
-        wanted = [
-            live.request.sampling.top_logprobs
-            for item, live in zip(work, requests, strict=True)
-            if item.draws
-        ]
-        rows = zip(logits, score_rows(logits, wanted), strict=True)  # drawing overwrites the logits
+        rows = zip(drawn, scores, strict=True)
         for item, live in zip(work, requests, strict=True):
             if item.draws:
                 live.prefilled(live.sequence.prompt_tokens)
-                self._draw(live, *next(rows))
+                self._publish(live, *next(rows))
             else:
                 live.prefilled(live.sequence.computed, every=_PREFILL_EVERY)
 
-    def _draw(self, live: LiveRequest, logits: F32, scores: RowScores | None) -> None:
-        """Draws, publishes and perhaps ends; a fault here is this request's alone."""
-        try:
-            token = live.sampler.draw(logits)
-        except Exception as error:
-            log.exception("sampling failed for request %s", live.request.request_id)
-            self._end(live, Failed(error if isinstance(error, KtdError) else EngineFailure(FAULT)))
+    def _publish(self, live: LiveRequest, token: int | Exception, scores: RowScores | None) -> None:
+        """Tells the token, and perhaps the end; a fault of its draw is this request's alone."""
+        if isinstance(token, Exception):
+            log.error("sampling failed for request %s", live.request.request_id, exc_info=token)
+            self._end(live, Failed(token if isinstance(token, KtdError) else EngineFailure(FAULT)))
             return
         if live.sequence.drawn == 0:
             self.prompt_tokens += live.sequence.prompt_tokens
@@ -145,6 +148,8 @@ class Stepper:
         unwanted = self._unwanted()
         if all(item.sequence.request.request_id in unwanted for item in work):
             raise Abandoned
+        if all(item.sequence.decoding for item in work):
+            return
         done = {item.sequence: item.start + int(item.count * fraction) for item in work}
         for sequence in self._scheduler.running:
             live = self._of(sequence)

@@ -32,6 +32,10 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
+    def cpu(self) -> Cpu:
+        """The threads that compute what is computed on the CPU."""
+
+    @property
     def devices(self) -> Sequence[str]:
         """Where the latent cache has to be: a torch device for each layer; none for arrays of the CPU
         kernels."""
@@ -57,7 +61,7 @@ class DeepseekModel:
 
     def __init__(self, source: WeightSource, config: ModelConfig, cpu: Cpu, positions: int) -> None:
         self.config = config
-        self._cpu = cpu
+        self.cpu = cpu
         self._embedding = source.matrix("token_embd.weight", config.vocab_size, config.hidden)
         self._stack = Stack(source, config, lambda layer: source, range(config.layers), self._embedding)
         # After the weights, whose shapes have shown by now that the sizes are true.
@@ -83,11 +87,11 @@ class DeepseekModel:
     def _forward(self, batch: Batch, cache: LatentCache, tick: Tick | None, workspace: Workspace) -> F32:
         v = workspace.rows(len(batch.tokens))
         wanted = Wanted(batch.logit_rows, workspace.rows(len(batch.logit_rows)))
-        self._cpu.embed(self._embedding, batch.tokens, v.x)
-        self._stack.forward(self._cpu, batch, cache, self._rope_table, v, wanted, tick=tick)
+        self.cpu.embed(self._embedding, batch.tokens, v.x)
+        self._stack.forward(self.cpu, batch, cache, self._rope_table, v, wanted, tick=tick)
         logits: F32 = workspace.logits(wanted.v.n)
         if wanted.v.n:
-            self._stack.head(self._cpu, wanted.v, logits)
+            self._stack.head(self.cpu, wanted.v, logits)
         return logits
 
 

@@ -63,7 +63,7 @@ class HybridModel:
     ) -> None:
         """`devices` are those of `placement`, in its order."""
         self.config = config
-        self._cpu = cpu
+        self.cpu = cpu
         self._positions = positions
         self._embedding = source.matrix("token_embd.weight", config.vocab_size, config.hidden)
         self._stages: list[Stage] = []
@@ -124,14 +124,14 @@ class HybridModel:
         wanted = len(batch.logit_rows)
         parts = []
         drawn = np.flatnonzero(batch.positions >= batch.prompt)
-        reading, spans = self._prompts(batch)
-        if len(reading):
+        if len(drawn) < len(batch.tokens):
+            reading, spans = self._prompts(batch)
             part = batch.take(reading)
             parts.append((reading[part.logit_rows], self._prompt(part, cache, spans, tick)))
         most = min(DRAWN_ROWS, self._logit_rows)
         for start in range(0, len(drawn), most):
             rows = drawn[start : start + most]
-            part = batch.take(rows)
+            part = batch.take(rows) if len(rows) < len(batch.tokens) else batch
             logits = self._drawn(part, cache)
             if len(part.logit_rows) == wanted == len(rows):
                 return logits
@@ -185,7 +185,7 @@ class HybridModel:
         width = table_width(batch, cache.page_size, self._widths)
         for each in inputs:
             each.fill(batch, width)
-        self._cpu.embed(self._embedding, batch.tokens, self._hidden[: len(batch.tokens)].numpy())
+        self.cpu.embed(self._embedding, batch.tokens, self._hidden[: len(batch.tokens)].numpy())
         return width
 
     def _measure_shares(self, cache: LatentCache) -> None:
