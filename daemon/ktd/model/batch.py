@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 import numpy.typing as npt
@@ -48,26 +49,26 @@ class Batch:
     @classmethod
     def of(cls, pieces: Sequence[Piece], page_size: int) -> Batch:
         """Lays the pieces one after the other, in the order given."""
-        lengths = np.array([len(piece.tokens) for piece in pieces])
-        ends = np.cumsum(lengths)
-        positions = np.concatenate(
-            [np.arange(p.start, p.start + len(p.tokens), dtype=np.int32) for p in pieces]
-        )
+        lengths = [len(piece.tokens) for piece in pieces]
+        ends = list(accumulate(lengths))
         seq_of_row = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+        # What a row's position is ahead of its number.
+        ahead = [p.start + len(p.tokens) - end for p, end in zip(pieces, ends, strict=True)]
+        positions = np.arange(ends[-1], dtype=np.int32) + np.array(ahead, np.int32)[seq_of_row]
         page_table = np.zeros((len(pieces), max(len(piece.pages) for piece in pieces)), np.int32)
         for row, piece in zip(page_table, pieces, strict=True):
             row[: len(piece.pages)] = piece.pages
         page = page_table[seq_of_row, positions // page_size].astype(np.int64)
-        wanted = [np.arange(end - p.logits, end) for p, end in zip(pieces, ends, strict=True)]
+        wanted = [row for p, end in zip(pieces, ends, strict=True) for row in range(end - p.logits, end)]
         return cls(
-            tokens=np.concatenate([np.asarray(piece.tokens, np.int32) for piece in pieces]),
+            tokens=np.fromiter(chain.from_iterable(piece.tokens for piece in pieces), np.int32, ends[-1]),
             positions=positions,
             slots=page * page_size + positions % page_size,
             seq_of_row=seq_of_row,
             context=positions + np.int32(1),
             page_table=page_table,
-            logit_rows=np.concatenate(wanted).astype(np.int64),
-            prompt=np.repeat(np.array([_prompt(piece) for piece in pieces], np.int32), lengths),
+            logit_rows=np.array(wanted, np.int64),
+            prompt=np.array([_prompt(piece) for piece in pieces], np.int32)[seq_of_row],
         )
 
     def take(self, rows: npt.NDArray[np.int64]) -> Batch:

@@ -52,7 +52,7 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """Sequences in the queue, the next to be admitted first."""
-        return self.in_turn(self._waiting)
+        return self.in_turn(self._waiting) if self._waiting else []
 
     def in_turn(self, waiting: Iterable[Sequence]) -> list[Sequence]:
         """`waiting`, in order of arrival, in the order in which they would be admitted: NORMAL ones first, of
@@ -83,12 +83,12 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The work of the next step, pages allocated; empty when idle. Every sequence occurs at most once."""
         self._admit()
-        decoding = [sequence for sequence in self.running if sequence.decoding]
-        granted = dict.fromkeys(decoding, 1)
+        granted = {sequence: 1 for sequence in self.running if sequence.decoding}
+        reading = [sequence for sequence in self.running if sequence not in granted]
         for low in (False, True):
-            reading = [s for s in self.running if s.low is low and not s.decoding]
+            equals = [sequence for sequence in reading if sequence.low is low]
             left = self._step_tokens - sum(granted.values())
-            granted.update(zip(reading, fair_shares([s.pending for s in reading], left), strict=True))
+            granted.update(zip(equals, fair_shares([s.pending for s in equals], left), strict=True))
         work = []
         # Oldest first: a page that runs out is then taken from the back, whose turn has not come yet.
         for sequence in list(self.running):

@@ -45,7 +45,8 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """The next step of this sequence is one token behind what was already drawn."""
-        return self.pending == 1 and self.drawn > 0
+        size = len(self.tokens)  # asked for several times a step: no further properties
+        return size - self.computed == 1 and size > len(self.request.prompt)
 
     @property
     def low(self) -> bool:
