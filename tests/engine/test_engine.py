@@ -587,6 +587,7 @@ def test_stop_ends_everything_with_one_terminal_each(started: list[Engine]) -> N
     for recorder in heard:
         recorder.wait(1).check_order()
         assert isinstance(recorder.error, Unavailable)
+        assert "ask again in a moment" in str(recorder.error)
     with pytest.raises(Unavailable):
         engine.submit(generation("late", PROMPT, 5), Recorder())
     engine.stop()

@@ -22,6 +22,7 @@ from ktd.types import Ended, EngineStatus, Failed, GenerationRequest
 log = logging.getLogger(__name__)
 
 _IDLE_LOOK = 1.0  # seconds; a file that is lost is told to nobody where the daemon ends before the next asks
+_ENDED = "The daemon is shutting down and ended this answer: ask again in a moment."
 _CLOSED = "The engine takes no requests now: it is not started yet, or is stopping."
 _GAVE_WAY = "The queue is full, and others have fewer requests in it: this one gave way; try again later."
 _DIED = "The engine died: the daemon ends, to be started again; its log has the trace."
@@ -191,7 +192,7 @@ class Engine:
                 except Exception:
                     log.exception("the step loop failed")
                     self._start_over()
-            self._fail(self._known(), Unavailable("The engine is stopping."))
+            self._fail(self._known(), Unavailable(_ENDED))
         except FileLost as error:
             log.critical("%s", error)
             self._die(error, error)

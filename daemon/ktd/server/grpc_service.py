@@ -135,10 +135,11 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no ge
         given = [value for key, value in details.invocation_metadata if key == "authorization"]
         if carries_key(given, self._api_key):
             return await continuation(details)
-        return grpc.unary_unary_rpc_method_handler(_refuse_key)
+        # As if it took a stream, of which nothing is read: a request may have 16 MiB.
+        return grpc.stream_unary_rpc_method_handler(_refuse_key)
 
 
-async def _refuse_key(request: object, context: Context) -> None:
+async def _refuse_key(requests: object, context: Context) -> None:
     await context.abort(
         grpc.StatusCode.UNAUTHENTICATED,
         'The API key is missing or wrong: send it as "authorization: Bearer <key>".',
@@ -177,6 +178,8 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", MOST_BYTES),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
+                # What is sent and not yet asked for: with probes, megabytes of each call lie here.
+                ("grpc.http2.bdp_probe", 0),
                 # Clients may ping a connection that waits for a long prefill.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

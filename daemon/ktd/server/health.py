@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TypeAlias
+
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
@@ -10,6 +14,11 @@ from ktd.server.decoding import Context, check_decoded, parser
 
 # Of all connections at once, 23 KB each.
 MOST_WATCHES = 4096
+# Requests received at once: gRPC takes 16 MiB of each, small or not, before it can be looked at.
+_MOST_READ = 4
+READ_SECONDS = 5.0
+
+_Request: TypeAlias = health_pb2.HealthCheckRequest | DecodeError
 
 
 class Health:
@@ -18,11 +27,13 @@ class Health:
     def __init__(self) -> None:
         self._states = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._watching = 0
+        self._reading = asyncio.Semaphore(_MOST_READ)
         read = parser(health_pb2.HealthCheckRequest)
         write = health_pb2.HealthCheckResponse.SerializeToString
         methods = {
-            "Check": grpc.unary_unary_rpc_method_handler(self._check, read, write),
-            "Watch": grpc.unary_stream_rpc_method_handler(self._watch, read, write),
+            # As streams of requests, which nobody reads before these ask for one.
+            "Check": grpc.stream_unary_rpc_method_handler(self._check, read, write),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch, read, write),
         }
         self.handler = grpc.method_handlers_generic_handler(health.SERVICE_NAME, methods)
 
@@ -32,14 +43,14 @@ class Health:
         await self._states.set(service, states.SERVING if serving else states.NOT_SERVING)
 
     async def _check(
-        self, request: health_pb2.HealthCheckRequest | DecodeError, context: Context
+        self, requests: AsyncIterator[_Request], context: Context
     ) -> health_pb2.HealthCheckResponse:
-        await check_decoded(request, health_pb2.HealthCheckRequest, context)
+        request = await self._read(requests, context)
         answer: health_pb2.HealthCheckResponse = await self._states.Check(request, context)
         return answer
 
-    async def _watch(self, request: health_pb2.HealthCheckRequest | DecodeError, context: Context) -> None:
-        await check_decoded(request, health_pb2.HealthCheckRequest, context)
+    async def _watch(self, requests: AsyncIterator[_Request], context: Context) -> None:
+        request = await self._read(requests, context)
         if self._watching >= MOST_WATCHES:
             said = f"{MOST_WATCHES} clients watch this daemon's health already: ask with Check."
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
@@ -48,3 +59,14 @@ class Health:
             await self._states.Watch(request, context)
         finally:
             self._watching -= 1
+
+    async def _read(self, requests: AsyncIterator[_Request], context: Context) -> _Request:
+        """The one request of a call."""
+        try:
+            async with self._reading, asyncio.timeout(READ_SECONDS):
+                request = await anext(requests, DecodeError())
+        except TimeoutError:
+            said = f"The request did not come within {READ_SECONDS:g} s."
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, said)
+        await check_decoded(request, health_pb2.HealthCheckRequest, context)
+        return request
