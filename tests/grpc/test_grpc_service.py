@@ -321,6 +321,22 @@ async def test_streams_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyP
         await asyncio.wait_for(waits, 30)
 
 
+async def test_connections_without_a_call_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktd.server.grpc_service.LONGEST_IDLE_MS", 300)
+    async with fake_daemon() as daemon, grpc.aio.insecure_channel(daemon.address) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        assert (await stub.ListModels(pb.ListModelsRequest())).models
+        host, _, port = daemon.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")  # and empty settings
+        async with asyncio.timeout(30):
+            assert await reader.read()
+        writer.close()
+        await until(lambda: channel.get_state() is not grpc.ChannelConnectivity.READY)
+        assert (await stub.ListModels(pb.ListModelsRequest())).models
+        assert await events_of(daemon.address, ask("x"))
+
+
 async def test_strangers_who_watch_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktd.server.health.MOST_WATCHES", 2)
     own = [("grpc.use_local_subchannel_pool", 1)]

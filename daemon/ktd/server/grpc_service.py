@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Of one connection at once; more wait in the client. Health is watched without a key, 23 KB a stream.
 MOST_STREAMS = 1024
+# Connections without a call are closed after so long.
+LONGEST_IDLE_MS = 600_000
 SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
 _STATES = {
     State.LOADING: pb.GetStatusResponse.STATE_LOADING,
@@ -180,6 +182,8 @@ class GrpcServer:
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
                 # What is sent and not yet asked for: with probes, megabytes of each call lie here.
                 ("grpc.http2.bdp_probe", 0),
+                # Each takes a descriptor; a client that comes back connects anew by itself.
+                ("grpc.max_connection_idle_ms", LONGEST_IDLE_MS),
                 # Clients may ping a connection that waits for a long prefill.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
