@@ -1,8 +1,8 @@
 """Open WebUI on the loopback with the Pipe in it.
 
-    python deploy/webui.py start                    what `make webui` does; safe to repeat
-    python deploy/webui.py stop
-    python deploy/webui.py install URL EMAIL      puts the Pipe into an Open WebUI that runs already
+    .venv/bin/python deploy/webui.py start                    what `make webui` does; safe to repeat
+    .venv/bin/python deploy/webui.py stop
+    .venv/bin/python deploy/webui.py install URL EMAIL      puts the Pipe into an Open WebUI that runs already
 
 `start` wants Open WebUI in the environment KTD_WEBUI_ENV (`make webui-env` makes it) and takes its port from
 KTD_WEBUI_PORT. The daemon's address and key are those of its settings; KTD_BASE_URL names another service.
@@ -28,6 +28,9 @@ from typing import Any
 import httpx
 
 from ktd.commands.wait import address_of
+from ktd.errors import KtdError
+from ktd.server.listeners import listeners
+from ktd.settings import Settings
 from ktd.settings_sources import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,8 +113,9 @@ class Server:
             try:
                 probe.bind(("127.0.0.1", self.port))
             except OSError:
+                who = next(map(str, listeners(self.port)), "another program")
                 raise WebuiError(
-                    f"Port {self.port} is in use by another program: choose one with KTD_WEBUI_PORT."
+                    f"Port {self.port} is taken by {who}: choose another with KTD_WEBUI_PORT."
                 ) from None
         login = self.login
         variables = {
@@ -178,10 +182,15 @@ class Admin:
     """An administrator's session on Open WebUI's API."""
 
     def __init__(self, url: str, login: Login) -> None:
-        self._http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        try:
+            self._http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise WebuiError(f"{url} is no address ({error}): write it as http://host:8080.") from None
         answer = self._call(
             "POST", "/api/v1/auths/signin", {"email": login.email, "password": login.password}
         )
+        if not isinstance(answer, dict) or not {"token", "role"} <= answer.keys():
+            raise WebuiError(f"What answers at {url} is no Open WebUI.")
         self._http.headers["Authorization"] = f"Bearer {answer['token']}"
         if answer["role"] != "admin":
             raise WebuiError(
@@ -201,7 +210,10 @@ class Admin:
             raise WebuiError(f"{self._http.base_url} does not answer ({error}).") from error
         if answer.status_code != 200:
             raise WebuiError(f"{method} {path} was answered {answer.status_code}: {answer.text[:300]}")
-        return answer.json()
+        try:
+            return answer.json()
+        except ValueError:
+            raise WebuiError(f"What answers at {self._http.base_url} is no Open WebUI.") from None
 
     def install_pipe(self, valves: Mapping[str, object], source: str | None = None) -> None:
         """Creates or updates the function, switches it on and sets the valves that are named."""
@@ -248,9 +260,8 @@ class Admin:
         self._call("POST", "/api/v1/auths/add", form)
 
 
-def set_up(admin: Admin) -> list[str]:
+def set_up(admin: Admin, settings: Settings) -> list[str]:
     """Installs the Pipe and shows its models to everybody; returns their names."""
-    settings = load(argparse.Namespace())
     valves = {
         "BASE_URL": os.environ.get("KTD_BASE_URL") or str(address_of(settings)),
         "API_KEY": settings.api_key or "",
@@ -267,19 +278,27 @@ def set_up(admin: Admin) -> list[str]:
     return [model["name"] for model in served]
 
 
-def start(server: Server) -> None:
+def start(server: Server, settings: Settings) -> None:
     if server.pid() is None:
         print(f"Starting Open WebUI (half a minute to a minute; log: {server.log})", flush=True)
         server.start()
     server.wait()
     print("Installing the Pipe", flush=True)
     with Admin(server.url, server.login) as admin:
-        names = set_up(admin)
+        names = set_up(admin, settings)
     print(f"\nOpen WebUI   {server.url}")
     print(f"login        {server.login.email}   password {server.login.password}")
     if names:
         print(f"model        {', '.join(names)}")
     print("\nmake down    stops it")
+
+
+def chosen_port() -> int:
+    """The port of Open WebUI. Raises WebuiError."""
+    chosen = os.environ.get("KTD_WEBUI_PORT") or "8080"
+    if not chosen.isascii() or not chosen.isdecimal() or not 0 < int(chosen[:6]) < 65536:
+        raise WebuiError(f"KTD_WEBUI_PORT is {chosen!r}, but must be a port from 1 to 65535.")
+    return int(chosen)
 
 
 def main() -> int:
@@ -294,10 +313,10 @@ def main() -> int:
     install.add_argument("email")
     arguments = parser.parse_args()
     environment = Path(os.environ.get("KTD_WEBUI_ENV", Path.home() / ".cache/ktd/webui-0.12.4"))
-    server = Server(environment, ROOT / "run" / "webui", int(os.environ.get("KTD_WEBUI_PORT", "8080")))
     try:
+        server = Server(environment, ROOT / "run" / "webui", chosen_port())
         if arguments.command == "start":
-            start(server)
+            start(server, load(argparse.Namespace()))
         elif arguments.command == "stop":
             print("Open WebUI stopped" if server.stop() else "Open WebUI was not running")
         else:
@@ -305,11 +324,13 @@ def main() -> int:
                 f"Password of {arguments.email}: "
             )
             with Admin(arguments.url.rstrip("/"), Login(arguments.email, password)) as admin:
-                names = set_up(admin)
+                names = set_up(admin, load(argparse.Namespace()))
             print(f"Installed. Models: {', '.join(names) or 'none yet'}")
-    except WebuiError as error:
+    except (WebuiError, KtdError) as error:
         print(error, file=sys.stderr)
         return 1
+    except (KeyboardInterrupt, EOFError):
+        return 130
     return 0
 
 
