@@ -22,6 +22,7 @@ from ktd.tutorial_flags import ALIASES, flag
 if TYPE_CHECKING:
     from ktd.chat.request import RequestDefaults
 
+MOST_THREADS = 1024  # of a pool of the kernels
 Group = Literal["model", "engine", "answers", "doors", "process"]
 
 _SIZES = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -81,7 +82,7 @@ class Settings(BaseModel):
     )
 
     cpu_infer: int | None = _setting(
-        "engine", None, "threads of the kernels (default: the physical cores)", ge=1, le=1024
+        "engine", None, "threads of the kernels (default: the physical cores)", ge=1, le=MOST_THREADS
     )
     isa: str | None = _setting(
         "engine", None, "instruction set of the kernels (default: the best that this CPU has)"

@@ -145,6 +145,7 @@ def test_kernels_command(ktd: Run) -> None:
         (("--types", "q9"), "unknown type 'Q9'"),
         (("--tokens", "0"), "expected numbers above 0"),
         (("--seconds", "-1"), "expected seconds above 0"),
+        (("--threads", "2,1025"), "expected at most 1024 threads, not 1025"),
         (("--peer-lib", "/nowhere"), "--peer-lib needs --against"),
         (("--against", "llama.cpp", "--peer-lib", "/nowhere"), "no libggml-cpu.so under /nowhere"),
     ],

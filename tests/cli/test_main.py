@@ -58,6 +58,9 @@ def test_help_is_instant() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["synth", "--shape", "tiny-r1", "--split-gib", "nan", "-o", "f"], "--split-gib is nan, but must be"),
+        (["synth", "--shape", "tiny-r1", "--split-gib", "inf", "-o", "f"], "--split-gib is inf, but must be"),
+        (["bench", "model", "--shape", "tiny-r1", "--cpu-infer", "1025"], "at most 1024 threads"),
         (["srve"], "There is no command srve: did you mean serve?"),
         (["zzz"], "There is no command zzz: commands are "),
         (["serve", "--prot", "1"], "Unknown argument --prot: did you mean --port"),

@@ -25,7 +25,7 @@ from ktd.bench.serve import ServeBench, ServeResult
 from ktd.client import Address, Client
 from ktd.commands.wait import address_of
 from ktd.errors import UserError
-from ktd.settings import Settings, parse_size, parse_sizes
+from ktd.settings import MOST_THREADS, Settings, parse_size, parse_sizes
 from ktd.settings_sources import load
 from ktd.synth import SHAPES, file_in_memory
 from ktd.synth.mixes import MIX_NAMES
@@ -54,6 +54,17 @@ def _number(text: str) -> int:
     if len(numbers) > 1:
         raise argparse.ArgumentTypeError(f"expected one number, not '{text}'")
     return numbers[0]
+
+
+def _pools(text: str) -> list[int]:
+    pools = _numbers(text)
+    if max(pools) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS} threads, not {max(pools)}")
+    return pools
+
+
+def _pool(text: str) -> int:
+    return _pools(str(_number(text)))[0]
 
 
 def _types(text: str) -> list[GGMLQuantizationType]:
@@ -96,7 +107,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kernels = what.add_parser("kernels", help="quantised products at the sizes of R1's experts")
     kernels.add_argument("--types", type=_types, default=_TYPES, help="block types (default: %(default)s)")
     kernels.add_argument("--tokens", type=_numbers, default="1,16,512", help="tokens (default: %(default)s)")
-    kernels.add_argument("--threads", type=_numbers, help="numbers of threads (default: one per core)")
+    kernels.add_argument("--threads", type=_pools, help="numbers of threads (default: one per core)")
     kernels.add_argument(
         "--isa", default="best", choices=("best", "all", *isa_list()), help="instruction set"
     )
@@ -112,7 +123,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ops.add_argument(
         "--contexts", type=_numbers, default="1024,4096,16384", help="tokens (default: %(default)s)"
     )
-    ops.add_argument("--threads", type=_numbers, help="numbers of threads (default: one per core)")
+    ops.add_argument("--threads", type=_pools, help="numbers of threads (default: one per core)")
     ops.add_argument("--isa", choices=isa_list(), help="instruction set (default: the best)")
     ops.add_argument("--seconds", type=_seconds, default="0.5", help="for each measurement (default: 0.5)")
     ops.set_defaults(run=_run_ops)
@@ -147,7 +158,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--answer", type=int, default=16, help="tokens a sequence writes (default: %(default)s)"
     )
     model.add_argument("--chunk-tokens", type=int, help="prompt tokens a step (default: as ktd serve)")
-    model.add_argument("--cpu-infer", type=int, help="threads (default: one per core)")
+    model.add_argument("--cpu-infer", type=_pool, help="threads (default: one per core)")
     model.add_argument("--json", action="store_true", help="a JSON object instead of tables")
     model.set_defaults(run=_run_model)
     serve = what.add_parser("serve", help="a running daemon, several users at once")

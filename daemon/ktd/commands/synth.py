@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -50,8 +51,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file and print what it holds; raises UserError for a bad option or a full disk."""
-    if args.split_gib < 0:
-        raise UserError(f"--split-gib must not be negative, not {args.split_gib:g}.")
+    if not 0 <= args.split_gib < math.inf:
+        raise UserError(f"--split-gib is {args.split_gib:g}, but must be a number of GiB.")
     if args.seed < 0:
         raise UserError(f"--seed must not be negative, not {args.seed}.")
     shape = SHAPES[args.shape].cut(args.layers, args.dense_layers)
