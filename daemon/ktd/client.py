@@ -53,7 +53,7 @@ _REASONS = {
 
 
 # What gRPC says of a connection that was made and came to nothing.
-_CONNECTED = ("Failed parsing HTTP/2", "Socket closed", "handshake")
+_CONNECTED = ("Failed parsing HTTP/2", "Socket closed", "handshake", "reset by peer", "Broken pipe")
 
 # Seconds for an answer that takes a daemon no time.
 _PATIENCE = 5.0

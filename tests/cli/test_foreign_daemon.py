@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -135,26 +136,30 @@ async def test_a_daemon_that_began_after_ours_was_refused(
         await waited(daemon)
 
 
-def _hang_up(listening: socket.socket) -> None:
-    with listening:
-        connection, _ = listening.accept()
-        connection.close()
+async def _hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(100)
+    writer.close()
+
+
+async def _reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(1)
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.close()
 
 
 async def test_what_answers_and_is_no_daemon() -> None:
-    """A program that hangs up, one that speaks HTTP/1, and a certificate where none is expected."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    hanging = asyncio.create_task(asyncio.to_thread(_hang_up, listening))
-    async with fake_daemon() as daemon:
+    """Programs that hang up, politely or not, one that speaks HTTP/1, and TLS where none is expected."""
+    hanging, resetting = [await asyncio.start_server(each, "127.0.0.1", 0) for each in (_hang_up, _reset)]
+    async with fake_daemon() as daemon, hanging, resetting:
         for address in (
-            f"grpc://127.0.0.1:{listening.getsockname()[1]}",
+            *(f"grpc://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in (hanging, resetting)),
             daemon.url.replace("http", "grpc"),
             f"grpcs://{daemon.address}",
         ):
             async with Client(Address.parse(address)) as client:
                 with pytest.raises(Unavailable, match="is no ktd, or one side uses TLS"):
                     await client.serving()
-    await hanging
 
 
 @pytest.mark.slow
