@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ktd.model.hybrid import HybridModel
+from ktd.model.rehearsal import Rehearsal
 from ktd_kernels import Cpu
 
 
@@ -16,4 +16,4 @@ def cpu() -> Cpu:
 @pytest.fixture(autouse=True)
 def in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several drawn rows come in two parts, as if that had been measured to be the faster."""
-    monkeypatch.setattr(HybridModel, "_seconds_in_parts", lambda self, n, cache: {1: 2.0, 2: 1.0})
+    monkeypatch.setattr(Rehearsal, "_seconds_in_parts", lambda self, n: {1: 2.0, 2: 1.0})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from reference_device import ReferenceDevice
 from ktd.gguf import GgufFile
 from ktd.model import ModelConfig, Piece, Placement
 from ktd.model.hybrid import HybridModel
+from ktd.model.rehearsal import Rehearsal
 from ktd.model.source import WeightSource
 from ktd_kernels import Cpu
 
@@ -58,10 +58,10 @@ def fetching(
 ) -> tuple[HybridModel, ReferenceDevice, Bench]:
     """A model for which fetching so many experts takes so many seconds a step."""
 
-    def told(model: HybridModel, n: int, parts: int, cache: Any) -> float:
-        return seconds[model._stages[0].fetching.count] * n
+    def told(rehearsal: Rehearsal, n: int, parts: int) -> float:
+        return seconds[rehearsal._stages[0].fetching.count] * n
 
-    monkeypatch.setattr(HybridModel, "_seconds", told)
+    monkeypatch.setattr(Rehearsal, "_seconds", told)
     device = ReferenceDevice(cpu, fetches=fetches)
     with GgufFile.open(path) as gguf:
         source = WeightSource(gguf, lambda fraction: None, cpu)
@@ -114,7 +114,7 @@ def test_company_changes_no_bit(path: Path, cpu: Cpu, monkeypatch: pytest.Monkey
 
 
 def test_a_step_is_timed(path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = HybridModel._seconds
-    model, device, bench = fetching(path, cpu, monkeypatch, {0: 1.0, 1: 0.0, 2: 1.0})
-    assert 0 < seconds(model, 4, 1, bench.cache) < 60
+    seconds = Rehearsal._seconds
+    model, device, _ = fetching(path, cpu, monkeypatch, {0: 1.0, 1: 0.0, 2: 1.0})
+    assert 0 < seconds(Rehearsal(model._pipeline), 4, 1) < 60
     assert set(device.fetches_done) == {(4, 1)}

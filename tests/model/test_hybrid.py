@@ -32,6 +32,7 @@ from ktd.gguf import GgufFile
 from ktd.model import Batch, Model, ModelConfig, Piece, Placement, packed_sizes
 from ktd.model.exchange import PromptExperts
 from ktd.model.hybrid import HybridModel
+from ktd.model.rehearsal import Rehearsal
 from ktd.model.shares import Shares, _fastest
 from ktd.model.sidecar import opened
 from ktd.model.source import WeightSource
@@ -94,6 +95,16 @@ def test_logits_are_those_of_the_cpu_model(path: Path, expected: Model, cpu: Cpu
     assert device.rows.calls["embed"] == 0
 
 
+def test_steps_over_another_cache_are_of_that_cache(path: Path, cpu: Cpu) -> None:
+    model, _ = hybrid(path, cpu, 2)
+    benches, tokens = [Bench(model), Bench(model)], random_tokens(8)
+    logits = [text(bench, tokens, 5) for bench in benches]
+    assert np.array_equal(*logits)
+    for ours, theirs in zip(*(bench.cache.parts for bench in benches), strict=True):
+        assert ours[:, 0, :8].any()
+        assert (ours[:, 0, :8] == theirs[:, 0, :8]).all()
+
+
 def test_steps_of_drawn_rows_are_replays(path: Path, cpu: Cpu) -> None:
     model, device = hybrid(path, cpu)
     bench = Bench(model, pages=256)
@@ -115,7 +126,7 @@ def test_while_the_experts_of_one_part_are_computed_the_device_goes_on_to_the_ot
     """And no bit of any row shows in how many parts they came."""
     tokens, logits, done = random_tokens(16), [], list[tuple[str, int]]()
     for fastest in (1, 2):
-        monkeypatch.setattr(HybridModel, "_seconds_in_parts", lambda *_, n=fastest: {n: 1.0, 3 - n: 2.0})
+        monkeypatch.setattr(Rehearsal, "_seconds_in_parts", lambda *_, n=fastest: {n: 1.0, 3 - n: 2.0})
         model, device = hybrid(path, cpu, 2)
         bench = Bench(model, pages=256)
         model.reserve(32, 16, bench.cache)
@@ -149,7 +160,7 @@ def test_rows_come_in_as_many_parts_as_are_the_faster_for_the_power_of_two_below
     path: Path, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {2: {1: 1.0, 2: 2.0}, 4: {1: 2.0, 2: 1.0}, 8: {1: 1.0, 2: 1.5}}
-    monkeypatch.setattr(HybridModel, "_seconds_in_parts", lambda self, n, cache: seconds[n])
+    monkeypatch.setattr(Rehearsal, "_seconds_in_parts", lambda self, n: seconds[n])
     model, _ = hybrid(path, cpu)
     assert isinstance(model, HybridModel)
     model.reserve(16, 9, Bench(model).cache)
@@ -167,7 +178,7 @@ def test_rows_whose_experts_come_from_the_disk_come_in_one_part(
     assert mapped > 0
     for available, parts in ((mapped - 1, 1), (mapped, 2)):
         memory = SimpleNamespace(available=available)
-        monkeypatch.setattr("ktd.model.hybrid.psutil.virtual_memory", lambda memory=memory: memory)
+        monkeypatch.setattr("ktd.model.rehearsal.psutil.virtual_memory", lambda memory=memory: memory)
         model.reserve(8, 2, Bench(model).cache)
         assert {n: parts for (n, _), (_, parts) in model._stages[0]._graphs.items()} == {1: 1, 2: parts}
 
@@ -180,7 +191,7 @@ def test_a_step_in_parts_is_timed(path: Path, cpu: Cpu, monkeypatch: pytest.Monk
     model.reserve(8, 3, bench.cache)
     assert device.captures == 3 + 2  # of two rows in one part and in two
     assert device.replays == 5 + 5
-    assert all(seconds > 0 for seconds in model._seconds_in_parts(2, bench.cache).values())
+    assert all(seconds > 0 for seconds in Rehearsal(model._pipeline)._seconds_in_parts(2).values())
 
 
 def test_the_last_layer_computes_the_wanted_rows_of_a_prompt_alone(path: Path, cpu: Cpu) -> None:
