@@ -112,7 +112,7 @@ void mixture(Cpu& cpu, Request& r) {
   args.down = &down;
   args.x = {r.floats(3), width};
   args.n = r.n[6];
-  args.k = r.n[7];
+  args.k = args.here = r.n[7];
   args.ids = r.ints(4);
   args.weights = r.floats(5);
   args.out = {r.floats(6), width};
