@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,10 +21,11 @@ from ktd.bench.ops import attention, hand_off
 from ktd.bench.peer_model import PeerResult, measure_llama_cpp
 from ktd.bench.report import print_attention, print_hand_off, print_kernels, print_model, print_serve
 from ktd.bench.serve import ServeBench, ServeResult
+from ktd.bench.values import number, numbers, pool, pools, seconds, size, sizes, types
 from ktd.client import Address, Client
 from ktd.commands.wait import address_of
 from ktd.errors import UserError
-from ktd.settings import MOST_THREADS, Settings, parse_size, parse_sizes
+from ktd.settings import Settings
 from ktd.settings_sources import load
 from ktd.synth import SHAPES, file_in_memory
 from ktd.synth.mixes import MIX_NAMES
@@ -37,95 +37,29 @@ HELP = "measure kernels, a model, or a running daemon"
 _TYPES = "Q8_0,Q4_K,Q6_K,IQ1_S,IQ2_XXS"
 
 
-def _numbers(text: str) -> list[int]:
-    """Comma-separated positive integers."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers above 0 such as 1,8,64, not '{text}'")
-    return numbers
-
-
-def _number(text: str) -> int:
-    """One positive integer."""
-    numbers = _numbers(text)
-    if len(numbers) > 1:
-        raise argparse.ArgumentTypeError(f"expected one number, not '{text}'")
-    return numbers[0]
-
-
-def _pools(text: str) -> list[int]:
-    pools = _numbers(text)
-    if max(pools) > MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS} threads, not {max(pools)}")
-    return pools
-
-
-def _pool(text: str) -> int:
-    return _pools(str(_number(text)))[0]
-
-
-def _types(text: str) -> list[GGMLQuantizationType]:
-    """Comma-separated GGUF type names."""
-    known = GGMLQuantizationType.__members__
-    for name in text.upper().split(","):
-        if name not in known:
-            raise argparse.ArgumentTypeError(
-                f"unknown type '{name}': names are those of GGUF, such as {_TYPES}"
-            )
-    return [known[name] for name in text.upper().split(",")]
-
-
-def _size(text: str) -> int:
-    """Bytes of "14GiB"."""
-    try:
-        return int(str(parse_size(text)))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, not '{text}'") from error
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    """Bytes of "14GiB,24GiB"."""
-    try:
-        return tuple(int(str(size)) for size in parse_sizes(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, not '{text}'") from error
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < 3600:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, not '{text}'")
-    return seconds
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add `kernels`, `ops`, `model` and `serve` with their options."""
     what = parser.add_subparsers(dest="what", required=True, metavar="kernels|ops|model|serve")
     kernels = what.add_parser("kernels", help="quantised products at the sizes of R1's experts")
-    kernels.add_argument("--types", type=_types, default=_TYPES, help="block types (default: %(default)s)")
-    kernels.add_argument("--tokens", type=_numbers, default="1,16,512", help="tokens (default: %(default)s)")
-    kernels.add_argument("--threads", type=_pools, help="numbers of threads (default: one per core)")
+    kernels.add_argument("--types", type=types, default=_TYPES, help="block types (default: %(default)s)")
+    kernels.add_argument("--tokens", type=numbers, default="1,16,512", help="tokens (default: %(default)s)")
+    kernels.add_argument("--threads", type=pools, help="numbers of threads (default: one per core)")
     kernels.add_argument(
         "--isa", default="best", choices=("best", "all", *isa_list()), help="instruction set"
     )
-    kernels.add_argument(
-        "--seconds", type=_seconds, default="0.5", help="for each measurement (default: 0.5)"
-    )
+    kernels.add_argument("--seconds", type=seconds, default="0.5", help="for each measurement (default: 0.5)")
     kernels.add_argument("--against", choices=("llama.cpp",), help="measure this peer in turns with ours")
     kernels.add_argument("--peer-lib", type=Path, help="folder that holds libggml-cpu.so")
     kernels.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     kernels.set_defaults(run=_run_kernels)
     ops = what.add_parser("ops", help="waking the threads, and attention at the size of R1's")
-    ops.add_argument("--rows", type=_numbers, default="1", help="sequences (default: %(default)s)")
+    ops.add_argument("--rows", type=numbers, default="1", help="sequences (default: %(default)s)")
     ops.add_argument(
-        "--contexts", type=_numbers, default="1024,4096,16384", help="tokens (default: %(default)s)"
+        "--contexts", type=numbers, default="1024,4096,16384", help="tokens (default: %(default)s)"
     )
-    ops.add_argument("--threads", type=_pools, help="numbers of threads (default: one per core)")
+    ops.add_argument("--threads", type=pools, help="numbers of threads (default: one per core)")
     ops.add_argument("--isa", choices=isa_list(), help="instruction set (default: the best)")
-    ops.add_argument("--seconds", type=_seconds, default="0.5", help="for each measurement (default: 0.5)")
+    ops.add_argument("--seconds", type=seconds, default="0.5", help="for each measurement (default: 0.5)")
     ops.set_defaults(run=_run_ops)
     model = what.add_parser("model", help="load time, memory, prompt and answer speed of a model")
     model.add_argument("gguf", type=Path, nargs="?", help="file, shard or folder")
@@ -133,15 +67,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--mix", choices=MIX_NAMES, metavar="MIX", help="their block types (see ktd synth)")
     model.add_argument("--layers", type=int, help="measure this many of its layers (default: all)")
     model.add_argument("--dense-layers", type=int, help="dense ones among them (default: in proportion)")
-    model.add_argument("--ram", type=_size, help="memory to use (default: what is free)")
+    model.add_argument("--ram", type=size, help="memory to use (default: what is free)")
     model.add_argument(
-        "--vram", type=_sizes, help="GPU memory to use, as ktd serve; 0 uses no GPU (default: what is free)"
+        "--vram",
+        type=sizes,
+        help="GPU memory to use, as ktd serve; 0 uses no GPU (default: what is free)",
     )
     model.add_argument("--no-repack", action="store_true", help="leave the weights in the file's layout")
-    model.add_argument("--prompts", type=_numbers, default="128,512", help="lengths (default: %(default)s)")
-    model.add_argument("--sequences", type=_numbers, default="1,4", help="at once (default: %(default)s)")
+    model.add_argument("--prompts", type=numbers, default="128,512", help="lengths (default: %(default)s)")
+    model.add_argument("--sequences", type=numbers, default="1,4", help="at once (default: %(default)s)")
     model.add_argument(
-        "--contexts", type=_numbers, default="32", help="tokens before an answer (default: %(default)s)"
+        "--contexts", type=numbers, default="32", help="tokens before an answer (default: %(default)s)"
     )
     model.add_argument(
         "--against",
@@ -158,7 +94,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--answer", type=int, default=16, help="tokens a sequence writes (default: %(default)s)"
     )
     model.add_argument("--chunk-tokens", type=int, help="prompt tokens a step (default: as ktd serve)")
-    model.add_argument("--cpu-infer", type=_pool, help="threads (default: one per core)")
+    model.add_argument("--cpu-infer", type=pool, help="threads (default: one per core)")
     model.add_argument("--json", action="store_true", help="a JSON object instead of tables")
     model.set_defaults(run=_run_model)
     serve = what.add_parser("serve", help="a running daemon, several users at once")
@@ -166,11 +102,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--connect", metavar="ADDRESS", help="the daemon at grpc://host:port (default: this machine's)"
     )
     serve.add_argument(
-        "--sequences", type=_numbers, default="1,4,8", help="users at once (default: %(default)s)"
+        "--sequences", type=numbers, default="1,4,8", help="users at once (default: %(default)s)"
     )
-    serve.add_argument("--prompt", type=_number, default="128", help="tokens, about (default: %(default)s)")
-    serve.add_argument("--answer", type=_number, default="64", help="tokens at most (default: %(default)s)")
-    serve.add_argument("--rounds", type=_number, default="3", help="chats of each (default: %(default)s)")
+    serve.add_argument("--prompt", type=number, default="128", help="tokens, about (default: %(default)s)")
+    serve.add_argument("--answer", type=number, default="64", help="tokens at most (default: %(default)s)")
+    serve.add_argument("--rounds", type=number, default="3", help="chats of each (default: %(default)s)")
     serve.add_argument(
         "--api-key", dest="api_key", default=argparse.SUPPRESS, help="key of the daemon (better: KTD_API_KEY)"
     )
@@ -259,9 +195,8 @@ def _run_model(args: argparse.Namespace) -> int:
         raise UserError("--against llama.cpp and --peer-python belong together.")
     console = Console(stderr=True)
     # What loading tells, such as the share of a prompt's experts that is sent.
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    logging.getLogger("ktd").setLevel(logging.INFO)
     with console.status("starting") as status:
         if args.gguf is not None:
             result, peer, failure = _measure(args, args.gguf, None, status.update)
