@@ -76,16 +76,16 @@ static inline void wait_for_previous() {}
 static inline void wait_alone() {}
 
 template <class Kernel>
-void launch(int blocks, Kernel kernel, int block_threads = 256) {
-  blockDim = {block_threads, 1}, gridDim = {blocks, 1};
+void launch(int blocks, Kernel kernel, int block_threads = 256, int rows = 1) {
+  blockDim = {block_threads, 1}, gridDim = {blocks, rows};
   block_barrier = std::make_unique<std::barrier<>>(block_threads);
   for (auto& warp : warp_barriers) warp = std::make_unique<std::barrier<>>(32);
   std::vector<std::thread> threads;
   for (int thread = 0; thread < block_threads; ++thread)
     threads.emplace_back([=] {
       threadIdx = {thread, 0};
-      for (int block = 0; block < blocks; ++block) {
-        blockIdx = {block, 0};
+      for (int block = 0; block < blocks * rows; ++block) {
+        blockIdx = {block % blocks, block / blocks};
         kernel();
         block_barrier->arrive_and_wait();
       }

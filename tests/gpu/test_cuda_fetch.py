@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from kit_compile import build
 from kit_kernels import type_id, weight
 
 from ktd_kernels import Cpu
-from ktd_kernels.cuda import kernels, nvrtc
+from ktd_kernels.cuda import fetch, tables
 
 EXPERTS, WIDTH, HIDDEN, USED = 12, 256, 512, 5
 
 
+HARNESS = """#include "emulation.h"
+#include "fetch.cu"
+extern "C" void run(const FetchArgs* arguments, int pairs) {
+  const FetchArgs a = *arguments;
+  launch(2, [=] { fetch(a); }, 256, pairs);
+}
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [75, 80, 90, 120])
-def test_the_kernel_compiles(arch: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        known = nvrtc.supported()
-    except nvrtc.NvrtcError as error:
-        pytest.skip(str(error))
-    if arch not in known:
-        pytest.skip(f"this NVRTC does not know sm_{arch}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernels.fetch_cubin(arch).startswith(b"\x7fELF")
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_kernel_takes_the_chosen_experts_and_no_others(tmp_path: Path, first: int) -> None:
+    """On threads of the host: those of several rows, of sizes that its blocks do not divide; an id that is
+    none is not read, and not numbered."""
+    (tmp_path / "tables.cuh").write_text(tables.header())
+    (tmp_path / "host.cc").write_text(HARNESS)
+    folders = (Path(fetch.__file__).parent / "src", Path(__file__).parent)
+    flags = ("-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", *(f"-I{folder}" for folder in folders))
+    host = ctypes.CDLL(str(build(tmp_path, "host.so", [tmp_path / "host.cc"], flags, "-shared", "-pthread")))
+    rng = np.random.default_rng(0)
+    rows, each = 3, (1, 4096 + 7, 2 * 2 * 2048)
+    pairs = rows * (USED - first)
+    ids = np.stack([rng.permutation(EXPERTS)[:USED] for _ in range(rows)]).astype(np.int32)
+    ids[1, 3], ids[2, 4] = -1, EXPERTS
+    weights, chosen = rng.random((rows, USED), np.float32), np.zeros(pairs, np.float32)
+    numbers = np.full(pairs, 99, np.int32)
+    source = [rng.integers(0, 256, (EXPERTS, 16 * n), np.uint8) for n in each]
+    target = [np.full((pairs + 1, 16 * n), 7, np.uint8) for n in each]
+    arguments = fetch.FetchArgs(
+        ids=ids.ctypes.data,
+        weights=weights.ctypes.data,
+        numbers=numbers.ctypes.data,
+        chosen=chosen.ctypes.data,
+        used=USED,
+        first=first,
+        experts=EXPERTS,
+    )
+    for i in range(3):
+        arguments.source[i], arguments.target[i] = source[i].ctypes.data, target[i].ctypes.data
+        arguments.each[i] = each[i]
+    host.run(ctypes.byref(arguments), pairs)
+    wanted = ids[:, first:].ravel()
+    there = (wanted >= 0) & (wanted < EXPERTS)
+    assert np.array_equal(numbers, np.where(there, np.arange(pairs), -1))
+    assert np.array_equal(chosen, weights[:, first:].ravel())
+    for have, came in zip(source, target, strict=True):
+        assert np.array_equal(came[:-1][there], have[wanted[there]])
+        assert (came[:-1][~there] == 7).all()
+        assert (came[-1] == 7).all()
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def test_grouped_products_compile(name: str, arch: int) -> None:
 @pytest.mark.parametrize(("cols", "terms", "arch"), [(7168, 1, 75), (2048, 8, 90)])
 def test_experts_compile(cols: int, terms: int, arch: int) -> None:
     assert kernels.experts_cubin(TYPES["IQ1_S"], cols, terms, 28, known(arch)).startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("arch", [75, 90, 120])
+@pytest.mark.parametrize("cubin", [kernels.mailbox_cubin, kernels.fetch_cubin])
+def test_the_ways_to_the_host_compile(cubin: Callable[[int], bytes], arch: int) -> None:
+    assert cubin(known(arch)).startswith(b"\x7fELF")
 
 
 @pytest.mark.slow

@@ -22,16 +22,16 @@ class Fetching:
         """`used`: how many experts a row has."""
         self.count = 0
         self._used = used
-        room = device.empty((GROUP_BYTES if layers else 0,), torch.uint8)
         self._fetched: dict[int, Fetched] = {}
-        for experts in layers:
+        readable = [experts for experts in layers if _readable(device, experts)]
+        room = device.empty((GROUP_BYTES if readable else 0,), torch.uint8)
+        for experts in readable:
             stacks = (experts.gate, experts.up, experts.down)
-            if all(w.layout != "file" and device.reads(w.layout, w.ggml_type) for w in stacks):
-                for weight in stacks:
-                    device.lock(weight)
-                fetched = device.fetched(stacks, room)
-                if fetched is not None and fetched.slots:
-                    self._fetched[experts.layer] = fetched
+            for weight in stacks:
+                device.lock(weight)
+            fetched = device.fetched(stacks, room)
+            if fetched is not None and fetched.slots:
+                self._fetched[experts.layer] = fetched
 
     @property
     def most(self) -> int:
@@ -48,3 +48,9 @@ class Fetching:
         here = self.here(experts)
         if here < self._used:
             self._fetched[experts.layer].add(v.h, v.expert_ids, v.expert_weights, here, v.x)
+
+
+def _readable(device: Device, experts: Experts) -> bool:
+    """Whether these are packed, in layouts that the device knows."""
+    stacks = (experts.gate, experts.up, experts.down)
+    return all(w.layout != "file" and device.reads(w.layout, w.ggml_type) for w in stacks)

@@ -31,6 +31,7 @@ class FetchArgs(ctypes.Structure):
         ("each", ctypes.c_uint32 * 3),
         *((name, ctypes.c_void_p) for name in ("ids", "weights", "numbers", "chosen")),
         *((name, ctypes.c_int) for name in ("used", "first")),
+        ("experts", ctypes.c_uint32),
     )
 
 
@@ -51,7 +52,7 @@ class FetchedExperts:
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: int, out: torch.Tensor
     ) -> None:
         """Adds to out[n] what x[n] gets of its experts ids[n, first:], times weights[n, first:], in their
-        order.
+        order. An id outside 0 … experts - 1 adds nothing.
 
         x float32 [n, d], ids int32 [n, k], weights float32 [n, k], out float32 [n, d], all contiguous;
         k - first is at most `slots`. May be captured after a first call of the same shape. A row has the same
@@ -84,6 +85,7 @@ class FetchedExperts:
             chosen=chosen.data_ptr(),
             used=used,
             first=first,
+            experts=self._stacks[0].shape[0],
         )
         packed = []
         for i, stack in enumerate(self._stacks):
