@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -220,6 +221,16 @@ def test_model_command_on_a_shape(ktd: Run, tmp_path: Path) -> None:
     for written in (profile, tmp_path / "trace-prompt-5.json"):
         assert json.loads(written.read_text())["traceEvents"]
     assert "Where the time" not in out, "nothing was done on a GPU"
+
+
+@pytest.mark.slow
+def test_of_what_is_logged_while_a_model_loads_libraries_are_left_out() -> None:
+    """In a process of its own: pytest's handlers would stand in for the command's."""
+    shape = ("--shape", "tiny-r1", "--mix", "ud-iq1_s", "--layers", "2", "--dense-layers", "1")
+    options = ("--prompts", "5", "--sequences", "1", "--answer", "4", "--cpu-infer", "1")
+    command = [sys.executable, "-m", "ktd.main", "bench", "model", *shape, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "n_tensors" not in done.stderr, "the gguf library tells what it writes"
 
 
 def test_where_the_time_of_a_prompt_went(capsys: pytest.CaptureFixture[str]) -> None:

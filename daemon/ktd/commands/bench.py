@@ -194,9 +194,10 @@ def _run_model(args: argparse.Namespace) -> int:
     if (args.against is None) != (args.peer_python is None):
         raise UserError("--against llama.cpp and --peer-python belong together.")
     console = Console(stderr=True)
-    # What loading tells, such as the share of a prompt's experts that is sent.
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
-    logging.getLogger("ktd").setLevel(logging.INFO)
+    # What loading tells, such as the share of a prompt's experts that is sent, and no library.
+    told = RichHandler(console=console, show_path=False)
+    told.addFilter(logging.Filter("ktd"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[told])
     with console.status("starting") as status:
         if args.gguf is not None:
             result, peer, failure = _measure(args, args.gguf, None, status.update)
